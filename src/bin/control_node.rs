@@ -1,0 +1,2 @@
+//! `control_node`: the ROS 2 node.
+fn main() {}

@@ -1,0 +1,2 @@
+//! `pi0`: the offline tools.
+fn main() {}

@@ -1,0 +1,3 @@
+//! Between a finished chunk and the robot: no device, no ROS, no wall clock.
+
+pub mod chunk;

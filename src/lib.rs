@@ -1,0 +1,29 @@
+//! Real-time control with the π0 vision-language-action policy.
+//!
+//! Layers, each knowing only those above it (`tests/layering.rs` checks the `use` lines):
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | [`clock`], [`error`] | time sources and stamps; who is at fault |
+//! | [`rt`] | scheduling rights, period loop, latest-value slot |
+//! | [`telemetry`] | histograms and counters |
+//! | [`model`] | checkpoint, tokenizer, images, normalisation, action transforms |
+//! | [`engine`] | the traits `Encoder`, `Decoder`, `KvCache` and their implementations |
+//! | [`control`] | chunk timeline, limits, mode machine, one pure `tick` |
+//! | [`pipeline`] | stage threads and double buffers |
+//! | [`params`] | the one table of parameters, and the settings read from it |
+//! | [`node`] | the whole node without a middleware: inputs, pipeline, control thread |
+//! | [`ros`], [`cli`] | outermost; neither knows the other |
+
+pub mod cli;
+pub mod clock;
+pub mod control;
+pub mod engine;
+pub mod error;
+pub mod model;
+pub mod node;
+pub mod params;
+pub mod pipeline;
+pub mod ros;
+pub mod rt;
+pub mod telemetry;

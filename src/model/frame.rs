@@ -1,0 +1,139 @@
+//! One camera frame, checked once when it is made so that nothing after it needs to check again.
+
+use std::sync::Arc;
+
+use super::ModelError;
+
+/// Pixel layouts a camera may send, by their names in `sensor_msgs/image_encodings`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    /// Red, green, blue; 8 bits each.
+    Rgb8,
+    /// Blue, green, red; 8 bits each.
+    Bgr8,
+    /// Red, green, blue, alpha; alpha is ignored.
+    Rgba8,
+    /// Blue, green, red, alpha; alpha is ignored.
+    Bgra8,
+    /// One grey byte, used for all three channels.
+    Mono8,
+}
+
+impl Encoding {
+    /// Every supported encoding with its ROS name.
+    pub const ALL: [(Encoding, &'static str); 5] = [
+        (Encoding::Rgb8, "rgb8"),
+        (Encoding::Bgr8, "bgr8"),
+        (Encoding::Rgba8, "rgba8"),
+        (Encoding::Bgra8, "bgra8"),
+        (Encoding::Mono8, "mono8"),
+    ];
+
+    /// The encoding of that ROS name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(_, n)| *n == name).map(|(e, _)| *e)
+    }
+
+    /// Bytes of one pixel.
+    pub fn bytes_per_pixel(self) -> usize {
+        match self {
+            Encoding::Rgb8 | Encoding::Bgr8 => 3,
+            Encoding::Rgba8 | Encoding::Bgra8 => 4,
+            Encoding::Mono8 => 1,
+        }
+    }
+}
+
+/// A camera frame; cheap to clone, the pixels are shared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    width: usize,
+    height: usize,
+    step: usize,
+    encoding: Encoding,
+    data: Arc<[u8]>,
+}
+
+impl Frame {
+    /// Largest side accepted, in pixels: a corrupt header must not make anybody allocate gigabytes.
+    pub const MAX_SIDE: usize = 8192;
+
+    /// A frame of `height` rows of `step` bytes, of which the first `width · bytes_per_pixel` are pixels.
+    pub fn new(
+        width: usize,
+        height: usize,
+        step: usize,
+        encoding: &str,
+        data: impl Into<Arc<[u8]>>,
+    ) -> Result<Self, ModelError> {
+        let found = Encoding::from_name(encoding).ok_or_else(|| ModelError::Frame {
+            reason: format!("encoding '{encoding}' is not supported"),
+            remedy: format!("publish one of {}", Encoding::ALL.map(|(_, n)| n).join(", ")),
+        })?;
+        let data = data.into();
+        if width == 0 || height == 0 || width > Self::MAX_SIDE || height > Self::MAX_SIDE {
+            return Err(ModelError::Frame {
+                reason: format!("size {width}x{height} is outside 1x1 to {0}x{0}", Self::MAX_SIDE),
+                remedy: "check the camera driver".into(),
+            });
+        }
+        if step < width * found.bytes_per_pixel() || data.len() < step * (height - 1) + width * found.bytes_per_pixel()
+        {
+            return Err(ModelError::Frame {
+                reason: format!(
+                    "{} bytes with step {step} are too few for {width}x{height} {encoding} ({} bytes a row)",
+                    data.len(),
+                    width * found.bytes_per_pixel()
+                ),
+                remedy: "check that the publisher fills step, width, height and encoding for the data it sends".into(),
+            });
+        }
+        Ok(Self { width, height, step, encoding: found, data })
+    }
+
+    /// Pixels a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Rows.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Bytes a row, padding included.
+    pub fn step(&self) -> usize {
+        self.step
+    }
+
+    /// Pixel layout.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// All bytes, rows `step` apart.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_must_hold_what_its_header_says() {
+        assert!(Frame::new(4, 2, 12, "rgb8", vec![0; 24]).is_ok());
+        assert!(Frame::new(4, 2, 16, "rgb8", vec![0; 28]).is_ok(), "the last row needs no padding");
+        for (w, h, step, encoding, bytes, says) in [
+            (4, 2, 12, "rgb8", 23, "too few"),
+            (4, 2, 11, "rgb8", 24, "too few"),
+            (0, 2, 12, "rgb8", 24, "outside"),
+            (4, 9000, 12, "rgb8", 24, "outside"),
+            (4, 2, 12, "16UC1", 24, "'16UC1' is not supported"),
+        ] {
+            let e = Frame::new(w, h, step, encoding, vec![0; bytes]).unwrap_err().to_string();
+            assert!(e.contains(says), "{e}");
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Everything about a checkpoint that is not arithmetic on a device: dimensions, tensors, tokenizer, image
+//! preprocessing, normalisation and action transforms.
+
+mod error;
+mod frame;
+
+pub use error::ModelError;
+pub use frame::{Encoding, Frame};
+
+/// The two model families, told apart by their tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// State as a token in the suffix; time mixed into the action tokens.
+    Pi0,
+    /// State in the prompt; time through adaptive norms.
+    Pi05,
+}
+
+/// Dimensions of the SigLIP tower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VisionDims {
+    /// Transformer layers.
+    pub layers: usize,
+    /// Embedding width.
+    pub width: usize,
+    /// MLP width.
+    pub mlp: usize,
+    /// Attention heads; the head dimension is `width / heads`.
+    pub heads: usize,
+    /// Pixels a side of one patch.
+    pub patch: usize,
+    /// Pixels a side of the square input image.
+    pub image: usize,
+}
+
+impl VisionDims {
+    /// Tokens of one view.
+    pub fn tokens(&self) -> usize {
+        (self.image / self.patch).pow(2)
+    }
+}
+
+/// Dimensions of one Gemma stack (prefix trunk or action expert). Keys and values have one head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StackDims {
+    /// Transformer layers.
+    pub layers: usize,
+    /// Residual width.
+    pub width: usize,
+    /// MLP width.
+    pub mlp: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Dimension of one head, the same in both stacks.
+    pub head_dim: usize,
+}
+
+/// Every dimension of a policy, read from tensor shapes and config.json.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dims {
+    /// π0 or π0.5.
+    pub family: Family,
+    /// SigLIP tower.
+    pub vision: VisionDims,
+    /// Prefix trunk ("Gemma-2B").
+    pub trunk: StackDims,
+    /// Action expert ("Gemma-300M").
+    pub expert: StackDims,
+    /// Rows of the token embedding table.
+    pub vocab: usize,
+    /// Padded state dimension of the model.
+    pub state_dim: usize,
+    /// Padded action dimension of the model.
+    pub action_dim: usize,
+    /// Actions a chunk.
+    pub horizon: usize,
+    /// Longest prompt in tokens.
+    pub max_tokens: usize,
+    /// Shortest period of the time embedding.
+    pub min_period: f64,
+    /// Longest period of the time embedding.
+    pub max_period: f64,
+}
