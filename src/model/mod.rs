@@ -6,6 +6,7 @@ mod config;
 mod error;
 mod frame;
 mod graph;
+mod preprocess;
 mod tensor;
 
 pub use checkpoint::Checkpoint;
@@ -13,6 +14,7 @@ pub use config::{Feature, Origin, PolicyConfig};
 pub use error::ModelError;
 pub use frame::{Encoding, Frame};
 pub use graph::{EXPERT, PROJECTOR, TRUNK, VISION, expected_tensors};
+pub use preprocess::{Preprocessor, Resampler};
 pub use tensor::{Dtype, Tensor, Weight};
 
 /// The two model families, told apart by their tensors.
