@@ -62,6 +62,8 @@ pub struct PolicyConfig {
     pub relative_exclude_joints: Option<Vec<String>>,
     /// Joint names of the action vector.
     pub action_feature_names: Option<Vec<String>>,
+    /// Whether a π0.5 policy reads the state in its prompt (openpi's `discrete_state_input`); unset means it does.
+    pub discrete_state_input: Option<bool>,
 }
 
 /// Flags that mean a different computation; a checkpoint that sets one cannot be run rightly.
@@ -110,6 +112,7 @@ impl PolicyConfig {
             use_relative_actions: keys.get("use_relative_actions")?.unwrap_or(false),
             relative_exclude_joints: keys.get("relative_exclude_joints")?,
             action_feature_names: keys.get("action_feature_names")?,
+            discrete_state_input: keys.get("discrete_state_input")?,
         };
         for (key, value) in [
             ("chunk_size or action_horizon", config.horizon),
