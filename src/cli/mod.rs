@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use crate::error::{Blame, Fault};
 
 pub mod infer;
+pub mod new_checkpoint;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
 #[derive(Debug, Parser)]
@@ -22,11 +23,13 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Infer(infer::Args),
+    NewCheckpoint(new_checkpoint::Args),
 }
 
 fn run(command: Command) -> Result<(), CliError> {
     match command {
         Command::Infer(args) => infer::run(&args),
+        Command::NewCheckpoint(args) => new_checkpoint::run(&args),
     }
 }
 

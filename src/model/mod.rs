@@ -11,6 +11,7 @@ mod norm;
 mod policy;
 mod preprocess;
 mod stats;
+pub mod synthetic;
 mod tensor;
 mod tokenizer;
 
