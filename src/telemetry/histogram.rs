@@ -101,7 +101,7 @@ impl Histogram {
         let mut seen = 0;
         for (i, n) in self.buckets.iter().enumerate() {
             seen += n;
-            if seen >= rank {
+            if seen >= rank && i + 1 < BUCKETS {
                 return Self::top(i).min(self.max).max(self.min);
             }
         }
