@@ -285,6 +285,23 @@ impl Controller {
         Ok(())
     }
 
+    /// Takes over what must survive a change of settings: epoch, counters, a latched stop or fault, and what was
+    /// executed last. For a controller that stands in for `old` while nothing is published; allocates nothing.
+    pub fn succeed(&mut self, old: &Controller) {
+        self.mode = old.mode;
+        self.reason = old.reason;
+        (self.latched, self.fault) = (old.latched, old.fault);
+        self.epoch = old.epoch;
+        self.last = old.last;
+        self.told = old.told;
+        self.counters = old.counters;
+        self.interventions = old.interventions;
+        (self.seam_jump, self.seam_jump_max) = (old.seam_jump, old.seam_jump_max);
+        (self.tracking_error, self.tracking_error_max) = (old.tracking_error, old.tracking_error_max);
+        // Chunks cut for the old settings are not executed under the new ones.
+        self.new_epoch();
+    }
+
     fn refresh_bounds(&mut self) {
         self.has_limits = self.config.joints.iter().all(|j| j.limits.is_some());
         for j in 0..self.bounds.len() {
