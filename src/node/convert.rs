@@ -92,6 +92,11 @@ pub(super) fn control(s: &Settings, dims: &Dims) -> ControlConfig {
 
 pub(super) fn live(s: &Settings) -> LiveConfig {
     LiveConfig {
+        camera_max_age_ms: s.inputs.cameras.iter().map(|c| c.max_age.as_secs_f64() * 1e3).collect(),
+        drop_lost_views: s.inputs.on_camera_loss == choice::OnCameraLoss::DropView,
+        max_camera_skew_ms: s.inputs.max_camera_skew.as_secs_f64() * 1e3,
+        max_joint_state_age_ms: s.inputs.max_joint_state_age.as_secs_f64() * 1e3,
+        hold_noise: s.model.noise == choice::Noise::Held,
         replan_steps: s.chunks.replan_steps,
         rtc: (s.chunks.seam == choice::Seam::Rtc).then_some(RtcConfig {
             schedule: match s.chunks.rtc_schedule {
@@ -122,17 +127,12 @@ pub(super) fn pipeline(s: &Settings) -> PipelineConfig {
             .map(|c| CameraBinding {
                 name: c.name.clone(),
                 model_key: c.model_key.clone(),
-                max_age_ms: c.max_age.as_secs_f64() * 1e3,
             })
             .collect(),
-        drop_lost_views: s.inputs.on_camera_loss == choice::OnCameraLoss::DropView,
-        max_camera_skew_ms: s.inputs.max_camera_skew.as_secs_f64() * 1e3,
         joint_names: s.joints.iter().map(|j| j.name.clone()).collect(),
         joints: s.joints.iter().map(|j| JointBinding { index: j.index, scale: j.scale, offset: j.offset }).collect(),
-        max_joint_state_age_ms: s.inputs.max_joint_state_age.as_secs_f64() * 1e3,
         dt: s.timing.dt(),
         seed: s.model.seed,
-        hold_noise: s.model.noise == choice::Noise::Held,
         cpus: [1, 2].map(|i| s.process.cpu_affinity.get(i).copied()),
         live: live(s),
     }

@@ -291,6 +291,11 @@ impl Node {
         self.core.status()
     }
 
+    /// Whether commands are going out, the decelerating stop included.
+    pub fn armed(&self) -> bool {
+        self.core.snapshot().status.mode.publishes()
+    }
+
     /// Why the node has to end, if it has to.
     pub fn failure(&self) -> Option<(Fault, String)> {
         lock(&self.core.failure).clone()
@@ -355,11 +360,8 @@ impl Drop for Node {
 }
 
 fn input_rules(s: &Settings) -> InputRules {
-    let config = convert::pipeline(s);
-    InputRules {
-        camera_max_age_ms: config.cameras.iter().map(|c| c.max_age_ms).collect(),
-        drop_lost_views: config.drop_lost_views,
-    }
+    let live = convert::live(s);
+    InputRules { camera_max_age_ms: live.camera_max_age_ms, drop_lost_views: live.drop_lost_views }
 }
 
 fn log_event(r: &TickReport, chunk: Option<u64>, names: &Names) {

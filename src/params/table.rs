@@ -264,7 +264,7 @@ pub const TABLE: &[ParamSpec] = &[
         "Robot units = policy units x scale + offset; negative turns the sign."),
     row("inputs", "joints.<joint>.offset", double(Double(0.0), -LARGE, LARGE, "rad or m"), Start,
         "Robot units = policy units x scale + offset."),
-    row("inputs", "max_joint_state_age_ms", ms(100.0, 1.0, 60_000.0), Any,
+    row("inputs", "max_joint_state_age_ms", ms(100.0, 1.0, 60_000.0), Unarmed,
         "An older measurement of any joint stops the robot."),
     row("inputs", "max_camera_skew_ms", ms(100.0, 1.0, 60_000.0), Any,
         "Largest difference of stamps within one observation."),
@@ -290,7 +290,7 @@ pub const TABLE: &[ParamSpec] = &[
     row("timing", "miss_policy", one_of("coast", MissPolicy::NAMES), Unarmed,
         "A chunk past its budget: coast plays the plan to its end and decelerates, stop decelerates at once."),
 
-    row("GPU", "pipeline_mode", one_of("pipelined", PipelineMode::NAMES), Unarmed,
+    row("GPU", "pipeline_mode", one_of("pipelined", PipelineMode::NAMES), Start,
         "sequential: shortest latency; pipelined: most chunks a second; dual_rate: decodes the newest cache again with the newest joint state."),
     row("GPU", "partition", one_of("auto", Partition::NAMES), Start,
         "How encoder and decoder share the multiprocessors; auto takes mps if it is on, else green, else shared."),

@@ -71,8 +71,6 @@ pub struct CameraBinding {
     pub name: String,
     /// The policy's image key.
     pub model_key: String,
-    /// Older frames are not encoded, ms.
-    pub max_age_ms: f64,
 }
 
 /// Guidance of the next chunk by the running one.
@@ -87,8 +85,18 @@ pub struct RtcConfig {
 }
 
 /// What may change while the pipeline runs.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LiveConfig {
+    /// Older frames are not encoded, ms; one per camera.
+    pub camera_max_age_ms: Vec<f64>,
+    /// Whether a stale camera is left out (true) or stops the encoder (false).
+    pub drop_lost_views: bool,
+    /// Largest difference of stamps within one observation, ms.
+    pub max_camera_skew_ms: f64,
+    /// Older joint states are not decoded from, ms.
+    pub max_joint_state_age_ms: f64,
+    /// Whether all chunks start from the same noise.
+    pub hold_noise: bool,
     /// Policy steps between adopted chunks.
     pub replan_steps: usize,
     /// Guidance, if the seam asks for it.
@@ -106,22 +114,14 @@ pub struct PipelineConfig {
     pub mode: PipelineMode,
     /// In the order of the input slots.
     pub cameras: Vec<CameraBinding>,
-    /// Whether a stale camera is left out (true) or stops the encoder (false).
-    pub drop_lost_views: bool,
-    /// Largest difference of stamps within one observation, ms.
-    pub max_camera_skew_ms: f64,
     /// Joint names in robot order, for messages.
     pub joint_names: Vec<String>,
     /// In the same order.
     pub joints: Vec<JointBinding>,
-    /// Older joint states are not decoded from, ms.
-    pub max_joint_state_age_ms: f64,
     /// Seconds between actions.
     pub dt: f64,
     /// Seed of the noise.
     pub seed: u64,
-    /// Whether all chunks start from the same noise.
-    pub hold_noise: bool,
     /// CPU of the encoder thread and of the decoder thread, where given.
     pub cpus: [Option<usize>; 2],
     /// Initial values of what may change.
@@ -186,7 +186,7 @@ struct Shared {
     inputs: Arc<InputSlots>,
     clock: Arc<dyn Clock>,
     epoch: Arc<AtomicU64>,
-    live: Mutex<LiveConfig>,
+    live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,
     /// Input slots of the valid views, in the model's order.
@@ -199,8 +199,8 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    fn live(&self) -> LiveConfig {
-        *self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn live(&self) -> Arc<LiveConfig> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn report<R>(&self, f: impl FnOnce(&mut PipelineReport) -> R) -> R {
@@ -240,7 +240,7 @@ impl Pipeline {
             .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
             .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
-            live: Mutex::new(config.live),
+            live: Mutex::new(Arc::new(config.live.clone())),
             report: Mutex::new(PipelineReport::default()),
             stopping: AtomicBool::new(false),
             policy,
@@ -328,7 +328,7 @@ impl Pipeline {
 
     /// Changes what may change; in force from the next chunk on.
     pub fn set_live(&self, live: LiveConfig) {
-        *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = live;
+        *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
     }
 
     /// Ends both stages after the work in hand; returns when their threads have ended.

@@ -10,13 +10,12 @@ use rand_distr::StandardNormal;
 pub struct NoiseSource {
     rng: ChaCha8Rng,
     noise: Vec<f32>,
-    held: bool,
 }
 
 impl NoiseSource {
-    /// `len` values a chunk; `held` keeps the first draw, which keeps successive chunks on one mode of the policy.
-    pub fn new(seed: u64, len: usize, held: bool) -> Self {
-        let mut source = Self { rng: ChaCha8Rng::seed_from_u64(seed), noise: vec![0.0; len], held };
+    /// `len` values a chunk.
+    pub fn new(seed: u64, len: usize) -> Self {
+        let mut source = Self { rng: ChaCha8Rng::seed_from_u64(seed), noise: vec![0.0; len] };
         source.draw();
         source
     }
@@ -32,11 +31,9 @@ impl NoiseSource {
         &self.noise
     }
 
-    /// Moves on to the next chunk.
+    /// Draws the noise of the next chunk. Without it the noise is held, which keeps chunks on one mode of the policy.
     pub fn advance(&mut self) {
-        if !self.held {
-            self.draw();
-        }
+        self.draw();
     }
 }
 
@@ -45,14 +42,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn noise_is_repeatable_held_or_fresh_and_standard_normal() {
-        let mut fresh = NoiseSource::new(3, 20_000, false);
-        let mut held = NoiseSource::new(3, 20_000, true);
+    fn noise_is_repeatable_fresh_and_standard_normal() {
+        let mut fresh = NoiseSource::new(3, 20_000);
         let first = fresh.current().to_vec();
-        assert_eq!(first, held.current());
+        assert_eq!(first, NoiseSource::new(3, 20_000).current());
         fresh.advance();
-        held.advance();
-        assert_eq!(first, held.current());
         assert_ne!(first, fresh.current());
         let mean = first.iter().sum::<f32>() / 20_000.0;
         let var = first.iter().map(|x| x * x).sum::<f32>() / 20_000.0;

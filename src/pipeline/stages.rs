@@ -126,7 +126,7 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
 /// The newest joint state in the policy's terms, or why there is none.
 fn state_sample(shared: &Shared, joints: &JointSample) -> Result<StateSample, String> {
     let (ros_now, now) = (shared.clock.ros(), shared.clock.monotonic());
-    let n = shared.joints.len();
+    let (n, max_age) = (shared.joints.len(), shared.live().max_joint_state_age_ms);
     for (i, name) in shared.config.joint_names.iter().enumerate() {
         if !joints.positions[i].is_finite() {
             return Err(if joints.seen(i) {
@@ -136,7 +136,7 @@ fn state_sample(shared: &Shared, joints: &JointSample) -> Result<StateSample, St
             });
         }
         let age = joints.age_ms(i, ros_now, now);
-        if age > shared.config.max_joint_state_age_ms {
+        if age > max_age {
             return Err(format!("joint '{name}' is {age:.0} ms old"));
         }
     }
@@ -216,16 +216,18 @@ impl<E: Encoder> EncodeStage<E> {
     /// The newest fresh frame of each view (with its place among the views), or what is missing.
     fn gather(&self) -> Result<Vec<(usize, CameraSample)>, String> {
         let shared = &*self.shared;
+        let live = shared.live();
         let (ros_now, now) = (shared.clock.ros(), shared.clock.monotonic());
         let mut views = Vec::with_capacity(shared.views.len());
         let mut lost = None;
         for (place, &camera) in shared.views.iter().enumerate() {
-            let config = &shared.config.cameras[camera];
+            let name = &shared.config.cameras[camera].name;
+            let max_age = live.camera_max_age_ms.get(camera).copied().unwrap_or(f64::INFINITY);
             let age = shared.inputs.freshness(camera).age_ms(ros_now, now);
             match shared.inputs.frame(camera) {
-                Some(sample) if age <= config.max_age_ms => views.push((place, sample)),
-                Some(_) => lost = Some(format!("camera '{}': newest frame is {age:.0} ms old", config.name)),
-                None => lost = Some(format!("camera '{}': no frame yet", config.name)),
+                Some(sample) if age <= max_age => views.push((place, sample)),
+                Some(_) => lost = Some(format!("camera '{name}': newest frame is {age:.0} ms old")),
+                None => lost = Some(format!("camera '{name}': no frame yet")),
             }
         }
         if shared.policy.dims().family == Family::Pi05 {
@@ -233,16 +235,16 @@ impl<E: Encoder> EncodeStage<E> {
             state_sample(shared, &shared.inputs.joints())?;
         }
         match lost {
-            Some(why) if views.is_empty() || !shared.config.drop_lost_views => return Err(why),
+            Some(why) if views.is_empty() || !live.drop_lost_views => return Err(why),
             _ => {}
         }
         let stamps = views.iter().map(|(_, s)| s.stamp);
         let skew = stamps.clone().max().unwrap_or_default().ms_since(stamps.min().unwrap_or_default());
-        if skew > shared.config.max_camera_skew_ms {
+        if skew > live.max_camera_skew_ms {
             shared.report(|r| r.skewed += 1);
             return Err(format!(
                 "camera stamps are {skew:.0} ms apart, more than max_camera_skew_ms {:.0}",
-                shared.config.max_camera_skew_ms
+                live.max_camera_skew_ms
             ));
         }
         Ok(views)
@@ -313,7 +315,7 @@ impl<D: Decoder> DecodeStage<D> {
         let dims = *shared.policy.dims();
         let len = dims.horizon * dims.action_dim;
         Self {
-            noise: NoiseSource::new(shared.config.seed, len, shared.config.hold_noise),
+            noise: NoiseSource::new(shared.config.seed, len),
             history: History::default(),
             sequence: 0,
             epoch: 0,
@@ -419,7 +421,9 @@ impl<D: Decoder> DecodeStage<D> {
         let guided = guidance.is_some();
         let input = DecodeInput { state: &self.state, noise: self.noise.current(), steps: live.steps, guidance };
         self.decoder.decode(&filled.slot, &input, &mut self.actions)?;
-        self.noise.advance();
+        if !live.hold_noise {
+            self.noise.advance();
+        }
         let decode_end = shared.clock.monotonic();
 
         let n = self.grid.action_len;

@@ -133,10 +133,18 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let status = spawn("ros-status", move || status.run(&watched, &quit))?;
     tracing::info!("{name} is up; unarmed until ~/enable");
 
-    if let Some(signal) = signals.forever().next() {
-        let signal = if signal == SIGINT { "SIGINT" } else { "SIGTERM" };
-        tracing::info!("{signal}: stopping the robot, then leaving; a second signal leaves at once");
-    }
+    let failed = loop {
+        if let Some(failure) = core.failure() {
+            tracing::error!("{}: stopping the robot, then leaving", failure.1);
+            break Some(failure);
+        }
+        if let Some(signal) = signals.pending().next() {
+            let signal = if signal == SIGINT { "SIGINT" } else { "SIGTERM" };
+            tracing::info!("{signal}: stopping the robot, then leaving; a second signal leaves at once");
+            break None;
+        }
+        std::thread::sleep(LOOK);
+    };
     // No more commands and parameters; measurements still come in, so that the stop is a good one, and ~/stop answers.
     let _ = jobs.send(Job::Quit);
     let _ = services.join();
@@ -146,6 +154,9 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     std::thread::sleep(FLUSH);
     stop.end();
     spinner.end();
+    if let Some((fault, problem)) = failed {
+        return Err(Refusal::new(fault, problem));
+    }
     match ended {
         Some(result) => result?,
         None => return Err(Refusal::new(Fault::Internal, "the node is still in use at its end")),
@@ -153,6 +164,9 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     tracing::info!("done");
     Ok(())
 }
+
+/// How often signals and the core's health are looked at.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Time for the middleware to send the last message.
 const FLUSH: Duration = Duration::from_millis(100);

@@ -43,6 +43,7 @@ impl StatusPublisher {
         let mut last: Option<Status> = None;
         let mut due = Instant::now();
         while let Err(RecvTimeoutError::Timeout) = quit.recv_timeout(LOOK) {
+            core.log_events();
             let status = core.status();
             let periodic = Instant::now() >= due;
             let changed = last
@@ -61,9 +62,7 @@ impl StatusPublisher {
     }
 
     fn publish_status(&self, s: &Status) {
-        let mode = ("mode".to_owned(), s.mode.to_owned());
-        let values = std::iter::once(mode).chain(s.values.iter().filter(|(k, _)| k != "mode").cloned());
-        let message = diagnostic(s.level, &self.name, &s.message, values, &self.name);
+        let message = diagnostic(s.level, &self.name, &s.message, s.values.iter().cloned(), &self.name);
         self.failed("~/status", self.status.publish(&message));
     }
 
