@@ -31,7 +31,6 @@ from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.serialization import serialize_message
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
@@ -130,7 +129,7 @@ class Report:
     dropped_s: float = 0.0
     at_rest: bool = True
     last_brakes: bool = True
-    renders: int = 0
+    camera_frames: int = 0
 
     def as_dict(self) -> dict:
         def per_joint(values: np.ndarray) -> dict:
@@ -148,7 +147,7 @@ class Report:
             "dropped_s": round(self.dropped_s, 3),
             "at_rest": self.at_rest,
             "last_trajectory_brakes": self.last_brakes,
-            "camera_frames": self.renders,
+            "camera_frames": self.camera_frames,
         }
 
 
@@ -205,25 +204,50 @@ class Controller:
 
 
 class Recorder:
-    """Writes what the robot publishes to a rosbag2 MCAP."""
+    """Keeps what the robot publishes and writes it to a rosbag2 MCAP at the end: compressing takes time that the
+    running robot does not have."""
 
     def __init__(self, folder: Path):
+        self._folder = folder
+        self._messages: list[tuple[str, object]] = []
+
+    def add(self, topic: str, msg) -> None:
+        self._messages.append((topic, msg))
+
+    def close(self) -> None:
         from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
         from rosbags.typesys import Stores, get_typestore
 
-        self._types = get_typestore(Stores.ROS2_JAZZY)
-        self._writer = Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP)
-        self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
-        self._writer.open()
-        self._connections: dict = {}
+        store = get_typestore(Stores.ROS2_JAZZY)
+        writer = Writer(self._folder, version=9, storage_plugin=StoragePlugin.MCAP)
+        writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+        connections = {}
+        with writer:
+            for topic, msg in self._messages:
+                kind = message_type(msg)
+                if topic not in connections:
+                    connections[topic] = writer.add_connection(topic, kind, typestore=store)
+                stamp = msg.header.stamp
+                # Not rclpy's serialize_message: its padding is whatever lay in memory, and rosbags rejects it.
+                raw = store.serialize_cdr(as_rosbags(msg, store.types), kind)
+                writer.write(connections[topic], stamp.sec * 10**9 + stamp.nanosec, raw)
 
-    def write(self, topic: str, kind: str, stamp_ns: int, msg) -> None:
-        if topic not in self._connections:
-            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=self._types)
-        self._writer.write(self._connections[topic], stamp_ns, serialize_message(msg))
 
-    def close(self) -> None:
-        self._writer.close()
+def message_type(msg) -> str:
+    return f"{type(msg).__module__.split('.')[0]}/msg/{type(msg).__name__}"
+
+
+def as_rosbags(msg, types: dict):
+    """An rclpy message as the same message of rosbags."""
+    fields = {}
+    for name in msg.get_fields_and_field_types():
+        value = getattr(msg, name)
+        if hasattr(value, "get_fields_and_field_types"):
+            value = as_rosbags(value, types)
+        elif isinstance(value, array.array):
+            value = np.array(value, dtype=value.typecode)
+        fields[name] = value
+    return types[message_type(msg)](**fields)
 
 
 class SimRobot:
@@ -265,7 +289,7 @@ class SimRobot:
         end = start + self.options.duration if self.options.duration else math.inf
         physics = start
         camera_s = 1.0 / self.options.camera_rate
-        next_image, next_report = start, start
+        next_image, next_report = dict.fromkeys(CAMERAS, start), start
         script = gentle_motion(self.arm.position(), start) if self.options.move else None
         cycle = start
         while not stopped.is_set() and cycle < end:
@@ -280,9 +304,11 @@ class SimRobot:
                 self.controller.step(physics)
             self.controller.measure(physics)
             self._publish_joints()
-            if now >= next_image:
-                self._publish_images()
-                next_image = max(next_image + camera_s, now)
+            # One camera a cycle, so that rendering both does not hold up the joint states.
+            due = min(next_image, key=next_image.get)
+            if now >= next_image[due]:
+                self._publish_image(due)
+                next_image[due] = max(next_image[due] + camera_s, now)
             if now >= next_report:
                 self._publish_report()
                 next_report = now + REPORT_PERIOD_S
@@ -296,11 +322,10 @@ class SimRobot:
         if self.options.picture:
             write_picture(self.options.picture, self.options.model, self.arm.data)
 
-    def _send(self, publisher, kind: str, msg) -> None:
+    def _send(self, publisher, msg) -> None:
         publisher.publish(msg)
         if self.recorder:
-            stamp = msg.header.stamp
-            self.recorder.write(publisher.topic_name, kind, stamp.sec * 10**9 + stamp.nanosec, msg)
+            self.recorder.add(publisher.topic_name, msg)
 
     def _publish_joints(self) -> None:
         msg = JointState()
@@ -308,19 +333,17 @@ class SimRobot:
         msg.name = JOINTS
         msg.position = self.arm.position().tolist()
         msg.velocity = self.arm.velocity().tolist()
-        self._send(self._joints, "sensor_msgs/msg/JointState", msg)
+        self._send(self._joints, msg)
 
-    def _publish_images(self) -> None:
-        stamp = self.node.get_clock().now().to_msg()
-        for camera, publisher in self._images.items():
-            image = self.arm.image(camera)
-            msg = Image(height=image.shape[0], width=image.shape[1], encoding="rgb8", step=3 * image.shape[1])
-            msg.header.stamp = stamp
-            msg.header.frame_id = f"{camera}_camera"
-            # rclpy takes an array('B') as it is and checks a list or bytes element by element.
-            msg.data = array.array("B", image.tobytes())
-            self._send(publisher, "sensor_msgs/msg/Image", msg)
-        self.report.renders += 1
+    def _publish_image(self, camera: str) -> None:
+        image = self.arm.image(camera)
+        msg = Image(height=image.shape[0], width=image.shape[1], encoding="rgb8", step=3 * image.shape[1])
+        msg.header.stamp = self.node.get_clock().now().to_msg()
+        msg.header.frame_id = f"{camera}_camera"
+        # rclpy takes an array('B') as it is; a list or bytes it checks element by element.
+        msg.data = array.array("B", image.tobytes())
+        self._send(self._images[camera], msg)
+        self.report.camera_frames += 1
 
     def _publish_report(self) -> None:
         msg = DiagnosticStatus(name=f"{self.node.get_name()}: report", hardware_id="sim_arm")
