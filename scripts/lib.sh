@@ -55,7 +55,9 @@ setup_ros() {
     # Only the messages that the node uses: the bindings of every installed package would take minutes to build.
     export IDL_PACKAGE_FILTER="builtin_interfaces;std_msgs;geometry_msgs;sensor_msgs;trajectory_msgs;diagnostic_msgs;rosgraph_msgs;rcl_interfaces;std_srvs;lifecycle_msgs"
     # Fast DDS drops most best-effort camera images with its default shared-memory segment; both sides need the profile.
-    export FASTDDS_DEFAULT_PROFILES_FILE=${FASTDDS_DEFAULT_PROFILES_FILE:-$ROOT/config/fastdds.xml}
+    # Fast DDS 2 (up to Jazzy) reads the first variable, Fast DDS 3 the second.
+    export FASTRTPS_DEFAULT_PROFILES_FILE=${FASTRTPS_DEFAULT_PROFILES_FILE:-$ROOT/config/fastdds.xml}
+    export FASTDDS_DEFAULT_PROFILES_FILE=${FASTDDS_DEFAULT_PROFILES_FILE:-$FASTRTPS_DEFAULT_PROFILES_FILE}
     export MUJOCO_GL=${MUJOCO_GL:-osmesa}
     export PYTHONUNBUFFERED=1
     case $ROOT in *[[:space:]]*) die "the path '$ROOT' holds a space, which RUSTFLAGS cannot carry; move the clone" ;; esac
