@@ -109,7 +109,7 @@ class Demo:
             if time.monotonic() >= next_line and self.statuses:
                 next_line += 1.0
                 self.options.say(live_line(self.moving()))
-            if self.mode in ("stopped", "fault"):
+            if self.moving() and self.mode not in MOVING_MODES:
                 raise DemoError(f"the node stopped the arm: {self.statuses[-1].get('reason')}")
 
     def moving(self) -> list[dict[str, str]]:

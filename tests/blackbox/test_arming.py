@@ -48,7 +48,7 @@ def test_stop_latches_until_reset(start_node, robot):
 
     refused = node.enable()
     assert not refused.success
-    assert "reset" in refused.message, refused.message
+    assert refused.message == "stopped: call ~/reset first"
     before = robot.count()
 
     answer = node.reset()
@@ -66,6 +66,7 @@ def test_disable_brakes(start_node, robot):
     node.run_armed()
     answer = node.enable(False)
     assert answer.success, answer.message
-    node.wait_for_mode("active", "stopped")
+    node.wait_for_text("disarmed by ~/enable")
+    node.wait_for_mode("active")
     robot.wait_for_silence()
     robot.check_last_is_a_stop()

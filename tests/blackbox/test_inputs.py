@@ -9,22 +9,26 @@ from robot import JOINTS
 ERROR = DiagnosticStatus.ERROR
 
 
-def expect_stop(node, robot, *parts: str) -> None:
-    """A fault while moving: a text that names it, mode, diagnostic, a braking trajectory and then nothing."""
-    node.wait_for_text(*parts)
-    node.wait_for_mode("stopped", "fault", "active")
-    node.wait_for_diagnostic("inputs", ERROR, *parts)
+def expect_stop(node, robot, text: tuple[str, ...], detail: tuple[str, ...] = ()) -> None:
+    """A fault while moving: the status says it, the diagnostic shows it in detail, a braking trajectory, then nothing."""
+    node.wait_for_text(*text)
+    node.wait_for_mode("active")
+    node.wait_for_diagnostic("inputs", ERROR, *text, *detail)
     robot.wait_for_silence()
     robot.check_last_is_a_stop()
+    before = robot.count()
+    refused = node.enable()
+    assert not refused.success
+    assert all(part in refused.message for part in text[:1]), refused.message
+    assert robot.count() == before
 
 
-def expect_no_start(node, robot, *parts: str) -> None:
-    """A fault from the start: a text that names it, arming refused with it, no motion."""
-    node.wait_for_text(*parts)
-    node.wait_for_diagnostic("inputs", ERROR, *parts)
-    answer = node.enable()
-    assert not answer.success
-    assert all(part in answer.message for part in parts), answer.message
+def expect_no_start(node, robot, text: tuple[str, ...], detail: tuple[str, ...] = ()) -> None:
+    """A fault from the start: the diagnostic shows it in detail, arming is refused with it, no motion."""
+    node.wait_for_diagnostic("inputs", ERROR, *text, *detail)
+    refused = node.enable()
+    assert not refused.success
+    assert all(part in refused.message for part in text), refused.message
     assert robot.count() == 0
 
 
@@ -32,48 +36,48 @@ def test_nan_in_a_joint_state(start_node, robot):
     node = start_node()
     node.run_armed()
     robot.faults.nan_joint = "elbow"
-    expect_stop(node, robot, "elbow", "NaN")
+    expect_stop(node, robot, ("joint 'elbow'", "NaN"))
 
 
 def test_nan_from_the_start(start_node, robot):
     robot.faults.nan_joint = "elbow"
-    expect_no_start(start_node(), robot, "elbow", "NaN")
+    expect_no_start(start_node(), robot, ("joint 'elbow'", "NaN"))
 
 
 def test_wrong_joint_names(start_node, robot):
     robot.faults.joint_names = [name.replace("elbow", "elbow_joint") for name in JOINTS]
-    expect_no_start(start_node(), robot, "elbow")
+    expect_no_start(start_node(), robot, ("joint 'elbow'", "check joint_states for its name"))
 
 
 def test_image_cut_short(start_node, robot):
     robot.faults.cut_image_to = 1000
-    expect_no_start(start_node(), robot, "camera", "1000")
+    expect_no_start(start_node(), robot, ("camera", "size"), ("1000",))
 
 
 def test_image_with_unknown_encoding(start_node, robot):
     robot.faults.encoding = "32FC1"
-    expect_no_start(start_node(), robot, "camera", "32FC1")
+    expect_no_start(start_node(), robot, ("camera", "encoding"), ("32FC1",))
 
 
 def test_image_turns_bad_while_moving(start_node, robot):
     node = start_node()
     node.run_armed()
     robot.faults.encoding = "32FC1"
-    expect_stop(node, robot, "camera", "32FC1")
+    expect_stop(node, robot, ("camera", "encoding"), ("32FC1",))
 
 
 def test_images_stop(start_node, robot):
     node = start_node()
     node.run_armed()
     robot.faults.silent_cameras = {"wrist"}
-    expect_stop(node, robot, "camera", "wrist")
+    expect_stop(node, robot, ("camera 'wrist'", "ms old"))
 
 
 def test_joint_states_stop(start_node, robot):
     node = start_node()
     node.run_armed()
     robot.faults.silent_joints = True
-    expect_stop(node, robot, "joint")
+    expect_stop(node, robot, ("position of joint", "ms old"))
 
 
 def test_two_prompts_in_a_row(start_node, robot):
