@@ -1,5 +1,9 @@
 //! Real-time rights and primitives.
 
+mod system_clock;
+
+pub use system_clock::SystemClock;
+
 use crate::clock::Monotonic;
 
 /// Now, on CLOCK_MONOTONIC.
