@@ -109,7 +109,8 @@ fn renamed_copies_hold_the_same_values() {
     };
     for (name, family) in FAMILIES {
         let expected = values(&Checkpoint::open(&golden(name)).unwrap());
-        let renames: [(&str, &dyn Fn(&str) -> String); 5] = [
+        type Rename<'a> = (&'a str, &'a dyn Fn(&str) -> String);
+        let renames: [Rename<'_>; 5] = [
             ("prefix", &|n| format!("model.{n}")),
             ("embed_tokens", &|n| n.replace("paligemma.lm_head", "paligemma.model.language_model.embed_tokens")),
             ("older tree", &older),
@@ -131,7 +132,8 @@ fn renamed_copies_hold_the_same_values() {
 fn half_precision_copies_hold_the_rounded_values() {
     for (name, _) in FAMILIES {
         let expected = values(&Checkpoint::open(&golden(name)).unwrap());
-        let kinds: [(FileDtype, Dtype, fn(f32) -> [u8; 2], fn([u8; 2]) -> f32); 2] = [
+        type Kind = (FileDtype, Dtype, fn(f32) -> [u8; 2], fn([u8; 2]) -> f32);
+        let kinds: [Kind; 2] = [
             (FileDtype::BF16, Dtype::Bf16, |x| bf16::from_f32(x).to_le_bytes(), |b| bf16::from_le_bytes(b).to_f32()),
             (FileDtype::F16, Dtype::F16, |x| f16::from_f32(x).to_le_bytes(), |b| f16::from_le_bytes(b).to_f32()),
         ];
