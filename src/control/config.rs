@@ -52,9 +52,8 @@ pub enum MissPolicy {
 
 /// Everything a [`Controller`](super::Controller) needs to know. Times are in seconds.
 ///
-/// Two values that are used are tighter than those given, so that a stop always fits: the velocity of a joint is
-/// kept below `max_acceleration · (stop_time − period)`, and its acceleration below a quarter of its range per
-/// period squared (which only matters for ranges of a few millimetres). See [`ControlConfig::bound`].
+/// The velocity that is used can be lower than the one given, so that a stop always fits: it is kept below
+/// `max_acceleration · (stop_time − period)`. See [`ControlConfig::bound`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ControlConfig {
     /// The joints of an action, in its order; 1 to [`MAX_JOINTS`].
@@ -141,8 +140,8 @@ impl ControlConfig {
         }
     }
 
-    /// The limits of joint `j` as they are used: velocity and acceleration lowered so that a stop always fits (see
-    /// the type). `None` without limits.
+    /// The limits of joint `j` as they are used: with a velocity from which a stop fits (see the type). `None` without
+    /// limits.
     pub fn bound(&self, j: usize) -> Option<Bound> {
         self.joints.get(j)?.limits.map(|l| Bound::new(&l, self.period, self.stop_time))
     }
@@ -152,9 +151,9 @@ impl ControlConfig {
         ((self.output_window / self.period).round() as usize).max(1)
     }
 
-    /// Most points of a braking tail: the stop, one step that lands, one that settles.
+    /// Most points of a braking tail.
     pub fn tail_points(&self) -> usize {
-        (self.stop_time / self.period).ceil() as usize + 3
+        (self.stop_time / self.period).ceil() as usize + 1
     }
 
     /// Checks everything; the first thing wrong is returned.

@@ -1,20 +1,17 @@
 //! The reference: accepted actions as one curve with continuous velocity, and the pace at which it can be followed.
 
 use super::filter::Bound;
-use super::joints::MAX_JOINTS;
 use super::window::Hermite;
-use crate::clock::RosTime;
 
 /// Share of velocity and acceleration planned for where a plan has to be slowed down; the rest absorbs that the
 /// filter samples the plan at the control rate.
 const PACE_MARGIN: f64 = 0.9;
 
 /// Knots of position and velocity, cubic in between (C1). The first knot is the moment of adoption, the others lie on
-/// the grid of the chunk, `dt` apart. After the last one the curve brakes to rest. Times are seconds since `start`.
+/// the grid of the chunk, `dt` apart. After the last one the curve brakes to rest. Times are seconds since the first knot.
 #[derive(Debug, Clone)]
 pub(crate) struct Curve {
     joints: usize,
-    pub(crate) start: RosTime,
     first: f64,
     dt: f64,
     len: usize,
@@ -31,7 +28,6 @@ impl Curve {
     pub(crate) fn with_room(joints: usize, knots: usize) -> Self {
         Self {
             joints,
-            start: RosTime::default(),
             first: 0.0,
             dt: 1.0,
             len: 0,
@@ -42,9 +38,9 @@ impl Curve {
         }
     }
 
-    /// Starts a new curve at `start`; the second knot will lie `first` seconds later, further ones `dt` apart.
-    pub(crate) fn begin(&mut self, start: RosTime, first: f64, dt: f64) {
-        (self.start, self.first, self.dt, self.len) = (start, first, dt, 0);
+    /// Starts a new curve; the second knot will lie `first` seconds after the first, further ones `dt` apart.
+    pub(crate) fn begin(&mut self, first: f64, dt: f64) {
+        (self.first, self.dt, self.len) = (first, dt, 0);
     }
 
     /// Adds a knot to be filled in: its positions and velocities. `None` when there is no room.
@@ -77,7 +73,7 @@ impl Curve {
     }
 
     /// Position and velocity at `x` seconds; beyond the end it brakes with `bounds`.
-    pub(crate) fn sample(&self, x: f64, bounds: &[Bound], q: &mut [f64; MAX_JOINTS], v: &mut [f64; MAX_JOINTS]) {
+    pub(crate) fn sample(&self, x: f64, bounds: &[Bound], q: &mut [f64], v: &mut [f64]) {
         let n = self.joints;
         let end = self.end();
         if self.len < 2 || x > end {

@@ -1,14 +1,15 @@
 //! The safety filter: one step of one joint, from what it was told towards where it should be, inside its limits.
 //!
-//! A command is a curve with continuous velocity, made of one cubic per period between `(position, velocity)` knots.
-//! Three rules hold on all of it, not only at the knots:
+//! A command is a curve of one cubic per period `h` between knots of position and velocity. On all of it, not only at
+//! the knots, |velocity| ≤ `velocity` and |acceleration| ≤ `acceleration` (linear within a cubic, so its ends decide).
+//! What keeps a joint off its position limits is one invariant at the knots:
 //!
-//! - |velocity| ≤ `velocity`; |acceleration| ≤ `acceleration` (linear within a cubic, so its ends decide);
-//! - the place where full braking would end, `q + v·|v| / 2a`, is within the position limits.
+//! > position + braking distance in whole periods, `v²/2a + |v|·h/2`, is inside the limits.
 //!
-//! The third is what keeps a joint off its limits, and it survives sampling at any moment: while v > 0 and
-//! acceleration ≥ −a, that place moves by v·(1 + q̈/a) ≥ 0 per second, so it is nowhere further than at the end of the
-//! step, and full braking keeps it where it is. So from any moment of an allowed curve there is an allowed way on.
+//! It can always be kept: slow down by `a·h`, or to zero if v is less. With `v ≥ a·h` the step covers `v·h − a·h²/2` and
+//! the distance still needed is `v²/2a − v·h/2`: together `a·h²/2` less than before. With less, the step covers `v·h/2`
+//! and nothing more is needed. And it suffices between the knots: a step with constant acceleration that turns inside
+//! goes `v²/2α` further with `α ≥ v/h`, which is at most `v·h/2`; for other cubics the turning point is checked.
 
 use super::config::JointLimits;
 
@@ -39,16 +40,13 @@ pub(crate) enum Breach {
 }
 
 impl Bound {
-    /// The given limits, with the acceleration below a quarter of the range per period squared (a joint can then
-    /// always be braked inside its range) and the velocity below what stops in `stop_time` with one period to spare.
+    /// The given limits, with the velocity below what stops in `stop_time` with one period to spare.
     pub fn new(limits: &JointLimits, period: f64, stop_time: f64) -> Self {
-        let range = limits.max_position - limits.min_position;
-        let acceleration = limits.max_acceleration.min(range / (4.0 * period * period));
         Self {
             min: limits.min_position,
             max: limits.max_position,
-            velocity: limits.max_velocity.min(acceleration * (stop_time - period)),
-            acceleration,
+            velocity: limits.max_velocity.min(limits.max_acceleration * (stop_time - period)),
+            acceleration: limits.max_acceleration,
         }
     }
 
@@ -63,7 +61,7 @@ impl Bound {
             // Far more acceleration than a velocity at its limit could need is a question of velocity.
             return Err(if slope.abs() > v_max { Breach::Velocity } else { Breach::Acceleration });
         }
-        if !(v1.abs() <= v_max) {
+        if v1.abs() > v_max {
             return Err(Breach::Velocity);
         }
         let jerk = (a1 - a0) / h;
@@ -97,43 +95,29 @@ impl Bound {
         0.5 * v * (v / self.acceleration + h)
     }
 
-    /// Velocities that constant acceleration may reach in `h` without breaking a rule, lowest and highest.
-    fn reachable(&self, q: f64, v: f64, h: f64) -> (f64, f64) {
-        let a = self.acceleration;
-        let lo = (v - a * h).max(-self.velocity).max(-highest(q - self.min, -v, a, h));
-        let hi = (v + a * h).min(self.velocity).min(highest(self.max - q, v, a, h));
-        if lo <= hi {
-            return (lo, hi);
-        }
-        // Only rounding leads here: full braking is always allowed.
-        let brake = v.clamp(-a * h, a * h);
-        (v - brake, v - brake)
-    }
-
     /// One step with the least time to rest.
     pub(crate) fn brake(&self, q: f64, v: f64, h: f64) -> (f64, f64) {
-        let slowed = v - v.clamp(-self.acceleration * h, self.acceleration * h);
-        self.reach(q, v, slowed, h)
+        self.reach(q, v, 0.0, h)
     }
 
     /// One step towards being at `target` with velocity `pace` after `h`: no overshoot, as fast as the rules allow.
     pub(crate) fn approach(&self, q: f64, v: f64, target: f64, pace: f64, h: f64) -> (f64, f64) {
-        let inside = target.clamp(self.min, self.max);
-        let pace = if inside == target { pace.clamp(-self.velocity, self.velocity) } else { 0.0 };
-        let a = APPROACH * self.acceleration;
+        let inside = target.max(self.min).min(self.max);
+        let pace = if inside == target { pace.max(-self.velocity).min(self.velocity) } else { 0.0 };
         // In the frame that moves with the target: land on it at rest.
-        let wanted = pace + land(inside - pace * h - q, v - pace, a, h);
-        // Towards a position limit in whole periods, so that it is met at rest and not bounced off.
-        let above = land(self.max - q, v, self.acceleration, h);
-        let below = land(self.min - q, v, self.acceleration, h);
-        self.reach(q, v, wanted.max(below).min(above), h)
+        let wanted = pace + land(inside - pace * h - q, v - pace, APPROACH * self.acceleration, h);
+        self.reach(q, v, wanted, h)
     }
 
-    /// Constant acceleration from `v` to the reachable velocity nearest to `wanted`.
+    /// Constant acceleration from `v` to the velocity nearest to `wanted` that breaks no rule.
     fn reach(&self, q: f64, v: f64, wanted: f64, h: f64) -> (f64, f64) {
-        let (lo, hi) = self.reachable(q, v, h);
-        let v1 = if wanted.is_finite() { wanted.max(lo).min(hi) } else { 0f64.max(lo).min(hi) };
-        ((q + 0.5 * (v + v1) * h).clamp(self.min, self.max), v1)
+        let a = self.acceleration;
+        let high = self.velocity.min(land(self.max - q, v, a, h)).min(v + a * h);
+        let low = (-self.velocity).max(land(self.min - q, v, a, h)).max(v - a * h);
+        // Rounding alone can make them cross; NaN leads to rest.
+        let wanted = if wanted.is_finite() { wanted } else { 0.0 };
+        let v1 = wanted.min(high).max(low);
+        ((q + 0.5 * (v + v1) * h).max(self.min).min(self.max), v1)
     }
 }
 
@@ -142,18 +126,4 @@ impl Bound {
 fn land(distance: f64, v: f64, a: f64, h: f64) -> f64 {
     let left = distance - 0.5 * v * h;
     (a * ((h * h + 2.0 * left.abs() / a).sqrt() - h)).copysign(left)
-}
-
-/// Highest velocity after `h` at constant acceleration from which full braking still ends within `distance`.
-fn highest(distance: f64, v: f64, a: f64, h: f64) -> f64 {
-    let left = distance - 0.5 * v * h;
-    if left >= 0.0 {
-        // (v + u)·h/2 + u²/2a = distance
-        return a * ((0.25 * h * h + 2.0 * left / a).sqrt() - 0.5 * h);
-    }
-    if distance <= 0.0 {
-        return f64::NEG_INFINITY;
-    }
-    // It has to turn within the step, at v²h / 2(v − u).
-    v - 0.5 * v * v * h / distance
 }

@@ -66,7 +66,7 @@ impl Gate {
             let found = if chunk.horizon != self.horizon { chunk.horizon } else { chunk.positions.len() / self.joints };
             return Err(ChunkRefusal::Horizon { found, expected: self.horizon });
         }
-        if !((chunk.dt - self.dt).abs() <= 1e-6 * self.dt) {
+        if chunk.dt.is_nan() || (chunk.dt - self.dt).abs() > 1e-6 * self.dt {
             return Err(ChunkRefusal::TimeStep { found: chunk.dt, expected: self.dt });
         }
         if chunk.state_stamp.0 <= 0 || now.0 <= 0 {

@@ -47,6 +47,8 @@ pub fn chunk(config: &ControlConfig, sequence: u64, stamp: RosTime, f: impl Fn(f
 #[derive(Clone)]
 pub struct Played {
     pub start: RosTime,
+    /// Seconds to the second knot; further ones are `period` apart.
+    pub first: f64,
     pub period: f64,
     pub q: Vec<Vec<f64>>,
     pub v: Vec<Vec<f64>>,
@@ -54,30 +56,38 @@ pub struct Played {
 
 impl Played {
     pub fn hold(at: RosTime, q: &[f64], period: f64) -> Self {
-        Self { start: at, period, q: vec![q.to_vec()], v: vec![vec![0.0; q.len()]] }
+        Self { start: at, first: period, period, q: vec![q.to_vec()], v: vec![vec![0.0; q.len()]] }
     }
 
     /// Position, velocity by cubic interpolation; the last knot for ever after.
     pub fn at(&self, t: RosTime) -> (Vec<f64>, Vec<f64>) {
-        let x = t.seconds_since(self.start).max(0.0) / self.period;
-        let i = x.floor() as usize;
+        let x = t.seconds_since(self.start).max(0.0);
+        let (i, u) = if x < self.first {
+            (0, x)
+        } else {
+            let i = ((x - self.first) / self.period).floor();
+            (1 + i as usize, x - self.first - i * self.period)
+        };
         if i + 1 >= self.q.len() {
             return (self.q.last().unwrap().clone(), self.v.last().unwrap().clone());
         }
-        let (u, h) = (x - i as f64, self.period);
         let mut q = Vec::new();
         let mut v = Vec::new();
         for j in 0..self.q[0].len() {
             let (c0, c1, c2, c3) = self.cubic(i, j);
-            let s = u * h;
+            let s = u;
             q.push(c0 + s * (c1 + s * (c2 + s * c3)));
             v.push(c1 + s * (2.0 * c2 + 3.0 * s * c3));
         }
         (q, v)
     }
 
+    fn length(&self, i: usize) -> f64 {
+        if i == 0 { self.first } else { self.period }
+    }
+
     fn cubic(&self, i: usize, j: usize) -> (f64, f64, f64, f64) {
-        let (q0, q1, v0, v1, h) = (self.q[i][j], self.q[i + 1][j], self.v[i][j], self.v[i + 1][j], self.period);
+        let (q0, q1, v0, v1, h) = (self.q[i][j], self.q[i + 1][j], self.v[i][j], self.v[i + 1][j], self.length(i));
         let d = (q1 - q0) / h;
         (q0, v0, (3.0 * d - 2.0 * v0 - v1) / h, (v0 + v1 - 2.0 * d) / (h * h))
     }
@@ -90,7 +100,9 @@ impl Played {
                 Some(format!("joint {j}, segment {i}: {what} {value} past {limit}"))
             };
             for (i, q) in self.q.iter().enumerate() {
-                if !(q[j] >= l.min_position && q[j] <= l.max_position) {
+                // Published points are exactly inside; the first knot is where the robot is, by this file's arithmetic.
+                let slack = if i == 0 { ABS } else { 0.0 };
+                if !(q[j] >= l.min_position - slack && q[j] <= l.max_position + slack) {
                     return say("position", i, q[j], if q[j] > 0.0 { l.max_position } else { l.min_position });
                 }
                 if !(self.v[i][j].abs() <= l.max_velocity * (1.0 + REL)) {
@@ -99,7 +111,7 @@ impl Played {
             }
             for i in 0..self.q.len() - 1 {
                 let (c0, c1, c2, c3) = self.cubic(i, j);
-                let h = self.period;
+                let h = self.length(i);
                 // Rounding of positions counts 1/h² in the acceleration.
                 let slack = l.max_acceleration * REL + 1e-15 * (1.0 + c0.abs()) * 24.0 / (h * h);
                 for s in [0.0, h] {
@@ -139,7 +151,7 @@ pub struct World {
     pub age: f64,
     pub skipped: u64,
     pub requests: Requests,
-    pub max_discontinuity: f64,
+    last: RosTime,
 }
 
 impl World {
@@ -160,7 +172,7 @@ impl World {
             age: 0.005,
             skipped: 0,
             requests: Requests::default(),
-            max_discontinuity: 0.0,
+            last: RosTime(0),
         }
     }
 
@@ -193,7 +205,14 @@ impl World {
 
     /// Ticks at the present time; requests last for one tick. Panics on any command past a limit.
     pub fn tick(&mut self, chunk: Option<&ActionChunk>) -> TickReport {
-        let (q, v) = self.told();
+        // A clock that jumps back says nothing about the robot: it went on for the periods that passed.
+        let jumped = self.now < self.last;
+        let periods = self.controller.config().period * (1 + self.skipped) as f64;
+        let (q, v) = if jumped { self.robot.at(self.last.plus_seconds(periods)) } else { self.told() };
+        if jumped {
+            self.robot = Played::hold(self.now, &q, self.robot.period);
+        }
+        self.last = self.now;
         let mut measured = Measured::missing(q.len());
         for j in 0..q.len() {
             measured.positions[j] = q[j] + self.disturbance[j];
@@ -224,20 +243,12 @@ impl World {
             let w = &self.window;
             assert_eq!(w.start(), self.now);
             let mut played = Played::hold(self.now, &q, config.period);
+            played.first = w.seconds_from_start(0);
+            assert!(played.first > 0.0 && played.first <= config.period * (1.0 + 1e-6));
             played.v[0] = v.clone();
-            let reseated = report.previous == Mode::Active
-                || matches!(report.stop, Some(Reason::TrackingError { .. } | Reason::ClockJumpedBack { .. }))
-                || matches!(self.controller.status().reason, Some(Reason::TrackingError { .. }));
-            if reseated {
-                // Starts from the measured pose, or from where the jump of the clock left it.
-                let told = self.controller.status().command;
-                played.q[0] = told.to_vec();
-                if report.previous != Mode::Active && !matches!(report.stop, Some(Reason::TrackingError { .. })) {
-                    played.q.clear();
-                    played.v.clear();
-                } else {
-                    played.v[0] = vec![0.0; q.len()];
-                }
+            if report.restarted {
+                played.q[0] = self.controller.status().command.to_vec();
+                played.v[0].fill(0.0);
             }
             for i in 0..w.points() {
                 if i > 0 {
@@ -250,10 +261,6 @@ impl World {
                 panic!("at {:?} in mode {} ({report:?}): {what}", self.now, report.mode);
             }
             assert!(w.velocities(w.points() - 1).iter().all(|v| *v == 0.0), "a window ends at rest");
-            if played.q.len() == w.points() {
-                played.q.insert(0, w.positions(0).to_vec());
-                played.v.insert(0, w.velocities(0).to_vec());
-            }
             self.robot = played;
         }
         report
