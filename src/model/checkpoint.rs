@@ -135,6 +135,16 @@ impl Checkpoint {
         self.tensor(name, &[self.dims.vocab, self.dims.trunk.width])
     }
 
+    /// A tensor outside the graph, such as the statistics inside LeRobot's files of before September 2025.
+    pub(super) fn extra_tensor(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
+        self.entries.get(name).map(Entry::tensor).transpose()
+    }
+
+    /// The file that holds or lists the weights.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
     fn check_tensors(&self) -> Result<(), ModelError> {
         let expected = graph::expected_tensors(&self.dims);
         let table = TOKEN_TABLES[1];

@@ -213,7 +213,7 @@ pub struct Process {
     pub autostart: bool,
     /// SCHED_FIFO priority of the control thread; `None` asks for none.
     pub rt_priority: Option<u8>,
-    /// Cores of the control thread; empty: all.
+    /// CPUs of the control, encoder and decoder threads, in this order; those not given run anywhere.
     pub cpu_affinity: Vec<usize>,
     /// Lock the process into memory.
     pub lock_memory: bool,

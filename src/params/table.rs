@@ -345,7 +345,7 @@ pub const TABLE: &[ParamSpec] = &[
     row("process", "rt_priority", int(40, 0, 99, ""), Start,
         "SCHED_FIFO priority of the control thread; 0 asks for none."),
     row("process", "cpu_affinity", (Kind::IntList, Empty, Allowed::Ints(0, 1023), ""), Start,
-        "Cores of the control thread; empty: all."),
+        "CPUs of the control, encoder and decoder threads, in this order; those not given run anywhere."),
     row("process", "lock_memory", flag(true), Start,
         "Lock the process into memory, so that no page fault delays a tick."),
     row("process", "use_sim_time", flag(false), Start,

@@ -1,4 +1,11 @@
-//! Real-time rights and primitives.
+//! Real-time rights and primitives. Thin: decisions are pure functions, the rest is one system call each.
+
+pub mod latest;
+pub mod period;
+pub mod rights;
+
+/// A bounded queue from one thread to one other, without locks.
+pub use rtrb as ring;
 
 mod system_clock;
 

@@ -1,0 +1,197 @@
+//! The reference: accepted actions as one curve with continuous velocity, and the pace at which it can be followed.
+
+use super::filter::Bound;
+use super::joints::MAX_JOINTS;
+use super::window::Hermite;
+use crate::clock::RosTime;
+
+/// Share of velocity and acceleration planned for where a plan has to be slowed down; the rest absorbs that the
+/// filter samples the plan at the control rate.
+const PACE_MARGIN: f64 = 0.9;
+
+/// Knots of position and velocity, cubic in between (C1). The first knot is the moment of adoption, the others lie on
+/// the grid of the chunk, `dt` apart. After the last one the curve brakes to rest. Times are seconds since `start`.
+#[derive(Debug, Clone)]
+pub(crate) struct Curve {
+    joints: usize,
+    pub(crate) start: RosTime,
+    first: f64,
+    dt: f64,
+    len: usize,
+    q: Vec<f64>,
+    v: Vec<f64>,
+    /// Square of the highest pace allowed at each knot, at most 1.
+    pace2: Vec<f64>,
+    /// Joint that limits the pace in the segment that ends at each knot.
+    limiting: Vec<u8>,
+}
+
+impl Curve {
+    /// An empty curve with room for `knots` knots.
+    pub(crate) fn with_room(joints: usize, knots: usize) -> Self {
+        Self {
+            joints,
+            start: RosTime::default(),
+            first: 0.0,
+            dt: 1.0,
+            len: 0,
+            q: vec![0.0; joints * knots],
+            v: vec![0.0; joints * knots],
+            pace2: vec![1.0; knots],
+            limiting: vec![0; knots],
+        }
+    }
+
+    /// Starts a new curve at `start`; the second knot will lie `first` seconds later, further ones `dt` apart.
+    pub(crate) fn begin(&mut self, start: RosTime, first: f64, dt: f64) {
+        (self.start, self.first, self.dt, self.len) = (start, first, dt, 0);
+    }
+
+    /// Adds a knot to be filled in: its positions and velocities. `None` when there is no room.
+    pub(crate) fn push(&mut self) -> Option<(&mut [f64], &mut [f64])> {
+        let k = self.len;
+        if k >= self.pace2.len() {
+            return None;
+        }
+        self.len += 1;
+        self.pace2[k] = 1.0;
+        let range = k * self.joints..(k + 1) * self.joints;
+        Some((&mut self.q[range.clone()], &mut self.v[range]))
+    }
+
+    /// Seconds from start to the last knot.
+    pub(crate) fn end(&self) -> f64 {
+        match self.len {
+            0 | 1 => 0.0,
+            n => self.first + (n - 2) as f64 * self.dt,
+        }
+    }
+
+    /// Segment that holds `x`, the time since its first knot, and its length. Needs at least two knots.
+    fn locate(&self, x: f64) -> (usize, f64, f64) {
+        if x < self.first || self.len == 2 {
+            return (0, x.clamp(0.0, self.first), self.first);
+        }
+        let k = (((x - self.first) / self.dt) as usize).min(self.len - 3);
+        (k + 1, (x - self.first - k as f64 * self.dt).min(self.dt), self.dt)
+    }
+
+    /// Position and velocity at `x` seconds; beyond the end it brakes with `bounds`.
+    pub(crate) fn sample(&self, x: f64, bounds: &[Bound], q: &mut [f64; MAX_JOINTS], v: &mut [f64; MAX_JOINTS]) {
+        let n = self.joints;
+        let end = self.end();
+        if self.len < 2 || x > end {
+            let last = self.len.saturating_sub(1) * n;
+            for j in 0..n {
+                (q[j], v[j]) = coast(self.q[last + j], self.v[last + j], &bounds[j], x - end);
+            }
+            return;
+        }
+        let (k, t, h) = self.locate(x);
+        let basis = Hermite::at(t, h);
+        let (q0, q1) = (&self.q[k * n..(k + 1) * n], &self.q[(k + 1) * n..(k + 2) * n]);
+        let (v0, v1) = (&self.v[k * n..(k + 1) * n], &self.v[(k + 1) * n..(k + 2) * n]);
+        for j in 0..n {
+            (q[j], v[j]) = basis.eval(q0[j], v0[j], q1[j], v1[j]);
+        }
+    }
+
+    /// Highest pace at `x` seconds: 1 follows the plan as it is dated, less than 1 slows all joints alike. Also the
+    /// joint that asks for it.
+    pub(crate) fn pace(&self, x: f64) -> (f64, usize) {
+        if self.len < 2 || x >= self.end() {
+            return (1.0, 0);
+        }
+        let (k, t, h) = self.locate(x);
+        let (a, b) = (self.pace2[k], self.pace2[k + 1]);
+        if a == 1.0 && b == 1.0 {
+            return (1.0, 0);
+        }
+        ((a + (b - a) * t / h).sqrt(), self.limiting[k + 1] as usize)
+    }
+
+    /// Computes the pace: along a path followed at pace s, velocities scale with s and accelerations are
+    /// `q''·s² + q'·ds/dt`. Each segment gets the highest s that keeps both for all joints, then a pass backwards
+    /// makes sure that the next slow segment can be reached in time (time-optimal path parametrisation, with s²
+    /// linear in a segment).
+    pub(crate) fn plan_pace(&mut self, bounds: &[Bound]) {
+        let n = self.joints;
+        if self.len < 2 {
+            return;
+        }
+        self.pace2[..self.len].fill(1.0);
+        for k in (0..self.len - 1).rev() {
+            let h = if k == 0 { self.first } else { self.dt };
+            let next = self.pace2[k + 1];
+            let (mut cap, mut limiting, mut rise) = (1.0f64, 0, f64::INFINITY);
+            for (j, b) in bounds.iter().enumerate().take(n) {
+                let (i0, i1) = (k * n + j, (k + 1) * n + j);
+                let (v0, v1, slope) = (self.v[i0], self.v[i1], (self.q[i1] - self.q[i0]) / h);
+                let a0 = (6.0 * slope - 4.0 * v0 - 2.0 * v1) / h;
+                let a1 = (-6.0 * slope + 2.0 * v0 + 4.0 * v1) / h;
+                let bend = a0.abs().max(a1.abs());
+                let mut speed = v0.abs().max(v1.abs());
+                if a0 * a1 < 0.0 {
+                    let t = h * a0 / (a0 - a1);
+                    speed = speed.max((v0 + 0.5 * a0 * t).abs());
+                }
+                let mut own = 1.0f64;
+                if speed > b.velocity * (1.0 + 1e-9) {
+                    own = own.min((PACE_MARGIN * b.velocity / speed).powi(2));
+                }
+                if bend > b.acceleration * (1.0 + 1e-9) {
+                    own = own.min(PACE_MARGIN * b.acceleration / bend);
+                }
+                if own < cap {
+                    (cap, limiting) = (own, j);
+                }
+                if next < 1.0 {
+                    let spare = (PACE_MARGIN * b.acceleration - bend * next).max(0.0);
+                    rise = rise.min(spare / (bend + 0.5 * speed / h).max(1e-12));
+                }
+            }
+            if next < 1.0 && next + rise < cap {
+                (cap, limiting) = (next + rise, self.limiting[k + 1] as usize);
+            }
+            // A knot belongs to two segments: both caps hold there.
+            self.pace2[k] = cap;
+            self.pace2[k + 1] = next.min(cap);
+            self.limiting[k + 1] = limiting as u8;
+        }
+    }
+}
+
+/// Braking from `(q, v)` at full acceleration for `t` seconds.
+pub(crate) fn coast(q: f64, v: f64, bound: &Bound, t: f64) -> (f64, f64) {
+    let a = bound.acceleration;
+    let t = t.clamp(0.0, if a > 0.0 { v.abs() / a } else { 0.0 });
+    let left = v - (a * t).copysign(v);
+    ((q + 0.5 * (v + left) * t).clamp(bound.min, bound.max), if t * a >= v.abs() { 0.0 } else { left })
+}
+
+/// Smooth step from 0 to 1 over `span` seconds (C1), and its derivative.
+pub(crate) fn smooth(t: f64, span: f64) -> (f64, f64) {
+    let y = t / span;
+    if !(y > 0.0) {
+        (0.0, 0.0)
+    } else if y >= 1.0 {
+        (1.0, 0.0)
+    } else {
+        (y * y * (3.0 - 2.0 * y), 6.0 * y * (1.0 - y) / span)
+    }
+}
+
+/// Writes the velocities at the actions of a chunk: central differences, as a Catmull-Rom spline has them, one-sided at
+/// the ends. `q` and `v` are `[horizon, joints]`. Actions on a position limit get velocity zero.
+pub(crate) fn tangents(q: &[f64], joints: usize, dt: f64, bounds: &[Bound], v: &mut [f64]) {
+    let horizon = q.len() / joints.max(1);
+    for i in 0..horizon {
+        let (a, b) = (i.saturating_sub(1), (i + 1).min(horizon - 1));
+        for j in 0..joints {
+            let at = q[i * joints + j];
+            let on_limit = bounds.get(j).is_some_and(|l| at <= l.min || at >= l.max);
+            let rise = q[b * joints + j] - q[a * joints + j];
+            v[i * joints + j] = if on_limit || a == b { 0.0 } else { rise / ((b - a) as f64 * dt) };
+        }
+    }
+}
