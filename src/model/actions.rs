@@ -163,7 +163,7 @@ impl ActionTransform {
         if state.len() < needed {
             return Err(ModelError::Length { what: "state", expected: needed, found: state.len() });
         }
-        if width == 0 || len % width != 0 {
+        if width == 0 || !len.is_multiple_of(width) {
             return Err(ModelError::Length { what, expected: len.next_multiple_of(width.max(1)), found: len });
         }
         Ok(len / width)

@@ -31,6 +31,7 @@ pub struct Policy {
     cameras: Vec<String>,
     action_names: Option<Vec<String>>,
     tokenizer: PromptTokenizer,
+    state_in_prompt: bool,
     state: Normalizer,
     actions: ActionTransform,
 }
@@ -64,6 +65,7 @@ impl Policy {
             cameras: cameras(config, origin, dir)?,
             action_names: actions::action_names(config, &processors).map(<[String]>::to_vec),
             tokenizer: PromptTokenizer::open(&tokenizer_file(dir, options.tokenizer.as_deref())?)?,
+            state_in_prompt: dims.family == Family::Pi05 && config.discrete_state_input != Some(false),
             state: norm(&stats.state, state_mode, state_len)?,
             actions: ActionTransform::new(
                 norm(&stats.action, action_mode, action_len)?,
@@ -114,16 +116,20 @@ impl Policy {
         Preprocessor::new(self.dims.vision.image, self.origin.into())
     }
 
+    /// Whether [`tokens`](Self::tokens) depends on the state, so that a prompt must be tokenised for each observation.
+    pub fn state_in_prompt(&self) -> bool {
+        self.state_in_prompt
+    }
+
     /// Token ids of a prompt, cut at the right to the longest prompt of the policy. `state` is in robot units; π0.5
     /// writes it into the prompt, π0 does not read it.
     pub fn tokens(&self, prompt: &str, state: &[f64]) -> Result<Vec<u32>, ModelError> {
-        let mut ids = match self.dims.family {
-            Family::Pi0 => self.tokenizer.pi0(prompt, self.origin)?,
-            Family::Pi05 => {
-                self.check_state(state)?;
-                let normalized: Vec<f64> = state.iter().enumerate().map(|(i, x)| self.state.normalize(i, *x)).collect();
-                self.tokenizer.pi05(prompt, &normalized)?
-            }
+        let mut ids = if self.state_in_prompt {
+            self.check_state(state)?;
+            let normalized: Vec<f64> = state.iter().enumerate().map(|(i, x)| self.state.normalize(i, *x)).collect();
+            self.tokenizer.pi05(prompt, &normalized)?
+        } else {
+            self.tokenizer.pi0(prompt, self.origin)?
         };
         if ids.len() > self.dims.max_tokens {
             tracing::warn!("the prompt has {} tokens and is cut to {}", ids.len(), self.dims.max_tokens);

@@ -251,8 +251,8 @@ impl NormStats {
             let mut values = BTreeMap::new();
             for (statistic, list) in map.iter().filter(|(_, v)| !v.is_null()) {
                 // Counts and the like are no vectors; what a mode needs and is not here is missed by its name.
-                if let Ok(list) = serde_json::from_value::<Vec<f64>>(list.clone()) {
-                    values.insert(statistic.clone(), list);
+                if let Ok(list) = serde_json::from_value::<Vec<Option<f64>>>(list.clone()) {
+                    values.insert(statistic.clone(), list.into_iter().map(|v| v.unwrap_or(f64::NAN)).collect());
                 }
             }
             Ok(FeatureStats { source: path.into(), name: name.into(), values })
