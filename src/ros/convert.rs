@@ -4,7 +4,7 @@ use r2r::builtin_interfaces::msg::{Duration, Time};
 use r2r::diagnostic_msgs::msg::{DiagnosticStatus, KeyValue};
 
 use crate::clock::RosTime;
-use crate::node::Level;
+use crate::control::Level;
 
 const NANOS: i64 = 1_000_000_000;
 
@@ -19,10 +19,9 @@ pub fn stamp(t: RosTime) -> Time {
     Time { sec, nanosec }
 }
 
-/// A duration in seconds, rounded to a nanosecond.
-pub fn duration(seconds: f64) -> Duration {
-    let (sec, nanosec) = split((seconds * NANOS as f64).round() as i64);
-    Duration { sec, nanosec }
+/// A time from the start of a trajectory.
+pub fn duration(d: std::time::Duration) -> Duration {
+    Duration { sec: i32::try_from(d.as_secs()).unwrap_or(i32::MAX), nanosec: d.subsec_nanos() }
 }
 
 fn split(nanos: i64) -> (i32, u32) {
@@ -44,12 +43,7 @@ pub fn diagnostic(
     hardware: &str,
 ) -> DiagnosticStatus {
     DiagnosticStatus {
-        level: match level {
-            Level::Ok => 0,
-            Level::Warn => 1,
-            Level::Error => 2,
-            Level::Stale => 3,
-        },
+        level: level as u8,
         name: text(name),
         message: text(message),
         hardware_id: text(hardware),
@@ -69,8 +63,8 @@ mod tests {
             assert_eq!(from_stamp(&t), RosTime(ns));
         }
         assert_eq!(stamp(RosTime(i64::MAX)).sec, i32::MAX);
-        assert_eq!(duration(0.02), Duration { sec: 0, nanosec: 20_000_000 });
-        assert_eq!(duration(1.9999999999), Duration { sec: 2, nanosec: 0 });
+        assert_eq!(duration(std::time::Duration::from_millis(1020)), Duration { sec: 1, nanosec: 20_000_000 });
+        assert_eq!(duration(std::time::Duration::MAX).sec, i32::MAX);
     }
 
     #[test]
