@@ -19,10 +19,9 @@ pub fn stamp(t: RosTime) -> Time {
     Time { sec, nanosec }
 }
 
-/// A duration; what 32 bits of seconds cannot hold is cut off.
+/// A time from the start of a trajectory.
 pub fn duration(d: std::time::Duration) -> Duration {
-    let (sec, nanosec) = split(i64::try_from(d.as_nanos()).unwrap_or(i64::MAX));
-    Duration { sec, nanosec }
+    Duration { sec: i32::try_from(d.as_secs()).unwrap_or(i32::MAX), nanosec: d.subsec_nanos() }
 }
 
 fn split(nanos: i64) -> (i32, u32) {
@@ -64,7 +63,8 @@ mod tests {
             assert_eq!(from_stamp(&t), RosTime(ns));
         }
         assert_eq!(stamp(RosTime(i64::MAX)).sec, i32::MAX);
-        assert_eq!(duration(std::time::Duration::from_millis(2020)), Duration { sec: 2, nanosec: 20_000_000 });
+        assert_eq!(duration(std::time::Duration::from_millis(1020)), Duration { sec: 1, nanosec: 20_000_000 });
+        assert_eq!(duration(std::time::Duration::MAX).sec, i32::MAX);
     }
 
     #[test]

@@ -14,12 +14,13 @@ use crate::node::Inputs;
 use crate::params::choice::Reliability;
 use crate::params::{Qos, Settings};
 
-/// Subscribes to the cameras, the joint states, the prompt and, under simulated time, the clock.
+/// Subscribes to the cameras, the joint states, the prompt (handed to `prompt`) and, under simulated time, the clock.
 pub fn subscribe(
     node: &mut r2r::Node,
     settings: &Settings,
     clock: &NodeClock,
     inputs: &Inputs,
+    prompt: impl Fn(String) + Send + 'static,
 ) -> Result<Vec<Drain>, Refusal> {
     let mut drains = Vec::new();
     let images = qos(settings.inputs.images_qos);
@@ -43,12 +44,7 @@ pub fn subscribe(
     let stream = node
         .subscribe::<StringMsg>("~/prompt", QosProfile::default().keep_last(1))
         .map_err(middleware("subscribing to '~/prompt'"))?;
-    let to = inputs.clone();
-    drains.push(drain(stream, move |m: StringMsg| {
-        if let Err(e) = to.prompt(&m.data) {
-            tracing::warn!("~/prompt refused: {e}");
-        }
-    }));
+    drains.push(drain(stream, move |m: StringMsg| prompt(m.data)));
 
     if settings.process.use_sim_time {
         let newest = QosProfile::default().keep_last(1).best_effort();

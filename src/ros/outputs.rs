@@ -9,8 +9,8 @@ use r2r::{Publisher, QosProfile};
 use super::convert::{duration, stamp, text};
 use super::failure::{Refusal, middleware};
 use crate::clock::RosTime;
-use crate::control::chunk::ActionChunk;
 use crate::control::Window;
+use crate::control::chunk::ActionChunk;
 use crate::node::Outputs;
 use crate::params::Settings;
 use crate::params::choice::OutputKind;
@@ -74,7 +74,8 @@ impl RosOutputs {
 impl Outputs for RosOutputs {
     fn trajectory(&mut self, w: &Window) {
         // The last gate before the robot: controllers do not look for NaN.
-        if let Some(bad) = (0..w.points()).flat_map(|i| w.positions(i).iter().chain(w.velocities(i))).find(|x| !x.is_finite()) {
+        let values = (0..w.points()).flat_map(|i| w.positions(i).iter().chain(w.velocities(i)));
+        if let Some(bad) = values.into_iter().find(|x| !x.is_finite()) {
             self.failures += 1;
             if self.failures.is_power_of_two() {
                 tracing::error!("a command held {bad} and was not published ({} so far)", self.failures);
@@ -89,7 +90,8 @@ impl Outputs for RosOutputs {
 
     fn chunk(&mut self, c: &ActionChunk) {
         let points = c.positions.chunks_exact(c.joints.max(1)).enumerate();
-        let points = points.map(|(i, p)| point(p.to_vec(), Vec::new(), Duration::try_from_secs_f64(i as f64 * c.dt).unwrap_or_default())).collect();
+        let due = |i: usize| Duration::try_from_secs_f64(i as f64 * c.dt).unwrap_or_default();
+        let points = points.map(|(i, p)| point(p.to_vec(), Vec::new(), due(i))).collect();
         let result = self.chunks.publish(&trajectory(c.state_stamp, self.joint_names.clone(), points));
         self.count("~/action_chunk", result);
     }
@@ -97,18 +99,18 @@ impl Outputs for RosOutputs {
 
 impl Group {
     fn publish(&self, w: &Window) -> r2r::Result<()> {
+        if w.points() == 0 {
+            return Ok(()); // controllers refuse a trajectory without points
+        }
         match &self.to {
             GroupPublisher::Trajectory(to) => {
-                let points: Vec<_> = (0..w.points())
-                    .map(|i| point(self.pick(w.positions(i)), self.pick(w.velocities(i)), w.time_from_start(i)))
-                    .collect();
-                // Controllers refuse a trajectory without points.
-                if points.is_empty() { Ok(()) } else { to.publish(&trajectory(w.start(), self.names.clone(), points)) }
+                let points = (0..w.points())
+                    .map(|i| point(self.pick(w.positions(i)), self.pick(w.velocities(i)), w.time_from_start(i)));
+                to.publish(&trajectory(w.start(), self.names.clone(), points.collect()))
             }
-            GroupPublisher::Command(to) if w.points() > 0 => {
+            GroupPublisher::Command(to) => {
                 to.publish(&Float64MultiArray { data: self.pick(w.positions(0)), ..Default::default() })
             }
-            GroupPublisher::Command(_) => Ok(()),
         }
     }
 
@@ -122,12 +124,12 @@ fn trajectory(at: RosTime, joint_names: Vec<String>, points: Vec<JointTrajectory
     JointTrajectory { header: Header { stamp: stamp(at), frame_id: String::new() }, joint_names, points }
 }
 
-fn point(positions: Vec<f64>, velocities: Vec<f64>, from_start: Duration) -> JointTrajectoryPoint {
+fn point(positions: Vec<f64>, velocities: Vec<f64>, at: Duration) -> JointTrajectoryPoint {
     JointTrajectoryPoint {
         positions,
         velocities,
         accelerations: Vec::new(),
         effort: Vec::new(),
-        time_from_start: duration(from_start),
+        time_from_start: duration(at),
     }
 }

@@ -227,7 +227,7 @@ impl Parameters {
     pub fn set_atomically(&mut self, core: &Node, asked: &[Parameter]) -> (SetParametersResult, Vec<Change>) {
         let asked: Vec<(String, Value)> = asked.iter().map(|p| (p.name.clone(), from_message(&p.value))).collect();
         let mut next = self.params.clone();
-        let outcome = next.set(&asked, core.armed()).map_err(|e| e.to_string()).and_then(|changes| {
+        let outcome = next.set(&asked, core.status().mode.publishes()).map_err(|e| e.to_string()).and_then(|changes| {
             if !changes.is_empty() {
                 core.apply(&next.settings()).map_err(|e| e.to_string())?;
             }
@@ -247,6 +247,14 @@ impl Parameters {
                 (SetParametersResult { successful: false, reason: text(&reason) }, Vec::new())
             }
         }
+    }
+
+    /// Takes over a value that the core took by another way.
+    pub fn follow(&mut self, name: &str, value: Value) -> Vec<Change> {
+        self.params.set(&[(name.into(), value)], false).unwrap_or_else(|e| {
+            tracing::warn!("{e}");
+            Vec::new()
+        })
     }
 
     /// The event at start: every parameter is new.

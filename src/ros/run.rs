@@ -120,8 +120,11 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let core = Arc::new(Node::start(settings.clone(), shared_clock.clone(), Box::new(outputs))?);
     let commands = core.commands();
     stop_on_panic(commands.clone());
-    let mut drains = inputs::subscribe(&mut node, &settings, &clock, &core.inputs())?;
-    let (jobs, requests) = services::offer(&mut node, &mut drains)?;
+    let (jobs, requests) = services::queue();
+    let prompts = jobs.clone();
+    let take_prompt = move |prompt| services::enqueue(&prompts, "~/prompt", Job::Prompt(prompt));
+    let mut drains = inputs::subscribe(&mut node, &settings, &clock, &core.inputs(), take_prompt)?;
+    services::offer(&mut node, &jobs, &mut drains)?;
     let parameters = Parameters::new(params, name.clone());
     let services = Services { core: core.clone(), commands: commands.clone(), parameters, events, clock: shared_clock };
 
@@ -130,43 +133,33 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let services = spawn("ros-services", move || services.run(&requests))?;
     let (quit_status, quit) = crossbeam_channel::bounded(1);
     let watched = core.clone();
-    let status = spawn("ros-status", move || status.run(&watched, &quit))?;
+    let wake = signals.handle();
+    let status = spawn("ros-status", move || status.run(&watched, &quit, || wake.close()))?;
     tracing::info!("{name} is up; unarmed until ~/enable");
 
-    let failed = loop {
-        if let Some(failure) = core.failure() {
-            tracing::error!("{}: stopping the robot, then leaving", failure.1);
-            break Some(failure);
-        }
-        if let Some(signal) = signals.pending().next() {
-            let signal = if signal == SIGINT { "SIGINT" } else { "SIGTERM" };
-            tracing::info!("{signal}: stopping the robot, then leaving; a second signal leaves at once");
-            break None;
-        }
-        std::thread::sleep(LOOK);
-    };
+    match signals.forever().next() {
+        Some(SIGINT) => tracing::info!("SIGINT: stopping the robot, then leaving; a second signal leaves at once"),
+        Some(_) => tracing::info!("SIGTERM: stopping the robot, then leaving; a second signal leaves at once"),
+        None => tracing::error!("the node cannot go on: stopping the robot, then leaving"),
+    }
     // No more commands and parameters; measurements still come in, so that the stop is a good one, and ~/stop answers.
     let _ = jobs.send(Job::Quit);
     let _ = services.join();
     drop(quit_status);
     let _ = status.join();
+    let failure = core.failure();
     let ended = Arc::into_inner(core).map(Node::shutdown);
     std::thread::sleep(FLUSH);
     stop.end();
     spinner.end();
-    if let Some((fault, problem)) = failed {
-        return Err(Refusal::new(fault, problem));
-    }
-    match ended {
-        Some(result) => result?,
-        None => return Err(Refusal::new(Fault::Internal, "the node is still in use at its end")),
+    match (failure, ended) {
+        (Some((fault, problem)), _) => return Err(Refusal::new(fault, problem)),
+        (None, Some(result)) => result?,
+        (None, None) => return Err(Refusal::new(Fault::Internal, "the node is still in use at its end")),
     }
     tracing::info!("done");
     Ok(())
 }
-
-/// How often signals and the core's health are looked at.
-const LOOK: Duration = Duration::from_millis(20);
 
 /// Time for the middleware to send the last message.
 const FLUSH: Duration = Duration::from_millis(100);

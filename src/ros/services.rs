@@ -17,7 +17,7 @@ use super::parameters::Parameters;
 use super::spin::{Drain, drain};
 use crate::clock::Clock;
 use crate::node::{Commands, Node};
-use crate::params::Change;
+use crate::params::{Change, Value};
 
 /// A request, or the order to end.
 pub enum Job {
@@ -29,16 +29,29 @@ pub enum Job {
     List(ServiceRequest<ListParameters::Service>),
     Set(ServiceRequest<SetParameters::Service>),
     SetAtomically(ServiceRequest<SetParametersAtomically::Service>),
+    /// From `~/prompt`: the parameter follows the topic.
+    Prompt(String),
     Quit,
 }
 
 /// Requests that wait; more are dropped, and their callers time out.
 const QUEUE: usize = 64;
 
-/// Offers the services; requests go to the returned queue.
-pub fn offer(node: &mut r2r::Node, drains: &mut Vec<Drain>) -> Result<(Sender<Job>, Receiver<Job>), Refusal> {
-    let (to, from) = bounded(QUEUE);
-    let mut offer = Offer { node, drains, to: &to };
+/// The queue between the spin thread and the one that answers.
+pub fn queue() -> (Sender<Job>, Receiver<Job>) {
+    bounded(QUEUE)
+}
+
+/// Puts a job into the queue, if it has room.
+pub fn enqueue(to: &Sender<Job>, name: &str, job: Job) {
+    if let Err(TrySendError::Full(_)) = to.try_send(job) {
+        tracing::warn!("{name}: {QUEUE} requests wait already; this one is dropped");
+    }
+}
+
+/// Offers the services; requests go to the queue.
+pub fn offer(node: &mut r2r::Node, to: &Sender<Job>, drains: &mut Vec<Drain>) -> Result<(), Refusal> {
+    let mut offer = Offer { node, drains, to };
     offer.service("~/enable", Job::Enable)?;
     offer.service("~/reset", Job::Reset)?;
     offer.service("~/get_parameters", Job::Get)?;
@@ -47,7 +60,7 @@ pub fn offer(node: &mut r2r::Node, drains: &mut Vec<Drain>) -> Result<(Sender<Jo
     offer.service("~/list_parameters", Job::List)?;
     offer.service("~/set_parameters", Job::Set)?;
     offer.service("~/set_parameters_atomically", Job::SetAtomically)?;
-    Ok((to, from))
+    Ok(())
 }
 
 struct Offer<'a> {
@@ -67,11 +80,7 @@ impl Offer<'_> {
             .create_service::<T>(name, QosProfile::services_default())
             .map_err(middleware(format!("offering '{name}'")))?;
         let to = self.to.clone();
-        self.drains.push(drain(stream, move |request| {
-            if let Err(TrySendError::Full(_)) = to.try_send(job(request)) {
-                tracing::warn!("{name}: {QUEUE} requests wait already; this one is dropped");
-            }
-        }));
+        self.drains.push(drain(stream, move |request| enqueue(&to, name, job(request))));
         Ok(())
     }
 }
@@ -133,6 +142,13 @@ impl Services {
                 respond("set_parameters_atomically", r, SetParametersAtomically::Response { result });
                 self.announce(&changes);
             }
+            Job::Prompt(prompt) => match self.core.inputs().prompt(&prompt) {
+                Ok(()) => {
+                    let changes = self.parameters.follow("prompt", Value::String(prompt));
+                    self.announce(&changes);
+                }
+                Err(e) => tracing::warn!("~/prompt refused: {e}"),
+            },
             Job::Quit => {}
         }
     }

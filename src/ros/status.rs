@@ -38,12 +38,19 @@ impl StatusPublisher {
         Ok(Self { name: full_name.trim_start_matches('/').into(), status, diagnostics, clock })
     }
 
-    /// Publishes until `quit` hears something or its sender is gone.
-    pub fn run(self, core: &Node, quit: &Receiver<()>) {
+    /// Publishes and writes the core's events to the log until the sender of `quit` is gone; calls `failed` once the
+    /// node has to end.
+    pub fn run(self, core: &Node, quit: &Receiver<()>, failed: impl FnOnce()) {
+        let mut failed = Some(failed);
         let mut last: Option<Status> = None;
         let mut due = Instant::now();
         while let Err(RecvTimeoutError::Timeout) = quit.recv_timeout(LOOK) {
             core.log_events();
+            if core.failure().is_some()
+                && let Some(failed) = failed.take()
+            {
+                failed();
+            }
             let status = core.status();
             let periodic = Instant::now() >= due;
             let changed = last
@@ -62,7 +69,9 @@ impl StatusPublisher {
     }
 
     fn publish_status(&self, s: &Status) {
-        let message = diagnostic(s.level, &self.name, &s.message, s.values.iter().cloned(), &self.name);
+        let mode = ("mode".to_owned(), s.mode.to_string());
+        let values = std::iter::once(mode).chain(s.values.iter().filter(|(k, _)| k != "mode").cloned());
+        let message = diagnostic(s.level, &self.name, &s.message, values, &self.name);
         self.failed("~/status", self.status.publish(&message));
     }
 
