@@ -155,7 +155,6 @@ impl Controller {
         (self.latched, self.fault) = (old.latched, old.fault);
         self.epoch = old.epoch;
         self.last = old.last;
-        self.told = old.told;
         self.counters = old.counters;
         self.interventions = old.interventions;
         (self.seam_jump, self.seam_jump_max) = (old.seam_jump, old.seam_jump_max);

@@ -335,7 +335,7 @@ pub const TABLE: &[ParamSpec] = &[
         "Acceleration limit; required to arm."),
     row("safety", "max_tracking_error", double(Double(0.25), 1e-6, LARGE, "rad or m"), Unarmed,
         "A measured joint further than this from its command: stop and disarm."),
-    row("safety", "stop_time_ms", ms(300.0, 1.0, 10_000.0), Unarmed,
+    row("safety", "stop_time_ms", ms(300.0, 1.0, 10_000.0), Start,
         "Longest time of a decelerating stop."),
     row("safety", "ramp_time_ms", ms(1000.0, 0.0, 60_000.0), Unarmed,
         "Shortest time from the measured pose to the first action after arming."),
