@@ -6,8 +6,8 @@ use super::config::ControlConfig;
 use super::joints::JointVector;
 use crate::clock::RosTime;
 
-/// Nothing is scheduled closer than the resolution of the clock, in seconds.
-const RESOLUTION: f64 = 1e-9;
+/// Points due within this many seconds are behind: rounding of times, far below the nanosecond of the clocks.
+const RESOLUTION: f64 = 1e-13;
 
 /// Points one period apart, the last at rest. The first is one period after `start`; on a tick that is early or late it
 /// is the next one that the robot was promised already, so less than a period. All memory is reserved when the window
@@ -96,7 +96,7 @@ impl Window {
 
     /// As [`seconds_from_start`](Self::seconds_from_start), in whole nanoseconds.
     pub fn time_from_start(&self, i: usize) -> Duration {
-        Duration::from_nanos((self.seconds_from_start(i) * 1e9).round() as u64)
+        Duration::from_nanos(((self.seconds_from_start(i) * 1e9).round() as u64).max(1))
     }
 
     /// Positions of point `i`, which must be below [`points`](Self::points); rad or m.
@@ -179,12 +179,7 @@ impl Window {
         }
         let elapsed = if elapsed > 0.0 { elapsed } else { 0.0 };
         let to_first = self.first - elapsed;
-        let next = if to_first >= RESOLUTION {
-            0
-        } else {
-            // Points due within the resolution of the clock are behind.
-            1 + ((RESOLUTION - to_first) / self.period) as usize
-        };
+        let next = if to_first >= RESOLUTION { 0 } else { 1 + ((RESOLUTION - to_first) / self.period) as usize };
         if next >= n {
             moment.q.copy_from_slice(self.positions(n - 1));
             moment.v.copy_from_slice(self.velocities(n - 1));
