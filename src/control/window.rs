@@ -14,7 +14,7 @@ const RESOLUTION: f64 = 1e-13;
 /// is made by [`Controller::window`](super::Controller::window).
 ///
 /// The robot is meant to be at [`now`](Self::now) at `start` and to play the cubics between the points.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct Window {
     start: RosTime,
     first: f64,
@@ -24,6 +24,18 @@ pub struct Window {
     now_v: JointVector,
     positions: Vec<f64>,
     velocities: Vec<f64>,
+    /// Most values of each of the two.
+    room: usize,
+}
+
+impl Clone for Window {
+    /// A clone has the same room: slots between threads are filled with clones, and must not allocate later.
+    fn clone(&self) -> Self {
+        let mut window =
+            Self { positions: Vec::with_capacity(self.room), velocities: Vec::with_capacity(self.room), ..*self };
+        window.copy_from(self);
+        window
+    }
 }
 
 /// A moment of a window.
@@ -51,6 +63,7 @@ impl Window {
             now_v: JointVector::zeros(joints),
             positions: Vec::with_capacity(room),
             velocities: Vec::with_capacity(room),
+            room,
         }
     }
 
@@ -152,7 +165,7 @@ impl Window {
 
     /// Whether another point fits without allocating.
     pub(crate) fn room(&self) -> bool {
-        self.positions.len() + self.joints() <= self.positions.capacity()
+        self.positions.len() + self.joints() <= self.room
     }
 
     /// Marks all points so far as driven.
