@@ -124,10 +124,7 @@ pub(super) fn pipeline(s: &Settings) -> PipelineConfig {
             .inputs
             .cameras
             .iter()
-            .map(|c| CameraBinding {
-                name: c.name.clone(),
-                model_key: c.model_key.clone(),
-            })
+            .map(|c| CameraBinding { name: c.name.clone(), model_key: c.model_key.clone() })
             .collect(),
         joint_names: s.joints.iter().map(|j| j.name.clone()).collect(),
         joints: s.joints.iter().map(|j| JointBinding { index: j.index, scale: j.scale, offset: j.offset }).collect(),
