@@ -64,8 +64,52 @@ fn random_config(rng: &mut ChaCha8Rng) -> ControlConfig {
     c
 }
 
-/// One adversary; returns a digest of everything that was published.
-fn adversary(seed: u64, ticks: usize) -> u64 {
+/// What histories have led through.
+#[derive(Debug, Default, Clone, PartialEq)]
+struct Seen {
+    digest: u64,
+    modes: [u64; 9],
+    rules: [u64; 4],
+    refused: [u64; ChunkRefusal::KINDS],
+    ticks: u64,
+    published: u64,
+    adopted: u64,
+    superseded: u64,
+    discarded: u64,
+    starved: u64,
+    skipped: u64,
+    paused: u64,
+    jumps: u64,
+    restarted: u64,
+    longest_stop: f64,
+}
+
+impl Seen {
+    fn add(&mut self, o: &Seen) {
+        let sum = |a: &mut [u64], b: &[u64]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        sum(&mut self.modes, &o.modes);
+        sum(&mut self.rules, &o.rules);
+        sum(&mut self.refused, &o.refused);
+        for (a, b) in [
+            (&mut self.ticks, o.ticks),
+            (&mut self.published, o.published),
+            (&mut self.adopted, o.adopted),
+            (&mut self.superseded, o.superseded),
+            (&mut self.discarded, o.discarded),
+            (&mut self.starved, o.starved),
+            (&mut self.skipped, o.skipped),
+            (&mut self.paused, o.paused),
+            (&mut self.jumps, o.jumps),
+            (&mut self.restarted, o.restarted),
+        ] {
+            *a += b;
+        }
+        self.longest_stop = self.longest_stop.max(o.longest_stop);
+    }
+}
+
+/// One adversary; returns what happened, with a digest of everything that was published.
+fn adversary(seed: u64, ticks: usize) -> Seen {
     let rng = &mut ChaCha8Rng::seed_from_u64(seed);
     let config = random_config(rng);
     let period = config.period;
@@ -94,8 +138,7 @@ fn adversary(seed: u64, ticks: usize) -> u64 {
     let mut shape = shapes[rng.random_range(0..shapes.len())];
     let mut scale = 1.0;
     let mut stop_since: Option<(RosTime, u64)> = None;
-    let mut modes = [false; 9];
-    let mut digest = 0xcbf2_9ce4_8422_2325u64;
+    let mut seen = Seen { digest: 0xcbf2_9ce4_8422_2325, ..Seen::default() };
     for tick in 0..ticks {
         // Time.
         let mut elapsed = period * scale;
@@ -141,8 +184,9 @@ fn adversary(seed: u64, ticks: usize) -> u64 {
         if rng.random_bool(0.15) {
             let phase = w.now.seconds_since(RosTime(0)).rem_euclid(1000.0);
             let mut c = w.observe(|t, j| plan(shape, phase, t, j));
+            c.prompt_generation = tick as u64 / 700;
             if rng.random_bool(trouble) {
-                match rng.random_range(0..9) {
+                match rng.random_range(0..10) {
                     0 => {
                         let i = rng.random_range(0..c.positions.len());
                         c.positions[i] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][rng.random_range(0..3)];
@@ -156,6 +200,7 @@ fn adversary(seed: u64, ticks: usize) -> u64 {
                     5 => c.state_stamp = RosTime([0, -5, i64::MAX, i64::MIN][rng.random_range(0..4)]),
                     6 => c.state_stamp = c.state_stamp.plus_seconds(rng.random_range(-5.0..5.0)),
                     7 => c.epoch = c.epoch.wrapping_add(rng.random_range(0..3)).wrapping_sub(1),
+                    8 => c.prompt_generation = rng.random_range(0..4),
                     _ => c.sequence = rng.random_range(0..c.sequence + 5),
                 }
             }
@@ -186,7 +231,8 @@ fn adversary(seed: u64, ticks: usize) -> u64 {
             report.previous,
             report.mode
         );
-        modes[report.mode as usize] = true;
+        seen.modes[report.mode as usize] += 1;
+        seen.restarted += u64::from(report.restarted);
         if asked.stop {
             assert!(!report.mode.armed(), "a stop takes effect in its tick");
         }
@@ -199,6 +245,7 @@ fn adversary(seed: u64, ticks: usize) -> u64 {
             (Mode::Stopping, Some((since, jumps))) => {
                 if jumps == w.controller.status().counters.clock_jumps {
                     let took = w.now.seconds_since(since);
+                    seen.longest_stop = seen.longest_stop.max((took - elapsed.max(0.0)) / (config.stop_time + period));
                     // It may be noticed one tick after it is over; a tick here is as long as time jumps.
                     assert!(
                         took - elapsed.max(0.0) <= config.stop_time + period + 1e-9,
@@ -211,12 +258,29 @@ fn adversary(seed: u64, ticks: usize) -> u64 {
         }
         for i in 0..w.window.points() {
             for x in w.window.positions(i).iter().chain(w.window.velocities(i)) {
-                digest = (digest ^ x.to_bits()).wrapping_mul(0x0100_0000_01b3);
+                seen.digest = (seen.digest ^ x.to_bits()).wrapping_mul(0x0100_0000_01b3);
             }
         }
-        digest = (digest ^ report.mode as u64).wrapping_mul(0x0100_0000_01b3);
+        seen.digest = (seen.digest ^ report.mode as u64).wrapping_mul(0x0100_0000_01b3);
     }
-    digest
+    let status = w.controller.status();
+    let c = status.counters;
+    for (rule, _) in Rule::ALL {
+        seen.rules[rule as usize] = status.interventions.by_rule(rule);
+    }
+    Seen {
+        refused: c.refused,
+        ticks: c.ticks,
+        published: c.published,
+        adopted: c.adopted,
+        superseded: c.superseded,
+        discarded: c.discarded,
+        starved: c.starved,
+        skipped: c.skipped,
+        paused: c.paused,
+        jumps: c.clock_jumps,
+        ..seen
+    }
 }
 
 #[test]
@@ -224,19 +288,40 @@ fn no_history_makes_a_command_past_a_limit() {
     let total: usize = std::env::var("PI0_MPS_TEST_TICKS").ok().and_then(|s| s.parse().ok()).unwrap_or(1_000_000);
     let each = 2_500;
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get());
+    let all = std::sync::Mutex::new(Seen::default());
     std::thread::scope(|s| {
         for t in 0..threads {
+            let all = &all;
             s.spawn(move || {
                 for seed in (t..total.div_ceil(each)).step_by(threads) {
-                    let result = std::panic::catch_unwind(|| adversary(seed as u64, each));
-                    if let Err(e) = result {
-                        eprintln!("seed {seed}");
-                        std::panic::resume_unwind(e);
+                    match std::panic::catch_unwind(|| adversary(seed as u64, each)) {
+                        Ok(seen) => all.lock().unwrap().add(&seen),
+                        Err(e) => {
+                            eprintln!("seed {seed}");
+                            std::panic::resume_unwind(e);
+                        }
                     }
                 }
             });
         }
     });
+    let seen = all.into_inner().unwrap();
+    eprintln!("{seen:#?}");
+    // A history that avoids the trouble proves nothing: everything must have happened, often.
+    let often = total as u64 / 20_000;
+    assert!(seen.published > total as u64 / 4);
+    for (mode, n) in seen.modes.iter().enumerate() {
+        assert!(*n > often, "mode {} only {n} times", MODES[mode].name);
+    }
+    for ((_, name), n) in Rule::ALL.iter().zip(seen.rules) {
+        assert!(n > often, "rule {name} only {n} times");
+    }
+    for (name, n) in ChunkRefusal::NAMES.iter().zip(seen.refused) {
+        assert!(n > 0, "no chunk was refused as {name}");
+    }
+    for n in [seen.adopted, seen.superseded, seen.starved, seen.skipped, seen.paused, seen.jumps, seen.restarted] {
+        assert!(n > often, "{seen:?}");
+    }
 }
 
 #[test]

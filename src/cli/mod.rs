@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 use crate::error::{Blame, Fault};
 
+pub mod doctor;
 pub mod infer;
 pub mod new_checkpoint;
 
@@ -22,12 +23,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Doctor(doctor::Args),
     Infer(infer::Args),
     NewCheckpoint(new_checkpoint::Args),
 }
 
 fn run(command: Command) -> Result<(), CliError> {
     match command {
+        Command::Doctor(args) => doctor::run(&args),
         Command::Infer(args) => infer::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
     }

@@ -38,7 +38,10 @@ impl Controller {
             self.ramp = None;
             self.enter(Mode::Run);
         }
-        let exhausted = self.exhausted(&motion.base);
+        // However slowly it is followed: what was seen longer ago than a chunk may be old and last is not acted upon.
+        let oldest = self.config.max_chunk_age + self.config.horizon as f64 * self.config.dt;
+        let outdated = self.plan.is_some_and(|p| now.seconds_since(p.view.state_stamp) > oldest);
+        let exhausted = outdated || self.exhausted(&motion.base);
         let due = match &mut self.plan {
             Some(plan) => {
                 let view = &mut plan.view;
@@ -187,8 +190,10 @@ impl Controller {
                     blend(&mut q[j], &mut v[j], old_q[j], old_v[j], w, dw);
                 }
             }
-            for (q, b) in q.iter_mut().zip(&self.bounds) {
-                *q = q.max(b.min).min(b.max);
+            for ((q, v), b) in q.iter_mut().zip(v).zip(&self.bounds) {
+                if *q <= b.min || *q >= b.max {
+                    (*q, *v) = (q.max(b.min).min(b.max), 0.0);
+                }
             }
         }
         self.spare.plan_pace(&self.bounds);

@@ -178,16 +178,23 @@ pub(crate) fn smooth(t: f64, span: f64) -> (f64, f64) {
 }
 
 /// Writes the velocities at the actions of a chunk: central differences, as a Catmull-Rom spline has them, one-sided at
-/// the ends. `q` and `v` are `[horizon, joints]`. Actions on a position limit get velocity zero.
+/// the ends. `q` and `v` are `[horizon, joints]`. Actions on a position limit get velocity zero, and those beside one
+/// at most three times the slope towards it: the most that does not overshoot (Fritsch and Carlson 1980).
 pub(crate) fn tangents(q: &[f64], joints: usize, dt: f64, bounds: &[Bound], v: &mut [f64]) {
     let horizon = q.len() / joints.max(1);
-    for i in 0..horizon {
-        let (a, b) = (i.saturating_sub(1), (i + 1).min(horizon - 1));
-        for j in 0..joints {
-            let at = q[i * joints + j];
-            let on_limit = bounds.get(j).is_some_and(|l| at <= l.min || at >= l.max);
-            let rise = q[b * joints + j] - q[a * joints + j];
-            v[i * joints + j] = if on_limit || a == b { 0.0 } else { rise / ((b - a) as f64 * dt) };
+    for (j, l) in bounds.iter().enumerate().take(joints) {
+        let at = |i: usize| q[i * joints + j];
+        let on_limit = |i: usize| at(i) <= l.min || at(i) >= l.max;
+        for i in 0..horizon {
+            let (a, b) = (i.saturating_sub(1), (i + 1).min(horizon - 1));
+            let mut slope = if a == b || on_limit(i) { 0.0 } else { (at(b) - at(a)) / ((b - a) as f64 * dt) };
+            for (near, rise) in [(a, at(i) - at(a)), (b, at(b) - at(i))] {
+                if near != i && on_limit(near) {
+                    let steepest = 3.0 * rise / dt;
+                    slope = slope.max(steepest.min(0.0)).min(steepest.max(0.0));
+                }
+            }
+            v[i * joints + j] = slope;
         }
     }
 }

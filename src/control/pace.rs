@@ -32,7 +32,8 @@ impl State {
     /// One period along `curve`. Interventions are counted where a tally is given.
     pub(crate) fn follow(&mut self, curve: &Curve, bounds: &[Bound], h: f64, tally: Option<&mut Interventions>) {
         let (mut q, mut v) = (self.q, self.v);
-        let (cap, limiting) = curve.pace(self.x + h);
+        let (here, there) = (curve.pace(self.x), curve.pace(self.x + self.pace * h));
+        let (cap, limiting) = if here.0 < there.0 { here } else { there };
         if self.pace == 1.0 && cap == 1.0 {
             curve.sample(self.x + h, bounds, &mut q, &mut v);
             if self.keeps(bounds, &q, &v, h) {

@@ -34,7 +34,7 @@ impl Motion {
 }
 
 /// The control core. See [`tick`](Self::tick).
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Controller {
     pub(crate) config: ControlConfig,
     pub(crate) bounds: Vec<Bound>,

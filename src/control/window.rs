@@ -6,15 +6,15 @@ use super::config::ControlConfig;
 use super::joints::JointVector;
 use crate::clock::RosTime;
 
-/// Nothing is scheduled closer than the resolution of the clock, in seconds.
-const RESOLUTION: f64 = 1e-9;
+/// Points due within this many seconds are behind: rounding of times, far below the nanosecond of the clocks.
+const RESOLUTION: f64 = 1e-13;
 
 /// Points one period apart, the last at rest. The first is one period after `start`; on a tick that is early or late it
 /// is the next one that the robot was promised already, so less than a period. All memory is reserved when the window
 /// is made by [`Controller::window`](super::Controller::window).
 ///
 /// The robot is meant to be at [`now`](Self::now) at `start` and to play the cubics between the points.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct Window {
     start: RosTime,
     first: f64,
@@ -24,6 +24,18 @@ pub struct Window {
     now_v: JointVector,
     positions: Vec<f64>,
     velocities: Vec<f64>,
+    /// Most values of each of the two.
+    room: usize,
+}
+
+impl Clone for Window {
+    /// A clone has the same room: slots between threads are filled with clones, and must not allocate later.
+    fn clone(&self) -> Self {
+        let mut window =
+            Self { positions: Vec::with_capacity(self.room), velocities: Vec::with_capacity(self.room), ..*self };
+        window.copy_from(self);
+        window
+    }
 }
 
 /// A moment of a window.
@@ -51,6 +63,7 @@ impl Window {
             now_v: JointVector::zeros(joints),
             positions: Vec::with_capacity(room),
             velocities: Vec::with_capacity(room),
+            room,
         }
     }
 
@@ -96,7 +109,7 @@ impl Window {
 
     /// As [`seconds_from_start`](Self::seconds_from_start), in whole nanoseconds.
     pub fn time_from_start(&self, i: usize) -> Duration {
-        Duration::from_nanos((self.seconds_from_start(i) * 1e9).round() as u64)
+        Duration::from_nanos(((self.seconds_from_start(i) * 1e9).round() as u64).max(1))
     }
 
     /// Positions of point `i`, which must be below [`points`](Self::points); rad or m.
@@ -152,7 +165,7 @@ impl Window {
 
     /// Whether another point fits without allocating.
     pub(crate) fn room(&self) -> bool {
-        self.positions.len() + self.joints() <= self.positions.capacity()
+        self.positions.len() + self.joints() <= self.room
     }
 
     /// Marks all points so far as driven.
@@ -179,12 +192,7 @@ impl Window {
         }
         let elapsed = if elapsed > 0.0 { elapsed } else { 0.0 };
         let to_first = self.first - elapsed;
-        let next = if to_first >= RESOLUTION {
-            0
-        } else {
-            // Points due within the resolution of the clock are behind.
-            1 + ((RESOLUTION - to_first) / self.period) as usize
-        };
+        let next = if to_first >= RESOLUTION { 0 } else { 1 + ((RESOLUTION - to_first) / self.period) as usize };
         if next >= n {
             moment.q.copy_from_slice(self.positions(n - 1));
             moment.v.copy_from_slice(self.velocities(n - 1));

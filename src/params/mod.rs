@@ -8,6 +8,7 @@ mod settings;
 mod table;
 mod text;
 mod value;
+pub mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -97,7 +97,7 @@ impl Played {
         for j in 0..self.q[0].len() {
             let l = config.joints[j].limits.unwrap();
             let say = |what: &str, i: usize, value: f64, limit: f64| {
-                Some(format!("joint {j}, segment {i}: {what} {value} past {limit}"))
+                Some(format!("joint {j}, segment {i} of {} s: {what} {value} past {limit}", self.length(i)))
             };
             for (i, q) in self.q.iter().enumerate() {
                 // Published points are exactly inside; the first knot is where the robot is, by this file's arithmetic.
@@ -152,6 +152,8 @@ pub struct World {
     pub skipped: u64,
     pub requests: Requests,
     last: RosTime,
+    /// Sequence and epoch of the last chunk accepted.
+    accepted: Option<(u64, u64)>,
 }
 
 impl World {
@@ -173,6 +175,7 @@ impl World {
             skipped: 0,
             requests: Requests::default(),
             last: RosTime(0),
+            accepted: None,
         }
     }
 
@@ -235,6 +238,10 @@ impl World {
         self.account();
         if let (Some(c), Some(ChunkVerdict::Accepted)) = (chunk, report.chunk) {
             assert!(c.epoch >= epoch, "a chunk of an old epoch was accepted");
+            self.accepted = Some((c.sequence, c.epoch));
+        }
+        if let Some(a) = report.adoption {
+            assert_eq!(Some((a.sequence, self.controller.epoch())), self.accepted, "executed: sequence and epoch");
         }
         assert_eq!(report.published, self.window.points() > 0);
         assert_eq!(report.mode, self.controller.mode());

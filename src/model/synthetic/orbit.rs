@@ -183,8 +183,8 @@ mod tests {
     fn action_zero_is_the_state() {
         let orbit = Orbit::draw(&mut rand::rng(), &[0.35; JOINTS]);
         for (joint, row) in orbit.action(0).iter().enumerate() {
-            for (feature, v) in row.iter().enumerate() {
-                assert!((v - f64::from(u8::from(feature == joint))).abs() < 1e-12, "{joint} {feature}");
+            for (column, v) in row.iter().enumerate() {
+                assert!((v - f64::from(u8::from(column == joint))).abs() < 1e-12, "{joint} {column}");
             }
         }
     }
