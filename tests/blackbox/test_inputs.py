@@ -45,7 +45,7 @@ def test_nan_in_a_joint_state(start_node, robot):
 def test_nan_from_the_start(start_node, robot):
     robot.faults.nan_joint = "elbow"
     node = start_node()
-    node.wait_for_diagnostic("inputs", ERROR, "joint 'elbow' has position NaN")
+    node.wait_for_diagnostic("inputs", ERROR, "joint 'elbow'", "NaN")
     refused = node.enable()
     assert not refused.success
     assert "joint 'elbow'" in refused.message and "NaN" in refused.message, refused.message
@@ -54,7 +54,7 @@ def test_nan_from_the_start(start_node, robot):
 
 def test_wrong_joint_names(start_node, robot):
     robot.faults.joint_names = [name.replace("elbow", "elbow_joint") for name in JOINTS]
-    expect_no_start(start_node(), robot, "joint 'elbow' has not been seen", "elbow_joint")
+    expect_no_start(start_node(), robot, "joint 'elbow'", "elbow_joint")
 
 
 def test_image_cut_short(start_node, robot):
@@ -71,7 +71,7 @@ def test_image_turns_bad_while_moving(start_node, robot):
     node = start_node()
     node.run_armed()
     robot.faults.encoding = "32FC1"
-    expect_stop(node, robot, ("camera '", "ms old (limit 500 ms)"), ("camera 'base'", "encoding '32FC1' is not supported"))
+    expect_stop(node, robot, ("camera 'base'", "encoding"), ("camera 'base'", "encoding '32FC1' is not supported"))
 
 
 def test_images_stop(start_node, robot):
