@@ -73,6 +73,10 @@ class Demo:
     def mode(self) -> str:
         return self.statuses[-1].get("mode", "") if self.statuses else ""
 
+    def ready(self) -> bool:
+        """Warmed up, and a first chunk is there: without one the node refuses to arm."""
+        return self.mode == "active" and count(self.statuses[-1], "chunks") > 0
+
     def spin(self) -> None:
         """Take what came in; raise if a process is gone."""
         self._executor.spin_once(timeout_sec=0.1)
@@ -104,10 +108,12 @@ class Demo:
         """Until the duration is over, or Ctrl-C."""
         end = time.monotonic() + self.options.duration
         next_line = time.monotonic() + 1.0
+        shown = None
         while not self.interrupted and time.monotonic() < end:
             self.spin()
-            if time.monotonic() >= next_line and self.statuses:
+            if time.monotonic() >= next_line and self.statuses and self.statuses[-1] is not shown:
                 next_line += 1.0
+                shown = self.statuses[-1]
                 self.options.say(live_line(self.moving()))
             if self.moving() and self.mode not in MOVING_MODES:
                 raise DemoError(f"the node stopped the arm: {self.statuses[-1].get('reason')}")
@@ -233,7 +239,7 @@ def main() -> int:
     found = []
     try:
         say("waiting for the node: it loads the policy and warms up")
-        if demo.wait(lambda: demo.mode == "active", "mode 'active'") and demo.enable():
+        if demo.wait(demo.ready, "mode 'active' with an action chunk") and demo.enable():
             say("armed; Ctrl-C ends the demo")
             demo.run()
     except DemoError as error:

@@ -25,7 +25,10 @@ missing_packages() {
 }
 
 find_library() {
-    { ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | grep -qE "$1" && return
+    local known
+    # Not piped into grep -q: it leaves early, ldconfig dies of SIGPIPE, and pipefail calls the library missing.
+    known=$(ldconfig -p 2>/dev/null || /sbin/ldconfig -p)
+    grep -qE "$1" <<<"$known" && return
     [[ $1 == libclang* ]] && { [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null; }
 }
 

@@ -145,13 +145,11 @@ fn how_long_a_tick_takes() {
         let (mut now, t0) = (w.now, w.now);
         let mut plain = pi0_mps::telemetry::Histogram::new();
         let mut adopting = pi0_mps::telemetry::Histogram::new();
-        let mut sequence = 100;
-        for i in 0..20_000 {
+        for i in 0..20_000u64 {
             now = now.plus_seconds(0.02);
-            sequence += 1;
             let at = now.seconds_since(t0);
             let c = (i % 5 == 0).then(|| {
-                chunk(&config, sequence, now, |t, j| 0.5 * (speed * (at + t) + j as f64).sin() - 0.5 * (j as f64).sin())
+                chunk(&config, 100 + i, now, |t, j| 0.5 * (speed * (at + t) + j as f64).sin() - 0.5 * (j as f64).sin())
             });
             let mut measured = Measured { positions: JointVector::zeros(n), ages: JointVector::filled(n, 0.001) };
             measured.positions.copy_from_slice(window.sample(0.02).0.as_ref());

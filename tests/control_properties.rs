@@ -143,8 +143,12 @@ fn adversary(seed: u64, ticks: usize) -> Seen {
         // Time.
         let mut elapsed = period * scale;
         if trouble > 0.0 && rng.random_bool(trouble) {
-            match rng.random_range(0..6) {
+            match rng.random_range(0..7) {
                 0 => elapsed = 0.0,
+                6 if rng.random_bool(0.02) => {
+                    w.now = RosTime([0, -1, i64::MIN, i64::MAX, 1_000_000_000_000][rng.random_range(0..5)]);
+                    w.skipped = [0, 1_000_000][rng.random_range(0..2)];
+                }
                 1 => {
                     w.skipped = rng.random_range(1..20);
                     elapsed *= (1 + w.skipped) as f64;

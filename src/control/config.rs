@@ -271,7 +271,8 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_with_its_value_and_the_remedy() {
         good().check().unwrap();
-        let cases: [(&str, fn(&mut ControlConfig)); 14] = [
+        type Spoil = fn(&mut ControlConfig);
+        let cases: [(&str, Spoil); 14] = [
             ("joint_names", |c| c.joints.clear()),
             ("joint_names = 'a' twice", |c| c.joints[1].name = "a".into()),
             ("control_rate_hz", |c| c.period = f64::INFINITY),

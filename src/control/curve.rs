@@ -168,7 +168,7 @@ pub(crate) fn coast(q: f64, v: f64, bound: &Bound, t: f64) -> (f64, f64) {
 /// Smooth step from 0 to 1 over `span` seconds (C1), and its derivative.
 pub(crate) fn smooth(t: f64, span: f64) -> (f64, f64) {
     let y = t / span;
-    if !(y > 0.0) {
+    if y.is_nan() || y <= 0.0 {
         (0.0, 0.0)
     } else if y >= 1.0 {
         (1.0, 0.0)

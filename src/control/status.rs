@@ -123,6 +123,27 @@ pub struct PlanView {
     pub pace: f64,
 }
 
+impl PlanView {
+    /// Index, with its fraction, of the action that is executed at `t`, if the pace is kept: where the leftover of this
+    /// plan begins on the grid of a chunk observed at `t`. Negative before the first action.
+    pub fn index_at(&self, t: RosTime) -> f64 {
+        (t.seconds_since(self.origin) - self.lag) / self.dt
+    }
+
+    /// When a chunk that is ready at `ready` will be adopted: the next point of the grid from then on.
+    pub fn adoption_of(&self, ready: RosTime) -> RosTime {
+        let late = ready.seconds_since(self.next_adoption);
+        let steps = if late > 0.0 { (late / self.dt - 1e-9).ceil().max(0.0) } else { 0.0 };
+        self.next_adoption.plus_seconds(steps * self.dt)
+    }
+
+    /// Actions of a chunk observed at `stamp` that will be over when it is adopted, if it is ready at `ready`: the
+    /// steps that guidance must commit to.
+    pub fn delay_steps(&self, stamp: RosTime, ready: RosTime) -> usize {
+        (self.adoption_of(ready).seconds_since(stamp) / self.dt - 1e-9).ceil().max(0.0) as usize
+    }
+}
+
 /// Everything that can be asked about a controller, as of its last tick.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ControlStatus {
@@ -155,4 +176,32 @@ pub struct ControlStatus {
     pub plan: Option<PlanView>,
     /// Positions the robot was told to have now; empty before the first arming.
     pub command: JointVector,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_says_when_a_chunk_will_be_adopted_and_what_it_must_commit_to() {
+        let at = |ms: i64| RosTime(1_000_000_000_000 + ms * 1_000_000);
+        let plan = PlanView {
+            sequence: 1,
+            prompt_generation: 0,
+            state_stamp: at(0),
+            origin: at(0),
+            adopted_at: at(100),
+            next_adoption: at(400),
+            dt: 0.05,
+            horizon: 20,
+            lag: 0.0,
+            pace: 1.0,
+        };
+        assert_eq!(plan.index_at(at(125)), 2.5);
+        assert!((PlanView { lag: 0.05, ..plan }.index_at(at(125)) - 1.5).abs() < 1e-9);
+        for (ready, adopted, delay) in [(150, 400, 6), (400, 400, 6), (401, 450, 7), (450, 450, 7), (500, 500, 8)] {
+            assert_eq!(plan.adoption_of(at(ready)), at(adopted), "ready at {ready}");
+            assert_eq!(plan.delay_steps(at(125), at(ready)), delay, "ready at {ready}");
+        }
+    }
 }

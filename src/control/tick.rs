@@ -217,8 +217,8 @@ impl Controller {
             stop: None,
             restarted: false,
         };
-        self.counters.ticks += 1 + input.skipped;
-        self.counters.skipped += input.skipped;
+        self.counters.ticks = self.counters.ticks.saturating_add(input.skipped).saturating_add(1);
+        self.counters.skipped = self.counters.skipped.saturating_add(input.skipped);
 
         let (mut motion, paused) = self.advance(now, input.skipped, &mut report);
         if input.requests.stop {
@@ -261,7 +261,7 @@ impl Controller {
             self.consumption.restart(now);
             self.counted = RosTime(i64::MIN);
             self.new_epoch();
-            let motion = self.told_after(self.config.period * (1 + skipped) as f64);
+            let motion = self.told_after(self.config.period * skipped.saturating_add(1) as f64);
             self.halt(Reason::ClockJumpedBack { seconds: elapsed_ns as f64 * -1e-9 }, report);
             return (motion, false);
         }

@@ -166,9 +166,9 @@ impl Consumption {
         }
         if self.len >= 2 {
             let (t0, l0) = self.corner(self.len - 2);
-            let (before, after) = (l - l0, next.1 - l);
+            let (before, after) = (l.saturating_sub(l0), next.1.saturating_sub(l));
             // Rest stays rest, full pace stays full pace: only corners are kept.
-            if (before == 0 && after == 0) || (before == t - t0 && after == next.0 - t) {
+            if (before == 0 && after == 0) || (before == t.saturating_sub(t0) && after == next.0.saturating_sub(t)) {
                 let last = (self.head + self.len - 1) % Self::CORNERS;
                 self.corners[last] = next;
                 return;
@@ -205,7 +205,8 @@ impl Consumption {
             if stamp.0 >= tb {
                 lb
             } else {
-                la + ((lb - la) as f64 * (stamp.0 - ta) as f64 / (tb - ta) as f64).round() as i64
+                let share = stamp.0.saturating_sub(ta) as f64 / tb.saturating_sub(ta).max(1) as f64;
+                la.saturating_add((lb.saturating_sub(la) as f64 * share).round() as i64)
             }
         };
         Some(self.lost().saturating_sub(then))

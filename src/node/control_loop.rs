@@ -238,15 +238,9 @@ impl ControlLoop {
         let mut fresh = 0;
         let mut bad = None;
         for (camera, max) in self.rules.camera_max_age_ms.iter().enumerate() {
-            let f = self.inputs.freshness(camera);
-            let age = f.age_ms(ros_now, now);
-            if f.frames == 0 {
-                bad = bad.or(Some(InputFault::CameraMissing { camera }));
-            } else if age > *max {
-                bad = bad.or(Some(InputFault::CameraStale { camera, age: age * 1e-3, max: *max * 1e-3 }));
-            } else {
-                fresh += 1;
-            }
+            let fault = self.inputs.freshness(camera).fault(camera, *max, ros_now, now);
+            fresh += usize::from(fault.is_none());
+            bad = bad.or(fault);
         }
         match bad {
             Some(fault) if fresh == 0 || !self.rules.drop_lost_views => InputHealth::Bad(fault),

@@ -75,10 +75,11 @@ fn start<E: Engine>(core: &Core, engine: &E, parts: Parts) -> Result<(), NodeErr
     Ok(())
 }
 
-/// Makes the node active once every input has been heard, then watches the stages for a fault.
+/// Makes the node active once every input has been heard and a chunk has come of them, then watches the stages for a
+/// fault.
 fn watch(core: &Core) {
     let stopping = || core.signals.stopping.load(Ordering::Acquire);
-    while !stopping() && core.with_facts(None, super::status::missing_input).is_some() {
+    while !stopping() && core.with_facts(None, super::status::missing).is_some() {
         std::thread::sleep(LOOK);
     }
     core.signals.set_lifecycle(Lifecycle::Ready);

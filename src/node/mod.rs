@@ -495,7 +495,7 @@ impl Core {
                 Some("autostart is false: the policy is not loaded".into())
             }
             Lifecycle::Unconfigured => Some("loading the policy".into()),
-            Lifecycle::Warmup => self.with_facts(None, |f| status::missing_input(f)).or(Some("warming up".into())),
+            Lifecycle::Warmup => self.with_facts(None, |f| status::missing(f)).or(Some("warming up".into())),
             Lifecycle::Failed => None,
         }
     }

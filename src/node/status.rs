@@ -1,7 +1,7 @@
 //! What the node says about itself: one status for people and machines, and five diagnostics.
 
 use crate::clock::{Monotonic, RosTime};
-use crate::control::{ChunkRefusal, ControlStatus, DeadlinesSnapshot, Level, Mode, Names, Rule};
+use crate::control::{ChunkRefusal, ControlStatus, DeadlinesSnapshot, InputFault, Level, Mode, Names, Reason, Rule};
 use crate::pipeline::PipelineReport;
 use crate::pipeline::inputs::{CameraFreshness, JointSample, stamp_is_believable};
 use crate::telemetry::Stats;
@@ -157,22 +157,13 @@ pub(super) fn camera_text(f: &Facts<'_>, c: &CameraView) -> String {
 fn inputs(f: &Facts<'_>) -> Diagnostic {
     let mut problems = Vec::new();
     let mut values = Vec::new();
-    for c in f.cameras {
-        let age = c.freshness.age_ms(f.ros_now, f.now);
+    for (i, c) in f.cameras.iter().enumerate() {
         values.push(pair(format!("camera.{}", c.name), camera_text(f, c)));
         if c.freshness.refused > 0 {
             values.push(pair(format!("camera.{}.refused", c.name), c.freshness.refused));
         }
-        if let Some(why) = &c.refusal {
-            problems.push((Level::Error, format!("camera '{}': {why}", c.name)));
-        } else if c.freshness.frames == 0 {
-            problems
-                .push((Level::Error, format!("camera '{}': no frame yet: check its driver, topic and QoS", c.name)));
-        } else if age > c.max_age_ms {
-            problems.push((
-                Level::Error,
-                format!("camera '{}': newest frame is {age:.0} ms old (limit {:.0} ms)", c.name, c.max_age_ms),
-            ));
+        if let Some(problem) = camera_problem(f, i, c) {
+            problems.push((Level::Error, problem));
         } else if c.freshness.frozen >= f.frozen_after {
             problems.push((
                 Level::Warn,
@@ -186,51 +177,59 @@ fn inputs(f: &Facts<'_>) -> Diagnostic {
             ));
         }
     }
-    for (i, name) in f.names.joints.iter().enumerate() {
-        let age = f.joints.age_ms(i, f.ros_now, f.now);
-        if let Some(problem) = joint_problem(f, i, name, age) {
-            problems.push((Level::Error, problem));
-        }
-    }
+    problems.extend((0..f.names.joints.len()).filter_map(|i| joint_problem(f, i)).map(|p| (Level::Error, p)));
     let oldest = (0..f.names.joints.len()).map(|i| f.joints.age_ms(i, f.ros_now, f.now)).fold(0.0, f64::max);
     values.push(pair("joint_states.messages", f.joints.messages));
     values.push(pair("joint_states.oldest_age_ms", format!("{oldest:.1}")));
     values.push(pair("prompt", f.prompt));
     if f.prompt.trim().is_empty() {
-        problems.push((Level::Warn, "no prompt: set the parameter or publish on ~/prompt".into()));
+        problems.push((Level::Warn, InputFault::PromptMissing.text(f.names)));
     }
     summarise("inputs", problems, "all inputs fresh", values)
 }
 
-/// What is wrong with joint `i`, if anything.
-fn joint_problem(f: &Facts<'_>, i: usize, name: &str, age_ms: f64) -> Option<String> {
+/// What is wrong with camera `i`, if anything: what the control side says of it, and what its last message said.
+fn camera_problem(f: &Facts<'_>, i: usize, c: &CameraView) -> Option<String> {
+    let text = c.freshness.fault(i, c.max_age_ms, f.ros_now, f.now)?.text(f.names);
+    Some(match &c.refusal {
+        Some(why) => format!("{text} ({why})"),
+        None => text,
+    })
+}
+
+/// What is wrong with joint `i`, if anything: what the control side says of it, and what was heard instead.
+fn joint_problem(f: &Facts<'_>, i: usize) -> Option<String> {
+    let (position, age) = (f.joints.positions[i], f.joints.age_ms(i, f.ros_now, f.now));
+    let missing = || Reason::StateMissing { joint: i }.text(f.names);
     if !f.joints.seen(i) {
         let heard = if f.unknown_joints.is_empty() {
-            "no joint_states yet".into()
+            "nothing heard yet".into()
         } else {
-            format!("joint_states has other names: {}", f.unknown_joints.join(", "))
+            format!("heard instead: {}", f.unknown_joints.join(", "))
         };
-        Some(format!("joint '{name}' has not been seen ({heard})"))
-    } else if !f.joints.positions[i].is_finite() {
-        Some(format!("joint '{name}' has position {}", f.joints.positions[i]))
-    } else if age_ms > f.max_joint_age_ms {
-        Some(format!("joint '{name}' is {age_ms:.0} ms old (limit {:.0} ms)", f.max_joint_age_ms))
+        Some(format!("{} ({heard})", missing()))
+    } else if !position.is_finite() {
+        Some(format!("{} (its position is {position})", missing()))
+    } else if age > f.max_joint_age_ms {
+        Some(Reason::StateStale { joint: i, age: age * 1e-3, max: f.max_joint_age_ms * 1e-3 }.text(f.names))
     } else {
         None
     }
 }
 
-/// The first thing that keeps the inputs from being complete, for a node that is not active yet.
-pub(super) fn missing_input(f: &Facts<'_>) -> Option<String> {
-    let joint = f.names.joints.iter().enumerate().find(|(i, _)| !f.joints.seen(*i));
-    if let Some((i, name)) = joint {
-        return joint_problem(f, i, name, f64::INFINITY).map(|p| format!("waiting: {p}"));
-    }
-    let camera = f.cameras.iter().find(|c| c.freshness.frames == 0)?;
-    Some(match &camera.refusal {
-        Some(why) => format!("waiting: camera '{}': {why}", camera.name),
-        None => format!("waiting: camera '{}': no frame yet: check its driver, topic and QoS", camera.name),
-    })
+/// The first thing that is missing for a node to become active: an input, or the chunk made of them.
+pub(super) fn missing(f: &Facts<'_>) -> Option<String> {
+    let mut joints = (0..f.names.joints.len()).filter(|i| !f.joints.seen(*i)).filter_map(|i| joint_problem(f, i));
+    let mut cameras = (f.cameras.iter().enumerate()).filter(|(_, c)| c.freshness.frames == 0);
+    let input = joints.next().or_else(|| cameras.find_map(|(i, c)| camera_problem(f, i, c)));
+    input
+        .or_else(|| {
+            (f.pipeline.decode.runs == 0).then(|| match &f.pipeline.waiting_for {
+                Some(why) => why.clone(),
+                None => "first action chunk".into(),
+            })
+        })
+        .map(|what| format!("waiting: {what}"))
 }
 
 fn inference(f: &Facts<'_>) -> Diagnostic {

@@ -1,12 +1,12 @@
 //! Latest-value input slots: subscriptions write, stages and control read the newest, nothing queues.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::clock::{Monotonic, RosTime};
-use crate::control::MAX_JOINTS;
+use crate::control::{InputFault, MAX_JOINTS};
 use crate::model::Frame;
 use crate::rt::latest::{Reader, Writer, latest};
 
@@ -35,8 +35,10 @@ pub struct CameraSample {
 pub struct CameraFreshness {
     /// Good frames so far.
     pub frames: u64,
-    /// Frames that could not be used.
+    /// Messages that could not be used.
     pub refused: u64,
+    /// Whether the newest message was one of them.
+    pub unusable: bool,
     /// Good frames in a row whose bytes equal those of the frame before.
     pub frozen: u64,
     /// When the newest good frame was taken.
@@ -46,6 +48,20 @@ pub struct CameraFreshness {
 }
 
 impl CameraFreshness {
+    /// What is wrong with it, if anything, for camera `camera` whose frames may be `max_ms` old.
+    pub fn fault(&self, camera: usize, max_ms: f64, ros_now: RosTime, now: Monotonic) -> Option<InputFault> {
+        let age = self.age_ms(ros_now, now);
+        if age <= max_ms {
+            None
+        } else if self.unusable {
+            Some(InputFault::CameraUnusable { camera })
+        } else if self.frames == 0 {
+            Some(InputFault::CameraMissing { camera })
+        } else {
+            Some(InputFault::CameraStale { camera, age: age * 1e-3, max: max_ms * 1e-3 })
+        }
+    }
+
     /// Age in ms: the larger of stamp age and arrival age. A zero stamp or one from the future is not believed.
     /// Infinite before the first frame.
     pub fn age_ms(&self, ros_now: RosTime, now: Monotonic) -> f64 {
@@ -72,6 +88,7 @@ struct CameraSlot {
     newest: Mutex<(Option<CameraSample>, Option<String>)>,
     frames: AtomicU64,
     refused: AtomicU64,
+    unusable: AtomicBool,
     frozen: AtomicU64,
     stamp: AtomicI64,
     arrived: AtomicI64,
@@ -173,6 +190,7 @@ impl InputSlots {
             slot.frozen.store(if same { slot.frozen.load(Ordering::Relaxed) + 1 } else { 0 }, Ordering::Relaxed);
             let count = slot.frames.load(Ordering::Relaxed) + 1;
             *newest = (Some(CameraSample { frame, stamp, arrived, count }), None);
+            slot.unusable.store(false, Ordering::Relaxed);
             slot.stamp.store(stamp.0, Ordering::Relaxed);
             slot.arrived.store(arrived.0, Ordering::Relaxed);
             slot.frames.store(count, Ordering::Release);
@@ -184,6 +202,7 @@ impl InputSlots {
     pub fn refuse_frame(&self, i: usize, reason: String) {
         let Some(slot) = self.cameras.get(i) else { return };
         slot.refused.fetch_add(1, Ordering::Relaxed);
+        slot.unusable.store(true, Ordering::Relaxed);
         lock(&slot.newest).1 = Some(reason);
     }
 
@@ -204,6 +223,7 @@ impl InputSlots {
         CameraFreshness {
             frames,
             refused: slot.refused.load(Ordering::Relaxed),
+            unusable: slot.unusable.load(Ordering::Relaxed),
             frozen: slot.frozen.load(Ordering::Relaxed),
             stamp: RosTime(slot.stamp.load(Ordering::Relaxed)),
             arrived: Monotonic(slot.arrived.load(Ordering::Relaxed)),
@@ -322,11 +342,11 @@ mod tests {
         let ms = 1_000_000;
         let now = (RosTime(10_000 * ms), Monotonic(500 * ms));
         let age = |stamp, arrived| age_ms(RosTime(stamp), Monotonic(arrived), now.0, now.1);
-        assert_eq!(age(9_970 * ms, 490 * ms), 30.0);
-        assert_eq!(age(9_999 * ms, 450 * ms), 50.0);
-        assert_eq!(age(0, 480 * ms), 20.0, "a zero stamp is not believed");
-        assert_eq!(age(13_000 * ms, 480 * ms), 20.0, "a stamp from the future is not believed");
-        assert_eq!(age(7_000 * ms, 499 * ms), 3_000.0, "a camera clock 3 s behind counts as stale");
+        assert!((age(9_970 * ms, 490 * ms) - 30.0).abs() < 1e-9);
+        assert!((age(9_999 * ms, 450 * ms) - 50.0).abs() < 1e-9);
+        assert!((age(0, 480 * ms) - 20.0).abs() < 1e-9, "a zero stamp is not believed");
+        assert!((age(13_000 * ms, 480 * ms) - 20.0).abs() < 1e-9, "a stamp from the future is not believed");
+        assert!((age(7_000 * ms, 499 * ms) - 3_000.0).abs() < 1e-9, "a camera clock 3 s behind counts as stale");
     }
 
     #[test]

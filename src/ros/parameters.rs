@@ -275,3 +275,62 @@ fn notes(changes: &[Change]) -> String {
     let moved = changes.iter().filter_map(|c| Some(format!("{} {} {}", c.name, c.new, c.note.as_ref()?)));
     text(&moved.collect::<Vec<_>>().join("; "))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameters() -> Parameters {
+        let text = |s: &str| Value::String(s.into());
+        let texts = |s: &str| Value::Strings(vec![s.into()]);
+        let given = [
+            ("checkpoint", text("/models/pi0")),
+            ("policy_rate_hz", Value::Int(20)),
+            ("camera_names", texts("wrist")),
+            ("joint_names", texts("elbow")),
+        ];
+        let params = Params::from_overrides(given.map(|(n, v)| (n.to_owned(), v))).unwrap();
+        Parameters::new(params, "/robot/pi0_mps".into())
+    }
+
+    #[test]
+    fn lists_follow_prefix_and_depth() {
+        let p = parameters();
+        let all = p.list(&[], 0);
+        assert!(all.names.contains(&"limits.elbow.max_velocity".to_owned()) && all.names.contains(&"seam".to_owned()));
+        assert!(all.prefixes.contains(&"limits.elbow".to_owned()));
+        assert!(p.list(&[], 1).names.iter().all(|n| !n.contains('.')));
+        assert_eq!(p.list(&["limits.elbow".into()], 1).names.len(), 4);
+        assert_eq!(p.list(&["limits".into()], 1).names.len(), 0, "they are two levels below");
+        assert_eq!(p.list(&["limit".into()], 0).names.len(), 0, "a prefix is a whole word");
+        assert_eq!(p.list(&["seam".into()], 1).names, ["seam"]);
+    }
+
+    #[test]
+    fn descriptors_say_type_range_unit_and_when() {
+        let p = parameters();
+        let found = p.describe(&["control_rate_hz".into(), "seam".into(), "cpu_affinity".into()]);
+        let [rate, seam, cores] = found.try_into().unwrap();
+        assert!(rate.read_only && rate.type_ == type_number::DOUBLE && rate.description.ends_with("[Hz]"));
+        let range = &rate.floating_point_range[0];
+        assert_eq!((range.from_value, range.to_value, range.step), (1.0, 1000.0, 0.0));
+        assert_eq!(seam.additional_constraints, "One of: rtc, crossfade, none. Changes only while unarmed.");
+        assert!(!seam.read_only && seam.integer_range.is_empty());
+        assert!(cores.integer_range.is_empty() && cores.additional_constraints.starts_with("Each 0 to 1023."));
+    }
+
+    #[test]
+    fn every_value_survives_the_message_and_every_type_is_the_descriptors() {
+        let p = parameters();
+        for (name, e) in p.params.iter() {
+            let m = message(&e.value);
+            assert!(from_message(&m).same(&e.value), "{name}");
+            assert_eq!(m.type_, descriptor(name, e).type_, "{name}");
+        }
+        assert!(p.get(&["seam".into(), "no such".into()]).is_empty());
+        assert_eq!(p.types(&["seam".into(), "seed".into()]), [type_number::STRING, type_number::INTEGER]);
+        let event = p.declared(RosTime(7));
+        assert_eq!((event.node.as_str(), event.stamp.nanosec), ("/robot/pi0_mps", 7));
+        assert_eq!(event.new_parameters.len(), p.params.iter().count());
+    }
+}

@@ -109,8 +109,10 @@ class NodeUnderTest:
         return self.call(self._get, GetParameters.Request(names=[name])).values[0]
 
     def run_armed(self, trajectories: int = 30) -> None:
-        """Armed, and moving for so many trajectories."""
+        """Armed, and moving for so many trajectories. Without a chunk the node refuses to arm."""
         self.wait_for_mode("active")
+        chunks = count(self.status, "chunks")
+        self.wait(lambda: count(self.status, "chunks") > chunks, "a new chunk")
         answer = self.enable()
         assert answer.success, answer.message
         self.robot.wait_for(self.robot.count() + trajectories)

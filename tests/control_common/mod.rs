@@ -9,6 +9,11 @@ use pi0_mps::control::*;
 const REL: f64 = 1e-6;
 const ABS: f64 = 1e-9;
 
+/// Whether a value is past a limit; NaN is.
+fn past(value: f64, limit: f64) -> bool {
+    value.is_nan() || value > limit
+}
+
 pub fn limits(max_velocity: f64, max_acceleration: f64) -> Option<JointLimits> {
     Some(JointLimits { min_position: -1.5, max_position: 1.5, max_velocity, max_acceleration })
 }
@@ -61,7 +66,11 @@ impl Played {
 
     /// Position, velocity by cubic interpolation; the last knot for ever after.
     pub fn at(&self, t: RosTime) -> (Vec<f64>, Vec<f64>) {
-        let x = t.seconds_since(self.start).max(0.0);
+        self.after(t.seconds_since(self.start).max(0.0))
+    }
+
+    /// As `at`, `x` seconds after its start.
+    pub fn after(&self, x: f64) -> (Vec<f64>, Vec<f64>) {
         let (i, u) = if x < self.first {
             (0, x)
         } else {
@@ -105,7 +114,7 @@ impl Played {
                 if !(q[j] >= l.min_position - slack && q[j] <= l.max_position + slack) {
                     return say("position", i, q[j], if q[j] > 0.0 { l.max_position } else { l.min_position });
                 }
-                if !(self.v[i][j].abs() <= l.max_velocity * (1.0 + REL)) {
+                if past(self.v[i][j].abs(), l.max_velocity * (1.0 + REL)) {
                     return say("velocity", i, self.v[i][j], l.max_velocity);
                 }
             }
@@ -116,7 +125,7 @@ impl Played {
                 let slack = l.max_acceleration * REL + 1e-15 * (1.0 + c0.abs()) * 24.0 / (h * h);
                 for s in [0.0, h] {
                     let a = 2.0 * c2 + 6.0 * s * c3;
-                    if !(a.abs() <= l.max_acceleration + slack) {
+                    if past(a.abs(), l.max_acceleration + slack) {
                         return say("acceleration", i, a, l.max_acceleration);
                     }
                 }
@@ -126,7 +135,7 @@ impl Played {
                     if !(q >= l.min_position - ABS && q <= l.max_position + ABS) {
                         return say("position inside", i, q, l.max_position);
                     }
-                    if !(v.abs() <= l.max_velocity * (1.0 + REL)) {
+                    if past(v.abs(), l.max_velocity * (1.0 + REL)) {
                         return say("velocity inside", i, v, l.max_velocity);
                     }
                 }
@@ -211,14 +220,14 @@ impl World {
         // A clock that jumps back says nothing about the robot: it went on for the periods that passed.
         let jumped = self.now < self.last;
         let periods = self.controller.config().period * (1 + self.skipped) as f64;
-        let (q, v) = if jumped { self.robot.at(self.last.plus_seconds(periods)) } else { self.told() };
+        let (q, v) = if jumped { self.robot.after(periods) } else { self.told() };
         if jumped {
             self.robot = Played::hold(self.now, &q, self.robot.period);
         }
         self.last = self.now;
         let mut measured = Measured::missing(q.len());
-        for j in 0..q.len() {
-            measured.positions[j] = q[j] + self.disturbance[j];
+        for (j, q) in q.iter().enumerate() {
+            measured.positions[j] = q + self.disturbance[j];
             measured.ages[j] = self.age;
         }
         let input = TickInput {
