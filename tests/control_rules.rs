@@ -201,6 +201,57 @@ fn a_late_chunk_loses_exactly_what_is_past() {
     assert_eq!(plan.origin, stamp);
     let late = plan.adopted_at.seconds_since(stamp);
     assert_eq!(adoption.unwrap().actions_skipped, (late / 0.05).ceil() as usize);
+    let next = plan.next_adoption.seconds_since(plan.adopted_at);
+    assert!(next > 0.25 && next <= 0.3 + 1e-9, "6 steps from the action that is being executed: {next}");
+}
+
+#[test]
+fn while_no_chunk_waits_the_adoption_moves_on_by_one_step_of_the_grid() {
+    let mut w = running(config());
+    let mut waited = 0;
+    while w.controller.mode() == Mode::Run {
+        w.step(None);
+        let Some(p) = w.controller.status().plan else { break };
+        let left = p.next_adoption.seconds_since(w.now);
+        let steps = p.next_adoption.seconds_since(p.origin) / 0.05;
+        assert!((steps - steps.round()).abs() < 1e-6 && left > 0.0);
+        if p.adopted_at.plus_seconds(0.3) < w.now {
+            // The seam is one period ahead of the tick.
+            assert!(left <= 0.05 + 0.02 + 1e-9, "{left}");
+            waited += 1;
+        }
+    }
+    assert!(waited > 20);
+}
+
+#[test]
+fn what_is_more_serious_is_said_even_while_stopping() {
+    let mut w = moving();
+    w.requests.disable = true;
+    assert_eq!(w.step(None).stop, Some(Reason::Disabled));
+    w.age = 0.2;
+    assert!(matches!(w.step(None).stop, Some(Reason::StateStale { .. })));
+    w.requests.stop = true;
+    assert_eq!(w.step(None).stop, None, "less serious, though it latches");
+    assert!(matches!(w.controller.status().reason, Some(Reason::StateStale { .. })));
+    w.until(Mode::Stopped, 30);
+
+    let mut w = moving();
+    w.requests.disable = true;
+    w.step(None);
+    w.requests.stop = true;
+    assert_eq!(w.step(None).stop, Some(Reason::StopRequested));
+    w.until(Mode::Stopped, 30);
+    assert_eq!(w.controller.status().reason, Some(Reason::StopRequested));
+    w.age = 0.2;
+    assert_eq!(w.step(None).stop, None, "at rest an old joint state stops nothing");
+
+    let mut w = World::new(config());
+    w.step(None);
+    w.requests.stop = true;
+    assert_eq!(w.step(None).stop, Some(Reason::StopRequested), "unarmed too");
+    w.requests.stop = true;
+    assert_eq!(w.step(None).stop, None, "once");
 }
 
 #[test]
@@ -306,6 +357,20 @@ fn the_jump_at_a_seam_is_measured_before_the_blend_and_named() {
         w.step(None);
     });
     assert!((at(&w) - 0.01).abs() < 1e-6, "{}", at(&w));
+}
+
+#[test]
+fn the_tail_is_played_to_its_last_action() {
+    for more in 0..2 {
+        let mut w = running(config());
+        let t0 = w.now;
+        run(&mut w, t0, 15 * more, 0.0, hold);
+        let c = w.observe(|t, _| 0.3 * t);
+        w.step(Some(&c));
+        w.until(Mode::Coast, 100);
+        let reached = w.told().0[0];
+        assert!(reached > 0.3 * 0.95 - 0.3 * 0.04, "{reached}");
+    }
 }
 
 #[test]
@@ -523,6 +588,26 @@ fn an_early_or_late_tick_keeps_the_promised_point() {
     assert!((w.window.seconds_from_start(0) - 0.007).abs() < 1e-9);
     assert_eq!(w.window.positions(0), promised.positions(0));
     assert_eq!(w.window.velocities(0), promised.velocities(0));
+}
+
+#[test]
+fn jitter_is_not_taken_for_time_that_was_not_used() {
+    let mut w = running(config());
+    let mut adopted = 0;
+    for i in 0..200 {
+        w.wait([0.02, 0.013, 0.027, 0.021, 0.019][i % 5]);
+        let c = w.observe(|t, _| 0.1 * t.sin());
+        if w.tick(Some(&c)).adoption.is_some() {
+            adopted += 1;
+        }
+        let p = w.controller.status().plan.unwrap();
+        if adopted > 1 {
+            // One nanosecond of rounding per tick.
+            assert!(p.origin.0.abs_diff(p.state_stamp.0) < 20, "{p:?}");
+            assert!(p.lag.abs() < 1e-7);
+        }
+    }
+    assert!(adopted > 10);
 }
 
 #[test]

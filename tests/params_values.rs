@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use pi0_mps::params::choice::{Device, OutputKind, PipelineMode, Seam};
-use pi0_mps::params::{Change, Limits, ParamError, Params, Value};
+use pi0_mps::control::{JointLimits as Limits, Seam};
+use pi0_mps::engine::Device;
+use pi0_mps::params::choice::OutputKind;
+use pi0_mps::params::{Change, ParamError, Params, Value};
+use pi0_mps::pipeline::PipelineMode;
 use proptest::prelude::*;
 
 fn text(s: &str) -> Value {

@@ -2,6 +2,7 @@
 
 use super::filter::Bound;
 use super::joints::MAX_JOINTS;
+use crate::choice::choice;
 use crate::error::{Blame, Fault};
 
 /// Limits of one joint; all finite, `min_position < max_position`, the others above zero.
@@ -28,26 +29,30 @@ pub struct JointConfig {
     pub max_tracking_error: f64,
 }
 
-/// How a new chunk takes over from the running one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Seam {
-    /// At the next action; only the safety filter softens the jump.
-    None,
-    /// Blended over `crossfade_steps` with continuous velocity.
-    #[default]
-    Crossfade,
-    /// The decoder guides the new chunk towards the old one; what jump remains is blended as in `Crossfade`.
-    Rtc,
+choice! {
+    /// How a new chunk takes over from the running one.
+    #[derive(Default)]
+    Seam {
+        /// The decoder guides the new chunk towards the old one; what jump remains is blended as in `Crossfade`.
+        Rtc = "rtc",
+        /// Blended over `crossfade_steps` with continuous velocity.
+        #[default]
+        Crossfade = "crossfade",
+        /// At the next action; only the safety filter softens the jump.
+        None = "none",
+    }
 }
 
-/// What happens when no chunk came in time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum MissPolicy {
-    /// Decelerate, hold, and go on with the next chunk.
-    #[default]
-    Coast,
-    /// Decelerate and disarm.
-    Stop,
+choice! {
+    /// What happens when no chunk came in time.
+    #[derive(Default)]
+    MissPolicy {
+        /// Decelerate, hold, and go on with the next chunk.
+        #[default]
+        Coast = "coast",
+        /// Decelerate and disarm.
+        Stop = "stop",
+    }
 }
 
 /// Everything a [`Controller`](super::Controller) needs to know. Times are in seconds.

@@ -198,3 +198,97 @@ pub(crate) fn tangents(q: &[f64], joints: usize, dt: f64, bounds: &[Bound], v: &
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::joints::JointVector;
+    use super::super::pace::State;
+    use super::super::status::{Interventions, Rule};
+    use super::*;
+
+    const BOUND: Bound = Bound { min: -2.0, max: 2.0, velocity: 1.0, acceleration: 5.0 };
+
+    #[test]
+    fn velocities_at_actions_are_central_differences_and_do_not_overshoot_a_limit() {
+        let q = [0.0, 0.0, 1.0, 1.5, 2.0, 2.0, 1.9, 0.0];
+        let mut v = [f64::NAN; 8];
+        tangents(&q, 1, 0.5, &[BOUND], &mut v);
+        // 1.5 lies beside the limit: 1.0/1.0 is below three times the slope of 1; 1.9 is held to three times -0.2.
+        assert_eq!(v.map(|v| (v * 1e9).round() / 1e9), [0.0, 1.0, 1.5, 1.0, 0.0, 0.0, -0.6, -3.8]);
+    }
+
+    #[test]
+    fn a_blend_starts_and_ends_with_no_slope() {
+        assert_eq!([smooth(-1.0, 2.0), smooth(0.0, 2.0), smooth(2.0, 2.0)], [(0.0, 0.0), (0.0, 0.0), (1.0, 0.0)]);
+        assert_eq!(smooth(1.0, 2.0), (0.5, 0.75));
+        assert_eq!(smooth(0.0, 0.0), (0.0, 0.0));
+    }
+
+    #[test]
+    fn coasting_brakes_to_rest_and_stays() {
+        for (t, q, v) in [(0.0, 0.5, 1.0), (0.1, 0.575, 0.5), (0.2, 0.6, 0.0), (9.0, 0.6, 0.0)] {
+            let (a, b) = coast(0.5, 1.0, &BOUND, t);
+            assert!((a - q).abs() < 1e-12 && (b - v).abs() < 1e-12, "{t}: {a} {b}");
+            let (a, b) = coast(-0.5, -1.0, &BOUND, t);
+            assert!((a + q).abs() < 1e-12 && (b + v).abs() < 1e-12, "{t}: {a} {b}");
+        }
+    }
+
+    /// Three joints on a random smooth path, up to several times too fast.
+    fn random_curve(rng: &mut ChaCha8Rng) -> Curve {
+        let (joints, horizon, dt) = (3, 40, 0.05);
+        let waves: Vec<(f64, f64, f64)> = (0..joints)
+            .map(|_| (rng.random_range(0.0..0.6), rng.random_range(0.5..7.0), rng.random_range(0.0..6.0)))
+            .collect();
+        let q: Vec<f64> = (0..horizon * joints)
+            .map(|k| {
+                let (a, w, p) = waves[k % joints];
+                a * ((k / joints) as f64 * dt * w + p).sin()
+            })
+            .collect();
+        let mut v = vec![0.0; q.len()];
+        tangents(&q, joints, dt, &[BOUND; 3], &mut v);
+        let mut curve = Curve::with_room(joints, horizon);
+        curve.begin(dt, dt);
+        for k in 0..horizon {
+            let (kq, kv) = curve.push().unwrap();
+            kq.copy_from_slice(&q[k * joints..(k + 1) * joints]);
+            kv.copy_from_slice(&v[k * joints..(k + 1) * joints]);
+        }
+        curve.plan_pace(&[BOUND; 3]);
+        curve
+    }
+
+    #[test]
+    fn a_plan_that_is_too_fast_is_slowed_enough_to_stay_on_its_path() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(5);
+        let (mut scaled, mut backstop, mut steps) = (0, 0, 0);
+        for _ in 0..300 {
+            let curve = random_curve(rng);
+            let bounds = [BOUND; 3];
+            let mut s = State::rest(JointVector::zeros(3));
+            s.pace = curve.pace(0.0).0;
+            curve.sample(0.0, &bounds, &mut s.q, &mut s.v);
+            let pace = s.pace;
+            s.v.iter_mut().for_each(|v| *v *= pace);
+            let mut tally = Interventions::default();
+            let (mut lag, mut ticks) = (0.0, 0);
+            while curve.end() - s.x > 0.02 {
+                let x = s.x;
+                s.follow(&curve, &bounds, 0.02, Some(&mut tally));
+                lag += 0.02 - (s.x - x);
+                ticks += 1;
+                assert!(ticks < 2000, "it goes on: {s:?}");
+            }
+            steps += ticks;
+            scaled += tally.by_rule(Rule::Scaled);
+            backstop += tally.by_rule(Rule::Velocity) + tally.by_rule(Rule::Acceleration);
+            assert!(lag > -1e-9);
+        }
+        assert!(scaled > steps / 4, "{scaled} of {steps}");
+        assert_eq!(backstop, 0, "the path was left");
+    }
+}

@@ -127,3 +127,113 @@ fn land(distance: f64, v: f64, a: f64, h: f64) -> f64 {
     let left = distance - 0.5 * v * h;
     (a * ((h * h + 2.0 * left.abs() / a).sqrt() - h)).copysign(left)
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    const BOUND: Bound = Bound { min: -1.0, max: 1.0, velocity: 2.0, acceleration: 10.0 };
+    const H: f64 = 0.02;
+
+    /// The invariant at a knot, with room for rounding.
+    fn safe(b: &Bound, q: f64, v: f64) -> bool {
+        let brake = 0.5 * v.abs() * (v.abs() / b.acceleration + H);
+        let ahead = if v > 0.0 { b.max - q } else { q - b.min };
+        q >= b.min && q <= b.max && v.abs() <= b.velocity + 1e-12 && brake <= ahead + 1e-12
+    }
+
+    #[test]
+    fn what_a_step_would_break_is_named() {
+        let cases = [
+            ((0.0, 0.0, 0.0, 0.0), Ok(())),
+            ((0.0, 1.0, 0.02, 1.0), Ok(())),
+            // Constant acceleration at the limit, and a little more.
+            ((0.0, 0.0, 0.002, 0.2), Ok(())),
+            ((0.0, 0.0, 0.00201, 0.201), Err(Breach::Acceleration)),
+            ((0.0, 0.0, 0.002, 0.0), Err(Breach::Acceleration)),
+            ((0.0, 0.0, 0.5, 0.0), Err(Breach::Velocity)),
+            ((0.0, 1.95, 0.0395, 2.0), Ok(())),
+            ((0.0, 1.95, 0.0398, 2.03), Err(Breach::Velocity)),
+            // Above the limit only inside: 1.99 at both ends, faster in between.
+            ((0.0, 1.99, 0.0402, 1.99), Err(Breach::Velocity)),
+            // At 1 rad/s braking in whole periods takes 0.06.
+            ((0.919, 1.0, 0.939, 1.0), Ok(())),
+            ((0.921, 1.0, 0.941, 1.0), Err(Breach::Position)),
+            ((-0.921, -1.0, -0.941, -1.0), Err(Breach::Position)),
+            // At rest outside, or turning outside.
+            ((1.0, 0.0, 1.0001, 0.0), Err(Breach::Position)),
+            ((1.0, 0.0, 1.0, 0.0), Ok(())),
+            ((0.9999, 0.05, 0.9999, -0.05), Err(Breach::Position)),
+            ((0.9995, 0.05, 0.9995, -0.05), Ok(())),
+            ((-0.9999, -0.05, -0.9999, 0.05), Err(Breach::Position)),
+            ((0.0, 0.0, f64::NAN, 0.0), Err(Breach::Acceleration)),
+            ((0.0, 0.0, 0.0, f64::NAN), Err(Breach::Acceleration)),
+        ];
+        for ((q, v, q1, v1), verdict) in cases {
+            assert_eq!(BOUND.allows(q, v, q1, v1, H), verdict, "({q}, {v}) to ({q1}, {v1})");
+        }
+    }
+
+    #[test]
+    fn from_every_safe_state_every_step_is_safe_whatever_is_asked() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(9);
+        let mut checked = 0;
+        while checked < 200_000 {
+            let b = Bound {
+                min: -rng.random_range(0.0..0.2),
+                max: rng.random_range(0.0..0.2),
+                velocity: rng.random_range(0.1..3.0),
+                acceleration: rng.random_range(1.0..40.0),
+            };
+            let q = rng.random_range(b.min..=b.max);
+            let v = rng.random_range(-b.velocity..=b.velocity) * [1.0, 0.1, 0.0][rng.random_range(0..3)];
+            if !safe(&b, q, v) {
+                continue;
+            }
+            checked += 1;
+            let wild = [0.0, 0.05, -0.3, 1e6, -1e300, f64::INFINITY, f64::NAN];
+            let target = wild[rng.random_range(0..7)] * rng.random_range(0.0..1.0);
+            let pace = wild[rng.random_range(0..7)] * rng.random_range(0.0..1.0);
+            for (q1, v1) in [b.brake(q, v, H), b.approach(q, v, target, pace, H)] {
+                assert!(safe(&b, q1, v1), "({q}, {v}) to ({q1}, {v1}) in {b:?}");
+                assert!((v1 - v).abs() <= b.acceleration * H * (1.0 + 1e-12) + 1e-15);
+                assert!((q1 - q - 0.5 * (v + v1) * H).abs() < 1e-12, "constant acceleration");
+            }
+        }
+    }
+
+    #[test]
+    fn braking_takes_the_least_number_of_periods() {
+        let (mut q, mut v) = (0.0, 1.9);
+        for i in 1..=10 {
+            (q, v) = BOUND.brake(q, v, H);
+            assert!((v - (1.9 - 0.2 * f64::from(i)).max(0.0)).abs() < 1e-12);
+        }
+        assert_eq!(v, 0.0);
+        assert!((q - 0.19).abs() < 2e-2);
+    }
+
+    #[test]
+    fn an_approach_lands_on_a_resting_or_moving_target_without_overshoot() {
+        for (start, pace) in [(-0.9, 0.0), (0.6, 0.0), (-0.9, 0.3), (0.1, -0.3)] {
+            let (mut q, mut v) = (start, 0.0);
+            let target = |i: i32| 0.2 + pace * f64::from(i) * H * f64::from(i < 100);
+            let side = (0.2f64 - start).signum();
+            for i in 1..100 {
+                (q, v) = BOUND.approach(q, v, target(i), pace, H);
+                assert!((target(i) - q) * side > -1e-9, "overshoot at {i}: {q} past {}", target(i));
+            }
+            assert!((q - target(99)).abs() < 1e-9 && (v - pace).abs() < 1e-9, "{q} {v}");
+        }
+    }
+
+    #[test]
+    fn the_velocity_in_use_is_one_that_stops_in_time() {
+        let l = JointLimits { min_position: -1.0, max_position: 1.0, max_velocity: 2.0, max_acceleration: 4.0 };
+        assert_eq!(Bound::new(&l, 0.02, 0.5).velocity, 4.0 * 0.48);
+        assert_eq!(Bound::new(&l, 0.02, 1.0).velocity, 2.0);
+    }
+}

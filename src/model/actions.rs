@@ -3,17 +3,20 @@
 use super::norm::Normalizer;
 use super::stats::Processors;
 use super::{ModelError, Origin, PolicyConfig};
+use crate::choice::choice;
 
-/// Whether the policy's actions are positions or differences from the state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ActionMode {
-    /// As the checkpoint says. openpi's do not say: they need one of the others or a mask.
-    #[default]
-    Auto,
-    /// All positions.
-    Absolute,
-    /// Differences from the state at the chunk's start, the same state for every action of the chunk.
-    Delta,
+choice! {
+    /// Whether the policy's actions are positions or differences from the state.
+    #[derive(Default)]
+    ActionMode {
+        /// As the checkpoint says. openpi's do not say: they need one of the others or a mask.
+        #[default]
+        Auto = "auto",
+        /// All positions.
+        Absolute = "absolute",
+        /// Differences from the state at the chunk's start, the same state for every action of the chunk.
+        Delta = "delta",
+    }
 }
 
 /// LeRobot's default of `relative_exclude_joints`.

@@ -43,11 +43,11 @@ pub(super) fn run(core: &Core, parts: Parts) {
 
 fn load(core: &Core, parts: Parts) -> Result<(), NodeError> {
     let settings = lock(&core.settings).clone();
-    let resolved = convert::device(&settings).resolve()?;
+    let resolved = settings.model.device.resolve()?;
     tracing::info!("device {}: {}", resolved.device, resolved.reason);
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     // Stages that work at the same time share the cores; one core is left to control and publishing.
-    let stages = if convert::pipeline(&settings).mode == PipelineMode::Sequential { 1 } else { 2 };
+    let stages = if settings.gpu.pipeline_mode == PipelineMode::Sequential { 1 } else { 2 };
     let threads = (cores.saturating_sub(1) / stages).max(1);
     match resolved.device {
         Device::Auto | Device::Cpu | Device::Cuda(_) => {

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::choice::{Device, Partition};
+use super::choice::Partition;
 use super::{ParamError, Params, Placeholder, Value};
+use crate::engine::Device;
 
 /// Every rule that these values break.
 pub fn broken(p: &Params) -> Vec<ParamError> {

@@ -5,6 +5,10 @@ use std::time::Duration;
 
 use super::choice::*;
 use super::{Params, Value};
+use crate::control::{JointLimits, MissPolicy, Seam};
+use crate::engine::{Device, GuidanceSchedule};
+use crate::model::ActionMode;
+use crate::pipeline::PipelineMode;
 
 /// Everything a user can set, in the types the program uses. Made by [`Params::settings`], so always valid.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,22 +109,9 @@ pub struct Joint {
     /// Robot units = policy units · `scale` + `offset`; rad or m.
     pub offset: f64,
     /// All four limits, or none: without them the node does not arm.
-    pub limits: Option<Limits>,
+    pub limits: Option<JointLimits>,
     /// Whether its actions are absolute even when the policy's are differences.
     pub action_absolute: bool,
-}
-
-/// Limits of one joint in robot units, rad or m.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Limits {
-    /// Lowest position.
-    pub min_position: f64,
-    /// Highest position, above the lowest.
-    pub max_position: f64,
-    /// Highest speed, positive, per second.
-    pub max_velocity: f64,
-    /// Highest acceleration and deceleration, positive, per second squared.
-    pub max_acceleration: f64,
 }
 
 /// One command topic.
@@ -184,7 +175,7 @@ pub struct Chunks {
     /// How a new chunk joins the running one.
     pub seam: Seam,
     /// How the weight of guidance falls.
-    pub rtc_schedule: RtcSchedule,
+    pub rtc_schedule: GuidanceSchedule,
     /// Step at which guidance ends.
     pub rtc_execution_horizon: usize,
     /// Upper bound of the guidance gain.
@@ -275,7 +266,7 @@ impl Reader<'_> {
     }
 }
 
-/// The four limits of a joint, in the order of [`Limits`].
+/// The four limits of a joint, in the order of [`JointLimits`].
 const LIMITS: [&str; 4] = ["min_position", "max_position", "max_velocity", "max_acceleration"];
 
 impl Settings {
@@ -324,7 +315,7 @@ impl Settings {
             chunks: Chunks {
                 replan_steps: r.int("replan_steps"),
                 seam: Seam::from_name(r.text("seam")).unwrap_or(Seam::Crossfade),
-                rtc_schedule: RtcSchedule::from_name(r.text("rtc_schedule")).unwrap_or(RtcSchedule::Exp),
+                rtc_schedule: GuidanceSchedule::from_name(r.text("rtc_schedule")).unwrap_or(GuidanceSchedule::Exp),
                 rtc_execution_horizon: r.int("rtc_execution_horizon"),
                 rtc_max_guidance_weight: r.double("rtc_max_guidance_weight"),
                 action_mode: ActionMode::from_name(r.text("action_mode")).unwrap_or(ActionMode::Auto),
@@ -370,7 +361,7 @@ fn joint(r: &Reader<'_>, name: &str) -> Joint {
         index: r.int(&of("index")),
         scale: r.double(&of("scale")),
         offset: r.double(&of("offset")),
-        limits: (!limits.iter().any(|x| x.is_nan())).then_some(Limits {
+        limits: (!limits.iter().any(|x| x.is_nan())).then_some(JointLimits {
             min_position,
             max_position,
             max_velocity,

@@ -3,6 +3,10 @@
 
 use super::choice::*;
 use super::value::{Kind, Value};
+use crate::control::{MissPolicy, Seam};
+use crate::engine::GuidanceSchedule;
+use crate::model::ActionMode;
+use crate::pipeline::PipelineMode;
 
 /// What a parameter is when nobody gives it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -303,7 +307,7 @@ pub const TABLE: &[ParamSpec] = &[
         "Policy steps between adopted chunks; at least the inference delay, at most the horizon less it."),
     row("chunks", "seam", one_of("rtc", Seam::NAMES), Unarmed,
         "How a new chunk joins the running one: rtc guides it, crossfade blends, none switches."),
-    row("chunks", "rtc_schedule", one_of("exp", RtcSchedule::NAMES), Unarmed,
+    row("chunks", "rtc_schedule", one_of("exp", GuidanceSchedule::NAMES), Unarmed,
         "How the weight of guidance falls from the committed steps on."),
     row("chunks", "rtc_execution_horizon", int(10, 1, 1000, "policy steps"), Unarmed,
         "Step at which guidance ends."),

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::choice::choice;
 use crate::clock::Clock;
 use crate::control::PlanView;
 use crate::control::chunk::ActionChunk;
@@ -36,25 +37,19 @@ use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, StageReport};
 
-/// How encoder and decoder share time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PipelineMode {
-    /// Encode, then decode: shortest latency of one observation.
-    Sequential,
-    /// Encode the next observation while decoding this one: highest chunk rate.
-    Pipelined,
-    /// Decode again and again on the newest cache with the newest joint state; only new frames are encoded.
-    DualRate,
+choice! {
+    /// How encoder and decoder share time.
+    PipelineMode {
+        /// Encode, then decode: shortest latency of one observation.
+        Sequential = "sequential",
+        /// Encode the next observation while decoding this one: highest chunk rate.
+        Pipelined = "pipelined",
+        /// Decode again and again on the newest cache with the newest joint state; only new frames are encoded.
+        DualRate = "dual_rate",
+    }
 }
 
 impl PipelineMode {
-    /// Every mode with its parameter value.
-    pub const ALL: [(PipelineMode, &'static str); 3] = [
-        (PipelineMode::Sequential, "sequential"),
-        (PipelineMode::Pipelined, "pipelined"),
-        (PipelineMode::DualRate, "dual_rate"),
-    ];
-
     /// Cache slots that go round.
     fn slots(self) -> usize {
         match self {

@@ -241,8 +241,17 @@ impl World {
             requests: self.requests,
         };
         let epoch = self.controller.epoch();
+        let before = self.controller.status().interventions;
         let report = self.controller.tick(&input, &mut self.window);
         self.requests = Requests::default();
+        let after = self.controller.status().interventions;
+        for j in 0..q.len() {
+            for (rule, name) in Rule::ALL {
+                // An adoption counts the joints whose actions it had to move inside, beside the step itself.
+                let most = 1 + u64::from(rule == Rule::Position && report.adoption.is_some());
+                assert!(after.of(j, rule) - before.of(j, rule) <= most, "{name} counted more than once");
+            }
+        }
         self.skipped = 0;
         self.account();
         if let (Some(c), Some(ChunkVerdict::Accepted)) = (chunk, report.chunk) {
