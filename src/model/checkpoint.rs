@@ -10,6 +10,8 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
+use crate::rt::rights;
+
 use super::graph::{self, Extra, Shapes, TOKEN_TABLES};
 use super::tensor::Mapped;
 use super::{Dims, Dtype, ModelError, Origin, PolicyConfig, Tensor};
@@ -93,6 +95,19 @@ impl Checkpoint {
         let checkpoint = Self { file, dir, config, origin, dims, entries };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
+    }
+
+    /// Exempts the mapped files from a process's locked memory: gigabytes of weights are not to be pinned page by page
+    /// as they are read.
+    pub fn unpin(&self) -> Result<(), ModelError> {
+        let mut done: Vec<&Arc<Mapped>> = Vec::new();
+        for file in self.entries.values().map(|e| &e.file) {
+            if !done.iter().any(|d| Arc::ptr_eq(d, file)) {
+                rights::unlock(&file.map).map_err(|source| ModelError::Io { path: file.path.to_path_buf(), source })?;
+                done.push(file);
+            }
+        }
+        Ok(())
     }
 
     /// Every dimension of the policy.

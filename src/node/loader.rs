@@ -13,7 +13,8 @@ use crate::model::{Checkpoint, Policy};
 use crate::pipeline::{Pipeline, PipelineIo, PipelineMode};
 use crate::rt::latest::Reader;
 
-use super::{Core, NodeError, convert, lock};
+use super::core::Core;
+use super::{NodeError, convert, lock};
 
 /// What the pipeline will need.
 pub(super) struct Parts {

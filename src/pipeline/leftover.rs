@@ -3,9 +3,6 @@
 
 use std::collections::VecDeque;
 
-use crate::clock::RosTime;
-use crate::control::PlanView;
-
 /// A chunk as the decoder remembers it.
 #[derive(Debug, Clone)]
 pub struct PastChunk {
@@ -60,8 +57,6 @@ pub struct Grid {
     pub action_dim: usize,
     /// Real columns of an action.
     pub action_len: usize,
-    /// Seconds between actions.
-    pub dt: f64,
 }
 
 /// The unexecuted rest of a chunk, resampled.
@@ -75,9 +70,9 @@ pub struct Leftover {
     pub model: Vec<f32>,
 }
 
-/// Resamples `past` to the times `start + i·dt`, linearly between its actions. `None` when nothing of it is left.
-pub fn leftover(past: &PastChunk, origin: RosTime, start: RosTime, grid: Grid) -> Option<Leftover> {
-    let first = start.seconds_since(origin) / grid.dt;
+/// The actions `first`, `first + 1`, … of `past` (`first` with its fraction: the new chunk begins between two of the old
+/// one's), linearly interpolated. `None` when nothing of it is left.
+pub fn leftover(past: &PastChunk, first: f64, grid: Grid) -> Option<Leftover> {
     let last = grid.horizon.checked_sub(1)? as f64;
     // Half a nanosecond of rounding must not lose the last row.
     let rows = ((last - first + 1e-6).floor() + 1.0).clamp(0.0, grid.horizon as f64) as usize;
@@ -104,22 +99,11 @@ pub fn leftover(past: &PastChunk, origin: RosTime, start: RosTime, grid: Grid) -
     Some(out)
 }
 
-/// Steps of the new chunk that will be in the past when it is adopted: from its state stamp to the first adoption
-/// time of the running plan at which it can be ready.
-pub fn inference_delay(plan: &PlanView, replan_steps: usize, start: RosTime, ready: RosTime, dt: f64) -> usize {
-    let period = replan_steps.max(1) as f64 * dt;
-    let wait = ready.seconds_since(plan.next_adoption);
-    let periods = if wait > 0.0 { (wait / period).ceil() } else { 0.0 };
-    let adoption = plan.next_adoption.plus_seconds(periods * period);
-    // As above: rounding must not add a step.
-    (adoption.seconds_since(start) / dt - 1e-6).ceil().max(0.0) as usize
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const GRID: Grid = Grid { horizon: 5, action_dim: 3, action_len: 2, dt: 0.1 };
+    const GRID: Grid = Grid { horizon: 5, action_dim: 3, action_len: 2 };
 
     fn ramp(sequence: u64) -> PastChunk {
         PastChunk {
@@ -130,48 +114,25 @@ mod tests {
         }
     }
 
-    fn at(seconds: f64) -> RosTime {
-        RosTime(1_000_000_000).plus_seconds(seconds)
-    }
-
     #[test]
     fn the_leftover_is_resampled_to_the_new_grid_and_ends_with_the_old_chunk() {
-        let l = leftover(&ramp(1), at(0.0), at(0.15), GRID).unwrap();
+        let l = leftover(&ramp(1), 1.5, GRID).unwrap();
         assert_eq!(l.rows, 3);
         for (i, want) in [15.0, 25.0, 35.0].iter().enumerate() {
             assert!((l.absolute[2 * i] - want).abs() < 1e-6, "{:?}", l.absolute);
             assert!((f64::from(l.model[3 * i + 2]) - want / 10.0).abs() < 1e-5);
         }
-        assert_eq!(leftover(&ramp(1), at(0.0), at(0.0), GRID).unwrap().rows, 5);
-        assert_eq!(leftover(&ramp(1), at(0.0), at(0.4), GRID).unwrap().rows, 1);
-        assert_eq!(leftover(&ramp(1), at(0.0), at(0.41), GRID), None);
+        assert_eq!(leftover(&ramp(1), 0.0, GRID).unwrap().rows, 5);
+        assert_eq!(leftover(&ramp(1), 4.0, GRID).unwrap().rows, 1);
+        assert_eq!(leftover(&ramp(1), 4.1, GRID), None);
     }
 
     #[test]
-    fn before_its_origin_a_plan_holds_its_first_action() {
-        let l = leftover(&ramp(1), at(0.0), at(-0.2), GRID).unwrap();
+    fn before_its_first_action_a_plan_holds_it() {
+        let l = leftover(&ramp(1), -2.0, GRID).unwrap();
         assert_eq!(l.rows, 5);
         assert_eq!(&l.absolute[..6], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
         assert!((l.absolute[6] - 10.0).abs() < 1e-6);
-    }
-
-    #[test]
-    fn delay_runs_to_the_first_adoption_the_chunk_can_make() {
-        let plan = PlanView {
-            sequence: 1,
-            prompt_generation: 0,
-            state_stamp: at(0.0),
-            origin: at(0.0),
-            adopted_at: at(0.2),
-            next_adoption: at(0.5),
-            dt: 0.1,
-            horizon: 5,
-            lag: 0.0,
-            pace: 1.0,
-        };
-        assert_eq!(inference_delay(&plan, 3, at(0.2), at(0.4), 0.1), 3);
-        assert_eq!(inference_delay(&plan, 3, at(0.2), at(0.51), 0.1), 6, "one re-plan later");
-        assert_eq!(inference_delay(&plan, 3, at(0.6), at(0.4), 0.1), 0);
     }
 
     #[test]

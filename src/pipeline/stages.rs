@@ -7,7 +7,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::inputs::{CameraSample, JointSample};
-use super::leftover::{Grid, History, PastChunk, inference_delay, leftover};
+use super::leftover::{Grid, History, PastChunk, leftover};
 use super::mailbox::Mailbox;
 use super::noise::NoiseSource;
 use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Shared};
@@ -319,12 +319,7 @@ impl<D: Decoder> DecodeStage<D> {
             history: History::default(),
             sequence: 0,
             epoch: 0,
-            grid: Grid {
-                horizon: dims.horizon,
-                action_dim: dims.action_dim,
-                action_len: shared.policy.action_len(),
-                dt: shared.config.dt,
-            },
+            grid: Grid { horizon: dims.horizon, action_dim: dims.action_dim, action_len: shared.policy.action_len() },
             state: vec![0.0; dims.state_dim],
             previous: Vec::new(),
             actions: vec![0.0; len],
@@ -456,7 +451,7 @@ impl<D: Decoder> DecodeStage<D> {
             prompt_generation: filled.prefix.prompt_generation,
             state_stamp: state.stamp,
             oldest_image_stamp: filled.prefix.oldest_image,
-            dt: self.grid.dt,
+            dt: shared.config.dt,
             horizon: self.grid.horizon,
             joints: n,
             positions,
@@ -478,13 +473,13 @@ impl<D: Decoder> DecodeStage<D> {
         let Some(past) = self.history.adopted(plan.sequence) else { return Ok(None) };
         let expected = self.shared.report(|r| r.decode.time.stats().p50) as f64 * 1e-9;
         let ready = self.shared.clock.ros().plus_seconds(expected);
-        let delay = inference_delay(&plan, live.replan_steps, state.stamp, ready, self.grid.dt);
+        let delay = plan.delay_steps(state.stamp, ready);
         // Beyond these bounds guidance cannot do what it promises: the seam falls back to the cross-fade.
         if delay > live.replan_steps || live.replan_steps > self.grid.horizon.saturating_sub(delay) {
             return Ok(None);
         }
         let same_prompt = past.prompt_generation == prompt_generation;
-        let Some(mut left) = leftover(past, plan.origin.plus_seconds(plan.lag), state.stamp, self.grid) else {
+        let Some(mut left) = leftover(past, plan.index_at(state.stamp), self.grid) else {
             return Ok(None);
         };
         if !same_prompt {

@@ -109,7 +109,8 @@ impl Group {
                 to.publish(&trajectory(w.start(), self.names.clone(), points.collect()))
             }
             GroupPublisher::Command(to) => {
-                to.publish(&Float64MultiArray { data: self.pick(w.positions(0)), ..Default::default() })
+                let (positions, _) = w.sample(w.period());
+                to.publish(&Float64MultiArray { data: self.pick(&positions), ..Default::default() })
             }
         }
     }
