@@ -10,14 +10,16 @@ use pi0_mps::clock::{Clock, RosTime};
 use pi0_mps::control::PlanView;
 use pi0_mps::control::chunk::ActionChunk;
 use pi0_mps::engine::cpu::CpuEngine;
-use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, KvCache, View};
+use pi0_mps::engine::{
+    DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, GuidanceSchedule, KvCache, View,
+};
 use pi0_mps::model::synthetic::{self, JOINT_NAMES, MEAN_POSE};
 use pi0_mps::model::{Checkpoint, Dims, Frame, Policy, PolicyOptions};
 use pi0_mps::pipeline::inputs::InputSlots;
 use pi0_mps::pipeline::joint_map::JointBinding;
-use pi0_mps::pipeline::{CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode};
+use pi0_mps::pipeline::{CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode, RtcConfig};
 use pi0_mps::rt::SystemClock;
-use pi0_mps::rt::latest::latest;
+use pi0_mps::rt::latest::{Writer, latest};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -58,6 +60,7 @@ struct Rig {
     inputs: Arc<InputSlots>,
     chunks: rtrb::Consumer<Arc<ActionChunk>>,
     epoch: Arc<AtomicU64>,
+    plan: Writer<Option<PlanView>>,
     pipeline: Pipeline,
 }
 
@@ -67,7 +70,7 @@ impl Rig {
         let inputs = Arc::new(inputs);
         let (to_control, chunks) = rtrb::RingBuffer::new(4096);
         let (_, retired) = rtrb::RingBuffer::new(1);
-        let (_, plan) = latest(None::<PlanView>);
+        let (plan_writer, plan) = latest(None::<PlanView>);
         let (tap, _) = crossbeam_channel::bounded(1);
         let epoch = Arc::new(AtomicU64::new(0));
         let io = PipelineIo {
@@ -80,7 +83,7 @@ impl Rig {
             tap,
         };
         let pipeline = Pipeline::start(engine, policy, config, io).unwrap();
-        Self { inputs, chunks, epoch, pipeline }
+        Self { inputs, chunks, epoch, plan: plan_writer, pipeline }
     }
 
     fn joints(&self, positions: &[f64; 7]) {
@@ -202,6 +205,67 @@ fn dual_rate_decodes_each_joint_state_on_the_newest_cache() {
         assert_ne!(next.positions, first.positions);
     }
     assert_eq!(rig.pipeline.report().encode.runs, 1);
+}
+
+#[test]
+fn guidance_keeps_a_new_chunk_on_the_committed_steps_of_the_running_plan() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let mut config = config(PipelineMode::Pipelined);
+    config.live.replan_steps = 20;
+    let free = config.live.clone();
+    let dt = config.dt;
+    let mut rig = Rig::start(&engine, policy, config);
+    rig.joints(&MEAN_POSE);
+    rig.observe(&frame(1));
+    let old = rig.wait_for("first chunk", |_| true);
+
+    // The arm is not where the plan has it: on its own, the policy would start from here.
+    let mut pose = MEAN_POSE;
+    pose[0] += 0.15;
+    let mut chunk = |live: LiveConfig, plan: Option<PlanView>| {
+        rig.pipeline.set_live(live);
+        rig.plan.put(plan);
+        rig.joints(&pose);
+        let stamp = rig.observe(&frame(2));
+        let chunk = rig.wait_for("chunk", |c| c.oldest_image_stamp == stamp);
+        (chunk, rig.pipeline.report().guided)
+    };
+    let (unguided, none) = chunk(free.clone(), None);
+    let now = SystemClock.ros();
+    let origin = now.plus_seconds(-5.0 * dt);
+    let plan = PlanView {
+        sequence: old.sequence,
+        prompt_generation: 0,
+        state_stamp: old.state_stamp,
+        origin,
+        adopted_at: origin,
+        next_adoption: now.plus_seconds(8.0 * dt),
+        dt,
+        horizon: old.horizon,
+        lag: 0.0,
+        pace: 1.0,
+    };
+    let rtc = RtcConfig { schedule: GuidanceSchedule::Exp, execution_horizon: 20, max_weight: 10.0 };
+    let (guided, one) = chunk(LiveConfig { rtc: Some(rtc), ..free }, Some(plan));
+    assert_eq!((none, one), (0, 1));
+
+    let first = plan.index_at(guided.state_stamp);
+    let distance = |c: &ActionChunk| {
+        let mut largest = 0.0f64;
+        for i in 0..5 {
+            let u = first + i as f64;
+            let (below, part) = (u.floor() as usize, u.fract());
+            for j in 0..6 {
+                let planned = old.action(below)[j] * (1.0 - part) + old.action(below + 1)[j] * part;
+                largest = largest.max((c.action(i)[j] - planned).abs());
+            }
+        }
+        largest
+    };
+    let (with, without) = (distance(&guided), distance(&unguided));
+    assert!(without > 0.05 && with < 0.2 * without, "guided {with}, unguided {without}");
 }
 
 #[test]
