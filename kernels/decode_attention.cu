@@ -1,0 +1,206 @@
+// Attention of the action expert: a few query rows over prefix and suffix keys with one K/V head.
+//
+// A cluster splits the keys; each block works on 32 query rows of one head and its slice of the keys, and the partial
+// results are combined in rank order through distributed shared memory.
+#include "common.cuh"
+
+constexpr int kRows = 32;
+constexpr int kThreads = 256;
+
+struct DecodeAttentionArgs {
+    const bf16* q;              // [64, q_stride], rotated
+    const bf16* suffix_keys;    // [suffix, head_dim]
+    const bf16* suffix_values;
+    bf16* out;                  // panel of k = heads·head_dim
+    const DecodeParams* params;
+    const void* next;           // weights to move into L2 for a later kernel, or null
+    uint64_t next_bytes;
+    float scale;                // 1/√head_dim · log2(e)
+    int32_t layer, q_stride, head_dim, rows, suffix, horizon, stride, tile;  // tile: keys a pass, a multiple of 16
+};
+
+template <int HD>
+__device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
+    constexpr int kQ = HD + 8;  // elements a row, padded against bank conflicts
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int kt = a.tile;
+    bf16* sq = reinterpret_cast<bf16*>(shared);        // [32][kQ]
+    bf16* sk = sq + kRows * kQ;                        // [kt][kQ]
+    bf16* sv = sk + kt * kQ;                           // [kt][kQ]
+    float* sc = reinterpret_cast<float*>(sv + kt * kQ);  // [32][kt + 4]
+    bf16* sp = reinterpret_cast<bf16*>(sc + kRows * (kt + 4));  // [32][kt + 8]
+    __shared__ float row_max[kRows], row_sum[kRows], row_fix[kRows];
+
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wn = warp >> 1;
+    const int rank = blockIdx.x, ranks = gridDim.x, head = blockIdx.y, row0 = blockIdx.z * kRows;
+    const int prefix = a.params->prefix, total = prefix + a.suffix;
+    const int per = ((total + ranks - 1) / ranks + 15) / 16 * 16;
+    const int begin = min(rank * per, total), end = min(begin + per, total);
+    const bf16* keys = a.params->keys + a.layer * a.params->layer_stride;
+    const bf16* values = a.params->values + a.layer * a.params->layer_stride;
+
+    grid_launch_dependents();
+    // The prefix is finished before a decode starts; only queries and suffix come from the kernel in front.
+    auto load_keys = [&](int from, bool want_suffix) {
+        for (int i = tid; i < kt * (HD / 8); i += kThreads) {
+            const int r = i / (HD / 8), d = (i % (HD / 8)) * 8, key = from + r;
+            const bool is_suffix = key >= prefix;
+            if (is_suffix != want_suffix) continue;
+            bf16 *tk = sk + r * kQ + d, *tv = sv + r * kQ + d;
+            if (key < end && d < a.head_dim) {
+                const size_t at = static_cast<size_t>(is_suffix ? key - prefix : key) * a.head_dim + d;
+                copy_async_16(tk, (is_suffix ? a.suffix_keys : keys) + at);
+                copy_async_16(tv, (is_suffix ? a.suffix_values : values) + at);
+            } else {
+                store_zero_16(tk);
+                store_zero_16(tv);
+            }
+        }
+    };
+    load_keys(begin, false);
+    if (a.next && tid == 0) {
+        const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y * gridDim.z;
+        const uint64_t id = (static_cast<uint64_t>(blockIdx.z) * gridDim.y + head) * ranks + rank;
+        const uint64_t piece = (a.next_bytes / blocks) & ~static_cast<uint64_t>(127);
+        if (piece) prefetch_l2(static_cast<const uint8_t*>(a.next) + id * piece, static_cast<uint32_t>(piece));
+    }
+    grid_wait();
+    for (int i = tid; i < kRows * (HD / 8); i += kThreads) {
+        const int r = i / (HD / 8), d = (i % (HD / 8)) * 8;
+        if (row0 + r < a.rows && d < a.head_dim)
+            copy_async_16(sq + r * kQ + d, a.q + static_cast<size_t>(row0 + r) * a.q_stride + head * a.head_dim + d);
+        else
+            store_zero_16(sq + r * kQ + d);
+    }
+    if (tid < kRows) row_max[tid] = -INFINITY, row_sum[tid] = 0.0f;
+
+    constexpr int kDims = HD / 32;  // n8 tiles of the output a warp
+    float o[kDims][4] = {};
+    const int g = lane / 4, t = lane % 4;
+    for (int from = begin; from < end; from += kt) {
+        if (from != begin) {
+            __syncthreads();
+            load_keys(from, false);
+        }
+        load_keys(from, true);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        // Scores: 16 query rows and every fourth group of 8 keys a warp.
+        {
+            float s[4][4] = {};
+            for (int k = 0; k < HD; k += 16) {
+                uint32_t af[4];
+                ldmatrix_x4(af, sq + (wm * 16 + lane % 16) * kQ + k + (lane / 16) * 8);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int n = (wn + 4 * j) * 8;
+                    if (n < kt) {
+                        uint32_t b0, b1;
+                        ldmatrix_x2(b0, b1, sk + (n + lane % 8) * kQ + k + ((lane / 8) % 2) * 8);
+                        mma_16816(s[j], af[0], af[1], af[2], af[3], b0, b1);
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int n = (wn + 4 * j) * 8;
+                if (n < kt) {
+                    float* r = sc + (wm * 16 + g) * (kt + 4) + n + 2 * t;
+                    r[0] = s[j][0], r[1] = s[j][1];
+                    r[8 * (kt + 4)] = s[j][2], r[8 * (kt + 4) + 1] = s[j][3];
+                }
+            }
+        }
+        __syncthreads();
+        // Softmax: eight lanes a row. The state row sees the prefix and itself only.
+        {
+            const int r = tid / 8, part = tid % 8;
+            const int seen = row0 + r == a.horizon ? min(end, prefix + 1) : end;
+            const float* row = sc + r * (kt + 4);
+            float top = row_max[r];
+            const float before = top;
+            for (int c = part; c < kt; c += 8)
+                if (from + c < seen) top = fmaxf(top, row[c] * a.scale);
+#pragma unroll
+            for (int m = 1; m < 8; m <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, m));
+            float sum = 0.0f;
+            for (int c = part; c < kt; c += 8) {
+                const float p = from + c < seen ? exp2f(row[c] * a.scale - top) : 0.0f;
+                const bf16 pb = __float2bfloat16(p);
+                sum += __bfloat162float(pb);
+                sp[r * (kt + 8) + c] = pb;
+            }
+#pragma unroll
+            for (int m = 1; m < 8; m <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
+            if (part == 0) {
+                const float fix = before == -INFINITY ? 0.0f : exp2f(before - top);
+                row_fix[r] = fix;
+                row_sum[r] = row_sum[r] * fix + sum;
+                row_max[r] = top;
+            }
+        }
+        __syncthreads();
+        // Weighted values: 16 rows and HD/4 dimensions a warp.
+        {
+            const float f0 = row_fix[wm * 16 + g], f1 = row_fix[wm * 16 + g + 8];
+#pragma unroll
+            for (int j = 0; j < kDims; j++) o[j][0] *= f0, o[j][1] *= f0, o[j][2] *= f1, o[j][3] *= f1;
+            for (int k = 0; k < kt; k += 16) {
+                uint32_t af[4];
+                ldmatrix_x4(af, sp + (wm * 16 + lane % 16) * (kt + 8) + k + (lane / 16) * 8);
+#pragma unroll
+                for (int j = 0; j < kDims; j++) {
+                    uint32_t b0, b1;
+                    ldmatrix_x2_trans(b0, b1, sv + (k + lane % 16) * kQ + wn * (HD / 4) + j * 8);
+                    mma_16816(o[j], af[0], af[1], af[2], af[3], b0, b1);
+                }
+            }
+        }
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+    constexpr int kO = HD + 4;
+    float* so = reinterpret_cast<float*>(sk);  // [32][kO], over the keys
+#pragma unroll
+    for (int j = 0; j < kDims; j++) {
+        float* r = so + (wm * 16 + g) * kO + wn * (HD / 4) + j * 8 + 2 * t;
+        r[0] = o[j][0], r[1] = o[j][1];
+        r[8 * kO] = o[j][2], r[8 * kO + 1] = o[j][3];
+    }
+    if (ranks > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    const int quads = HD / 4 / ranks;  // float4 groups of dimensions this rank combines
+    for (int i = tid; i < kRows * quads; i += kThreads) {
+        const int r = i / quads, d = (rank * quads + i % quads) * 4, n = row0 + r;
+        if (n >= a.rows || d >= a.head_dim) continue;
+        float top = -INFINITY;
+        for (int c = 0; c < ranks; c++) top = fmaxf(top, ranks > 1 ? load_cluster_1(row_max + r, c) : row_max[r]);
+        float4 v = make_float4(0, 0, 0, 0);
+        float sum = 0.0f;
+        for (int c = 0; c < ranks; c++) {
+            const float m = ranks > 1 ? load_cluster_1(row_max + r, c) : row_max[r];
+            const float s = ranks > 1 ? load_cluster_1(row_sum + r, c) : row_sum[r];
+            const float4 p = ranks > 1 ? load_cluster(so + r * kO + d, c) : *reinterpret_cast<const float4*>(so + r * kO + d);
+            const float f = m == -INFINITY ? 0.0f : exp2f(m - top);
+            sum += f * s;
+            v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
+        }
+        const float inv = 1.0f / sum;
+        *reinterpret_cast<uint2*>(a.out + panel(n, head * a.head_dim + d, a.stride)) =
+            pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
+    }
+    if (ranks > 1) cluster_sync();
+}
+
+#define DECODE_ATTENTION(HD)                                                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) decode_attention_##HD(            \
+        const __grid_constant__ DecodeAttentionArgs a) {                                        \
+        decode_attention<HD>(a);                                                                \
+    }
+DECODE_ATTENTION(32)
+DECODE_ATTENTION(64)
+DECODE_ATTENTION(128)
+DECODE_ATTENTION(256)
