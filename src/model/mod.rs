@@ -1,11 +1,21 @@
 //! Everything about a checkpoint that is not arithmetic on a device: dimensions, tensors, tokenizer, image
 //! preprocessing, normalisation and action transforms.
 
+mod checkpoint;
+mod config;
 mod error;
 mod frame;
+mod graph;
+mod preprocess;
+mod tensor;
 
+pub use checkpoint::Checkpoint;
+pub use config::{Feature, Origin, PolicyConfig};
 pub use error::ModelError;
 pub use frame::{Encoding, Frame};
+pub use graph::{EXPERT, PROJECTOR, TRUNK, VISION, expected_tensors};
+pub use preprocess::{Preprocessor, Resampler};
+pub use tensor::{Dtype, Tensor, Weight};
 
 /// The two model families, told apart by their tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
