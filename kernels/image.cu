@@ -36,8 +36,8 @@ __device__ int pillow(const ImageArgs& a, int x, int y, int channel) {
 // torch's bilinear interpolation, align_corners false, on bytes scaled to [0, 1].
 __device__ float bilinear(const ImageArgs& a, int x, int y, int channel) {
     const float sx = static_cast<float>(a.width) / a.resized_w, sy = static_cast<float>(a.height) / a.resized_h;
-    const float fx = fmaxf(__fsub_rn(__fmul_rn(x + 0.5f, sx), 0.5f), 0.0f);
-    const float fy = fmaxf(__fsub_rn(__fmul_rn(y + 0.5f, sy), 0.5f), 0.0f);
+    // One rounding, as PyTorch's build has it.
+    const float fx = fmaxf(__fmaf_rn(sx, x + 0.5f, -0.5f), 0.0f), fy = fmaxf(__fmaf_rn(sy, y + 0.5f, -0.5f), 0.0f);
     const int x0 = min(static_cast<int>(fx), a.width - 1), y0 = min(static_cast<int>(fy), a.height - 1);
     const int x1 = min(x0 + 1, a.width - 1), y1 = min(y0 + 1, a.height - 1);
     const float lx = fx - x0, ly = fy - y0;
