@@ -1,2 +1,5 @@
 //! `pi0`: the offline tools.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    pi0_mps::cli::main()
+}

@@ -1,1 +1,69 @@
-//! Placeholder.
+//! `pi0`, the offline tools: no ROS needed.
+//!
+//! A subcommand is a file with its `Args` and a `run`; it joins the tools by one line in [`Command`] and one in
+//! [`run`].
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Blame, Fault};
+
+pub mod infer;
+
+/// Real-time control with the π0 vision-language-action policy: offline tools.
+#[derive(Debug, Parser)]
+#[command(name = "pi0", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Infer(infer::Args),
+}
+
+fn run(command: Command) -> Result<(), CliError> {
+    match command {
+        Command::Infer(args) => infer::run(&args),
+    }
+}
+
+/// Runs the tool named on the command line; the exit code tells who is at fault ([`Fault::exit_code`]).
+pub fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::from(e.fault.exit_code())
+        }
+    }
+}
+
+/// Why a tool ended early: one message, and who has to act.
+#[derive(Debug)]
+pub struct CliError {
+    /// Decides the exit code.
+    pub fault: Fault,
+    message: String,
+}
+
+impl CliError {
+    /// The user's command or files are wrong.
+    pub fn input(message: impl Into<String>) -> Self {
+        Self { fault: Fault::Input, message: message.into() }
+    }
+}
+
+impl std::fmt::Display for CliError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl<E: Blame> From<E> for CliError {
+    fn from(e: E) -> Self {
+        Self { fault: e.fault(), message: e.to_string() }
+    }
+}

@@ -5,6 +5,10 @@
 //! [`KvCache`] is a value that moves from one to the other and back, so both can work at the same time.
 
 pub mod cpu;
+mod device;
+pub mod guidance;
+
+pub use device::{Device, Resolved};
 
 use crate::error::{Blame, Fault};
 use crate::model::{Dims, Frame, ModelError};
