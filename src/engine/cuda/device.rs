@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -52,7 +53,8 @@ pub struct Device {
     name: String,
     sms: usize,
     capability: Capability,
-    kernels: Option<Kernels>,
+    /// Unloaded by hand, before the context goes.
+    kernels: ManuallyDrop<Kernels>,
 }
 
 // SAFETY: the handles are process-wide driver objects; the driver API is thread-safe.
@@ -121,10 +123,12 @@ impl Device {
             }
             let mut context = std::ptr::null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "opening the GPU's context")?;
-            let mut device = Self { ordinal, handle, context, name, sms, capability, kernels: None };
-            device.bind()?;
-            device.kernels = Some(Kernels::load()?);
-            Ok(Arc::new(device))
+            let kernels = check(sys::cuCtxSetCurrent(context), "binding the GPU's context").and_then(|()| Kernels::load());
+            if kernels.is_err() {
+                sys::cuDevicePrimaryCtxRelease_v2(handle);
+            }
+            let kernels = ManuallyDrop::new(kernels?);
+            Ok(Arc::new(Self { ordinal, handle, context, name, sms, capability, kernels }))
         }
     }
 
@@ -134,8 +138,8 @@ impl Device {
         check(unsafe { sys::cuCtxSetCurrent(self.context) }, "binding the GPU's context")
     }
 
-    pub(super) fn kernels(&self) -> Result<&Kernels, EngineError> {
-        self.kernels.as_ref().ok_or_else(|| unavailable(self.ordinal, "its kernels are not loaded", "Open it again"))
+    pub(super) fn kernels(&self) -> &Kernels {
+        &self.kernels
     }
 
     /// The GPU's name.
@@ -171,7 +175,8 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let _ = self.bind();
-        self.kernels = None;
+        // SAFETY: dropped here and nowhere else, while the context is still there.
+        unsafe { ManuallyDrop::drop(&mut self.kernels) };
         // SAFETY: retained once in `open`; everything that used the context holds an Arc of this device and is gone.
         unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
     }
@@ -486,6 +491,12 @@ impl Event {
         // SAFETY: out-parameter on this stack.
         check(unsafe { sys::cuEventCreate(&mut raw, 0) }, "creating an event")?;
         Ok(Self { device: Arc::clone(device), raw })
+    }
+
+    /// Waits until it has passed; an event never recorded has.
+    pub fn wait(&self) -> Result<(), EngineError> {
+        // SAFETY: a live event.
+        check(unsafe { sys::cuEventSynchronize(self.raw) }, "waiting for an event")
     }
 
     /// Milliseconds from `earlier` to this one; both must have passed.

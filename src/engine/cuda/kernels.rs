@@ -325,11 +325,8 @@ impl<A: Copy> Kernel<A> {
             let mut a = blank;
             a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
             a.value.clusterDim.x = shape.cluster;
-            // SAFETY: the same member of the union as written above.
-            unsafe {
-                a.value.clusterDim.y = 1;
-                a.value.clusterDim.z = 1;
-            }
+            a.value.clusterDim.y = 1;
+            a.value.clusterDim.z = 1;
             attributes.push(a);
         }
         if shape.dependent {

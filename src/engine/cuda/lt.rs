@@ -15,6 +15,9 @@ use crate::engine::EngineError;
 /// Bytes of scratch memory one stage lends to the library (NVIDIA's advice for Hopper).
 const WORKSPACE: usize = 32 << 20;
 
+/// `CUBLAS_OP_T` of cublas_api.h, which these bindings leave out.
+const OP_T: i32 = 1;
+
 /// What becomes of the sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Epilogue {
@@ -151,7 +154,7 @@ impl Lt {
             .map(Descriptor)
             .map_err(|e| fail("describing a product", e))?;
         // Row-major y = x·wᵀ is column-major yᵀ = w·xᵀ: w transposed, x as it lies.
-        descriptor.set(D::CUBLASLT_MATMUL_DESC_TRANSA, &sys::cublasOperation_t::CUBLAS_OP_T)?;
+        descriptor.set(D::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
         use sys::cublasLtEpilogue_t as E;
         let epilogue = match key.epilogue {
             Epilogue::Store | Epilogue::Add => E::CUBLASLT_EPILOGUE_DEFAULT,

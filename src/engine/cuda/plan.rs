@@ -105,6 +105,24 @@ pub(super) struct Slices {
 /// The default of [`Slices`].
 pub(super) const SLICES: Slices = Slices { qkv: 512, out: 256, gate_up: 512, down: 512 };
 
+/// The kernels of one layer, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Norm and attention projections.
+    Qkv,
+    /// Attention.
+    Attention,
+    /// Output projection of the attention.
+    Out,
+    /// Norm, gate and up projections.
+    GateUp,
+    /// Down projection.
+    Down,
+}
+
+/// Which kernel moves the weights of which later one into L2, chosen with [`SLICES`].
+pub(super) const PREFETCH: [Option<(Stage, Stage)>; 5] = [None; 5];
+
 /// Refuses dimensions the kernels cannot run, by name.
 pub(super) fn check(dims: &Dims) -> Result<(), EngineError> {
     let refuse = |what: &'static str, expected: &str, found: usize| {

@@ -1,0 +1,95 @@
+//! Times of the two stages at full size on random weights, over the decoder's knobs. Prints tables, asserts nothing
+//! about speed. Needs a GPU: `scripts/gpu-check`.
+
+#[allow(dead_code)]
+#[path = "common/seeded.rs"]
+mod seeded;
+
+use pi0_mps::engine::cuda::{CudaEngine, Stage, Tuning};
+use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
+use pi0_mps::model::{Dims, Family, Frame, Resampler};
+use seeded::{full_width, normals};
+
+fn median(mut v: Vec<f32>) -> (f32, f32, f32) {
+    v.sort_by(f32::total_cmp);
+    (v[v.len() / 2], v[v.len() / 20], v[v.len() * 95 / 100])
+}
+
+fn dims() -> Dims {
+    let mut dims = full_width(Family::Pi0, 18);
+    dims.vision.layers = 27;
+    dims.vocab = 257_152;
+    dims
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn stage_times() {
+    let dims = dims();
+    let start = std::time::Instant::now();
+    let mut engine = CudaEngine::random(&dims, Resampler::OpenPi, 0, 1).unwrap();
+    println!("{} loaded in {:.1} s", engine.describe(), start.elapsed().as_secs_f32());
+    let bytes: Vec<u8> = normals(3, 640 * 480 * 3).iter().map(|x| (128.0 + 60.0 * x) as u8).collect();
+    let frame = Frame::new(640, 480, 640 * 3, "rgb8", bytes).unwrap();
+    let tokens: Vec<u32> = (2..22).collect();
+    let (state, noise) = (normals(4, 32), normals(5, 50 * 32));
+    let mut cache = engine.cache(3, 48).unwrap();
+    {
+        let (mut encoder, _) = engine.stages().unwrap();
+        for views in [1, 2, 3] {
+            let views = vec![View::Frame(&frame); views];
+            let mut parts: [Vec<f32>; 4] = Default::default();
+            for run in 0..60 {
+                let start = std::time::Instant::now();
+                encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+                let host = start.elapsed().as_secs_f32() * 1e3;
+                let t = encoder.last_times().unwrap();
+                if run >= 10 {
+                    for (p, v) in parts.iter_mut().zip([host, t.images, t.vision, t.trunk]) {
+                        p.push(v);
+                    }
+                }
+            }
+            let [host, images, vision, trunk] = parts.map(|p| median(p).0);
+            println!("encode {} views: host {host:.3} ms; images {images:.3}, vision {vision:.3}, trunk {trunk:.3}", views.len());
+        }
+        let views = [View::Frame(&frame), View::Frame(&frame)];
+        encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+    }
+    use Stage::*;
+    let prefetches: [&[(Stage, Stage)]; 5] = [
+        &[],
+        &[(Attention, GateUp)],
+        &[(Qkv, GateUp), (Out, Down)],
+        &[(Attention, GateUp), (GateUp, Qkv)],
+        &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)],
+    ];
+    let slices = [[512, 256, 512, 512], [256, 256, 512, 512], [512, 512, 512, 512], [512, 256, 256, 512], [256, 256, 1024, 512]];
+    let mut base: Option<Vec<f32>> = None;
+    for (i, slices) in slices.into_iter().enumerate() {
+        for (j, prefetch) in prefetches.into_iter().enumerate() {
+            for dependent in [true, false] {
+                if (i > 0 && j > 0) || (!dependent && i + j > 0) {
+                    continue;
+                }
+                engine = engine.tuned(Tuning::default().slices(slices).prefetch(prefetch).dependent(dependent));
+                let (_, mut decoder) = engine.stages().unwrap();
+                let mut actions = vec![0.0; noise.len()];
+                let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
+                let mut times = Vec::new();
+                for run in 0..120 {
+                    decoder.decode(&cache, &input, &mut actions).unwrap();
+                    if run >= 20 {
+                        times.push(decoder.last_ms().unwrap());
+                    }
+                }
+                let (mid, low, high) = median(times);
+                println!("decode slices {slices:?} dependent {dependent} prefetch {prefetch:?}: {mid:.3} ms ({low:.3} to {high:.3})");
+                assert!(actions.iter().all(|a| a.is_finite()));
+                if i == 0 {
+                    assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
+                }
+            }
+        }
+    }
+}
