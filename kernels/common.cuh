@@ -64,40 +64,38 @@ __device__ __forceinline__ uint32_t cluster_size() {
 #endif
 }
 
-// A barrier over the cluster that also orders shared memory.
-__device__ __forceinline__ void cluster_sync() {
+// The two halves of a barrier over the cluster; together they order shared memory, remote stores included.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
 
-// Reads 16 bytes at `shared` as block `rank` of the cluster has them.
-__device__ __forceinline__ float4 load_cluster(const float* shared, uint32_t rank) {
+__device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-    uint32_t remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(shared)), "r"(rank));
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(remote)
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The address of `shared` as block `rank` of the cluster has it.
+__device__ __forceinline__ uint32_t remote_address(const void* shared, uint32_t rank) {
+    uint32_t remote = smem_address(shared);
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(shared)), "r"(rank));
+#endif
+    return remote;
+}
+
+__device__ __forceinline__ void store_remote(uint32_t remote, float4 v) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
-    return v;
-#else
-    return *reinterpret_cast<const float4*>(shared);
 #endif
 }
 
-__device__ __forceinline__ float load_cluster_1(const float* shared, uint32_t rank) {
+__device__ __forceinline__ void store_remote(uint32_t remote, float2 v) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(shared)), "r"(rank));
-    float v;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-    return v;
-#else
-    return *shared;
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(v.x), "f"(v.y) : "memory");
 #endif
 }
 

@@ -1,11 +1,12 @@
 // Attention of the action expert: a few query rows over prefix and suffix keys with one K/V head.
 //
-// A cluster splits the keys; each block works on 32 query rows of one head and its slice of the keys, and the partial
-// results are combined in rank order through distributed shared memory.
+// A cluster splits the keys; each block works on 32 query rows of one head and its slice of the keys, and sends its
+// partial result to the ranks that combine it, in rank order, each for its share of the dimensions.
 #include "common.cuh"
 
 constexpr int kRows = 32;
 constexpr int kThreads = 256;
+constexpr int kRanks = 8;  // blocks the keys are split over
 
 struct DecodeAttentionArgs {
     const bf16* q;              // [64, q_stride], rotated
@@ -24,17 +25,21 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     constexpr int kQ = HD + 8;  // elements a row, padded against bank conflicts
     extern __shared__ __align__(128) uint8_t shared[];
     const int kt = a.tile;
+    constexpr int kDimsOwn = HD / kRanks;  // dimensions this rank combines
+    constexpr int kInbox = kRanks * kRows * kDimsOwn * 4;
     bf16* sq = reinterpret_cast<bf16*>(shared);        // [32][kQ]
-    bf16* sk = sq + kRows * kQ;                        // [kt][kQ]
-    bf16* sv = sk + kt * kQ;                           // [kt][kQ]
+    bf16* sk = sq + kRows * kQ;                        // [kt][kQ]; once the scores are there, the inbox
+    float* inbox = reinterpret_cast<float*>(sk);       // [kRanks][32][kDimsOwn]
+    bf16* sv = sk + max(kt * kQ, kInbox / 2);          // [kt][kQ]
     float* sc = reinterpret_cast<float*>(sv + kt * kQ);  // [32][kt + 4]
     bf16* sp = reinterpret_cast<bf16*>(sc + kRows * (kt + 4));  // [32][kt + 8]
     __shared__ float row_max[kRows], row_sum[kRows], row_fix[kRows];
+    __shared__ float2 inbox_rows[kRanks][kRows];  // maximum and sum
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wn = warp >> 1;
-    const int rank = blockIdx.x, ranks = gridDim.x, head = blockIdx.y, row0 = blockIdx.z * kRows;
+    const int rank = blockIdx.x, head = blockIdx.y, row0 = blockIdx.z * kRows;
     const int prefix = a.params->prefix, total = prefix + a.suffix;
-    const int per = ((total + ranks - 1) / ranks + 15) / 16 * 16;
+    const int per = ((total + kRanks - 1) / kRanks + 15) / 16 * 16;
     const int begin = min(rank * per, total), end = min(begin + per, total);
     const bf16* keys = a.params->keys + a.layer * a.params->layer_stride;
     const bf16* values = a.params->values + a.layer * a.params->layer_stride;
@@ -60,7 +65,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     load_keys(begin, false);
     if (a.next && tid == 0) {
         const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y * gridDim.z;
-        const uint64_t id = (static_cast<uint64_t>(blockIdx.z) * gridDim.y + head) * ranks + rank;
+        const uint64_t id = (static_cast<uint64_t>(blockIdx.z) * gridDim.y + head) * kRanks + rank;
         const uint64_t piece = (a.next_bytes / blocks) & ~static_cast<uint64_t>(127);
         if (piece) prefetch_l2(static_cast<const uint8_t*>(a.next) + id * piece, static_cast<uint32_t>(piece));
     }
@@ -77,6 +82,8 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     constexpr int kDims = HD / 32;  // n8 tiles of the output a warp
     float o[kDims][4] = {};
     const int g = lane / 4, t = lane % 4;
+    // Each rank says once that its keys may be overwritten.
+    if (begin >= end) cluster_arrive();
     for (int from = begin; from < end; from += kt) {
         if (from != begin) {
             __syncthreads();
@@ -113,6 +120,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
             }
         }
         __syncthreads();
+        if (from + kt >= end) cluster_arrive();
         // Softmax: eight lanes a row. The state row sees the prefix and itself only.
         {
             const int r = tid / 8, part = tid % 8;
@@ -160,39 +168,38 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     }
     copy_async_wait<0>();
     __syncthreads();
-    constexpr int kO = HD + 4;
-    float* so = reinterpret_cast<float*>(sk);  // [32][kO], over the keys
+    cluster_wait();
 #pragma unroll
     for (int j = 0; j < kDims; j++) {
-        float* r = so + (wm * 16 + g) * kO + wn * (HD / 4) + j * 8 + 2 * t;
-        r[0] = o[j][0], r[1] = o[j][1];
-        r[8 * kO] = o[j][2], r[8 * kO + 1] = o[j][3];
+        const int d = wn * (HD / 4) + j * 8 + 2 * t;
+        float* to = inbox + (rank * kRows + wm * 16 + g) * kDimsOwn + d % kDimsOwn;
+        const uint32_t remote = remote_address(to, d / kDimsOwn);
+        store_remote(remote, make_float2(o[j][0], o[j][1]));
+        store_remote(remote + 8 * kDimsOwn * 4, make_float2(o[j][2], o[j][3]));
     }
-    if (ranks > 1)
-        cluster_sync();
-    else
-        __syncthreads();
-    const int quads = HD / 4 / ranks;  // float4 groups of dimensions this rank combines
-    for (int i = tid; i < kRows * quads; i += kThreads) {
-        const int r = i / quads, d = (rank * quads + i % quads) * 4, n = row0 + r;
-        if (n >= a.rows || d >= a.head_dim) continue;
+    store_remote(remote_address(&inbox_rows[rank][lane], warp), make_float2(row_max[lane], row_sum[lane]));
+    cluster_arrive();
+    cluster_wait();
+    for (int i = tid; i < kRows * (kDimsOwn / 4); i += kThreads) {
+        const int r = i / (kDimsOwn / 4), d = (i % (kDimsOwn / 4)) * 4, n = row0 + r, dim = rank * kDimsOwn + d;
+        if (n >= a.rows || dim >= a.head_dim) continue;
         float top = -INFINITY;
-        for (int c = 0; c < ranks; c++) top = fmaxf(top, ranks > 1 ? load_cluster_1(row_max + r, c) : row_max[r]);
+#pragma unroll
+        for (int c = 0; c < kRanks; c++) top = fmaxf(top, inbox_rows[c][r].x);
         float4 v = make_float4(0, 0, 0, 0);
         float sum = 0.0f;
-        for (int c = 0; c < ranks; c++) {
-            const float m = ranks > 1 ? load_cluster_1(row_max + r, c) : row_max[r];
-            const float s = ranks > 1 ? load_cluster_1(row_sum + r, c) : row_sum[r];
-            const float4 p = ranks > 1 ? load_cluster(so + r * kO + d, c) : *reinterpret_cast<const float4*>(so + r * kO + d);
-            const float f = m == -INFINITY ? 0.0f : exp2f(m - top);
-            sum += f * s;
+#pragma unroll
+        for (int c = 0; c < kRanks; c++) {
+            const float2 row = inbox_rows[c][r];
+            const float4 p = *reinterpret_cast<const float4*>(inbox + (c * kRows + r) * kDimsOwn + d);
+            const float f = row.x == -INFINITY ? 0.0f : exp2f(row.x - top);
+            sum += f * row.y;
             v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
         }
         const float inv = 1.0f / sum;
-        *reinterpret_cast<uint2*>(a.out + panel(n, head * a.head_dim + d, a.stride)) =
+        *reinterpret_cast<uint2*>(a.out + panel(n, head * a.head_dim + dim, a.stride)) =
             pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
     }
-    if (ranks > 1) cluster_sync();
 }
 
 #define DECODE_ATTENTION(HD)                                                                    \

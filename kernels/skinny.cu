@@ -1,9 +1,9 @@
 // The decoder's matrix products: a handful of token rows (N) against tall weights, bound by the weight stream.
 //
 // Weights lie on the M side of the MMA, tokens on N. A block owns 64 weight rows and a slice of K; the slices of one
-// tile form a cluster and add their partial sums through distributed shared memory in rank order, so results do not
-// depend on timing. Weights are packed in fragment order (load.cu), every lane copies only what it will use, and all
-// of a block's weights are on their way before it waits for the kernel in front of it.
+// tile form a cluster whose blocks send each other their partial sums, which are added in rank order, so results do
+// not depend on timing. Weights are packed in fragment order (load.cu), every lane copies only what it will use, and
+// all of a block's weights are on their way before it waits for the kernel in front of it.
 #include "common.cuh"
 
 constexpr int kTile = 64;      // weight rows a block
@@ -45,88 +45,31 @@ enum Epilogue { kQkv = 0, kGeglu = 1, kResidual = 2 };
 
 constexpr float kRmsEps = 1e-6f;
 
-template <int EPI>
-__device__ __forceinline__ void finish(const SkinnyArgs& a, int tile, int n, int j, float4 lo, float4 hi, float rinv,
-                                       int stride) {
-    const int slot = tile * kTile + 4 * j;
-    if (EPI != kResidual || a.init) {
-        lo.x *= rinv, lo.y *= rinv, lo.z *= rinv, lo.w *= rinv;
-        hi.x *= rinv, hi.y *= rinv, hi.z *= rinv, hi.w *= rinv;
-        if (a.bias) {
-            float4 bl = *reinterpret_cast<const float4*>(a.bias + slot);
-            float4 bh = *reinterpret_cast<const float4*>(a.bias + slot + 32);
-            lo.x += bl.x, lo.y += bl.y, lo.z += bl.z, lo.w += bl.w;
-            hi.x += bh.x, hi.y += bh.y, hi.z += bh.z, hi.w += bh.w;
-        }
-    }
-    if constexpr (EPI == kQkv) {
-        // Packed so that a tile holds 32 pairs (i, i + head_dim/2) of the rotation.
-        const int half = a.head_dim / 2, p = tile * 32 + 4 * j, head = p / half, i = p % half;
-        if (n >= a.rows || head >= a.heads + 2) return;
-        const bool state = n == a.horizon;
-        const int key = state ? 0 : a.has_state + n;
-        if (head <= a.heads) {
-            const float4* cs = reinterpret_cast<const float4*>(a.rope + static_cast<size_t>(a.params->prefix + key) * half + i);
-            float4 c0 = cs[0], c1 = cs[1];
-            float4 l = lo, u = hi;
-            lo = make_float4(l.x * c0.x - u.x * c0.y, l.y * c0.z - u.y * c0.w, l.z * c1.x - u.z * c1.y, l.w * c1.z - u.w * c1.w);
-            hi = make_float4(u.x * c0.x + l.x * c0.y, u.y * c0.z + l.y * c0.w, u.z * c1.x + l.z * c1.y, u.w * c1.z + l.w * c1.w);
-        }
-        bf16* out = head < a.heads    ? a.q + static_cast<size_t>(n) * a.q_stride + head * a.head_dim
-                    : head == a.heads ? a.suffix_keys + static_cast<size_t>(key) * a.head_dim
-                                      : a.suffix_values + static_cast<size_t>(key) * a.head_dim;
-        *reinterpret_cast<uint2*>(out + i) = pack_bf16x4(lo);
-        *reinterpret_cast<uint2*>(out + i + half) = pack_bf16x4(hi);
-    } else if constexpr (EPI == kGeglu) {
-        if (n >= a.rows) return;
-        float4 v = make_float4(gelu_tanh(lo.x) * hi.x, gelu_tanh(lo.y) * hi.y, gelu_tanh(lo.z) * hi.z, gelu_tanh(lo.w) * hi.w);
-        *reinterpret_cast<uint2*>(a.y + panel(n, tile * 32 + 4 * j, stride)) = pack_bf16x4(v);
-    } else {
-        float sum = 0.0f;
-        const bool valid = n < a.rows;
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            float4 v = part ? hi : lo;
-            const int m = slot + 32 * part;
-            float4* h = reinterpret_cast<float4*>(a.h + static_cast<size_t>(n) * a.h_stride + m);
-            if (valid) {
-                if (!a.init) {
-                    if (a.gate) {
-                        float4 g = *reinterpret_cast<const float4*>(a.gate + m);
-                        v.x *= g.x, v.y *= g.y, v.z *= g.z, v.w *= g.w;
-                    }
-                    float4 old = *h;
-                    v.x += old.x, v.y += old.y, v.z += old.z, v.w += old.w;
-                }
-                *h = v;
-                float4 s = *reinterpret_cast<const float4*>(a.scale + m);
-                *reinterpret_cast<uint2*>(a.hb + panel(n, m, stride)) =
-                    pack_bf16x4(make_float4(v.x * s.x, v.y * s.y, v.z * s.z, v.w * s.w));
-                sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-            }
-        }
-        // Eight neighbouring lanes hold the 64 columns of one row.
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-        if (valid && j == 0) a.squares_out[tile * 64 + n] = sum;
-    }
-}
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
+__device__ __forceinline__ float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+__device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
-// NT: token tiles of 8. grid (cluster, tiles), cluster (k / slice, 1, 1).
-template <int NT, int EPI>
+// NT: token tiles of 8; C: blocks that share a tile, each with k / C of K. grid (C, tiles), cluster (C, 1, 1).
+template <int NT, int EPI, int C>
 __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     constexpr int kStride = 8 * NT + 2;
-    constexpr int kStages = 3;                         // activation steps in flight
-    constexpr int kStageElements = 16 * kStride * 8;   // 128 of K
+    constexpr int kStages = 3;                       // activation steps in flight
+    constexpr int kStageChunks = 16 * kStride;       // 16-byte pieces of 128 of K
+    constexpr int kPart = 8 * NT * kRed;             // floats of one K warp's partial sums
+    constexpr int kOwn = (8 * NT + C - 1) / C;       // token rows one rank finishes
+    constexpr int kPerRow = EPI == kResidual ? 16 : 8;  // threads a row: 4 columns each, or 4 pairs
+    constexpr int kItems = (kOwn * kPerRow + kThreads - 1) / kThreads;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float rinv[64];
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wk = warp >> 1;
-    const int ranks = gridDim.x, rank = blockIdx.x, tile = blockIdx.y;
+    const int rank = C == 1 ? 0 : blockIdx.x, tile = blockIdx.y;
     const int steps = a.slice / kStepK;
-    bf16* sw = reinterpret_cast<bf16*>(shared);                       // [steps][8 warps][4][32][8]
-    bf16* sx = sw + static_cast<size_t>(steps) * 8 * 4 * 256;         // [kStages][16][kStride][8]
+    bf16* sw = reinterpret_cast<bf16*>(shared);                      // [steps][8 warps][4][32][8]
+    bf16* sx = sw + static_cast<size_t>(steps) * 8 * 4 * 256;        // [kStages][16][kStride][8]
+    float* red = reinterpret_cast<float*>(shared);                   // [4][8·NT][kRed], over the weights once used
+    float* inbox = red + 4 * kPart;                                  // [C][kOwn][64], behind it
 
     grid_launch_dependents();
     // Weights never change, so they may be fetched before the wait.
@@ -141,29 +84,61 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
         copy_async_commit();
     }
     if (a.next && tid == 0) {
-        const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y, id = static_cast<uint64_t>(tile) * ranks + rank;
+        const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y, id = static_cast<uint64_t>(tile) * C + rank;
         const uint64_t piece = (a.next_bytes / blocks) & ~static_cast<uint64_t>(127);
         if (piece) prefetch_l2(static_cast<const uint8_t*>(a.next) + id * piece, static_cast<uint32_t>(piece));
+    }
+    // What the end needs and nobody writes: rotations.
+    const int half = a.head_dim / 2;
+    float4 turn[EPI == kQkv ? kItems : 1][2];
+    if constexpr (EPI == kQkv) {
+        const int prefix = a.params->prefix;
+#pragma unroll
+        for (int it = 0; it < kItems; it++) {
+            const int i = tid + it * kThreads, n = (i / 8) * C + rank, p = tile * 32 + 4 * (i % 8);
+            if (p / half > a.heads || n >= a.rows) continue;
+            const int key = n == a.horizon ? 0 : a.has_state + n;
+            const float* cs = reinterpret_cast<const float*>(a.rope + static_cast<size_t>(prefix + key) * half + p % half);
+            turn[it][0] = load4(cs), turn[it][1] = load4(cs + 4);
+        }
     }
     grid_wait();
 
     const bf16* x = a.x + static_cast<size_t>(rank) * (a.slice / 8) * kStride * 8;
     auto load_x = [&](int s) {
         if (s < steps) {
-            const bf16* from = x + static_cast<size_t>(s) * kStageElements;
-            bf16* to = sx + (s % kStages) * kStageElements;
-            for (int i = tid; i < kStageElements / 8; i += kThreads) copy_async_16(to + i * 8, from + i * 8);
+            const bf16* from = x + static_cast<size_t>(s) * kStageChunks * 8;
+            bf16* to = sx + (s % kStages) * kStageChunks * 8;
+#pragma unroll
+            for (int i = 0; i < kStageChunks; i += kThreads)
+                if (i + tid < kStageChunks) copy_async_16(to + (i + tid) * 8, from + (i + tid) * 8);
         }
         copy_async_commit();
     };
 #pragma unroll
     for (int s = 0; s < kStages; s++) load_x(s);
 
-    if (tid < 64) {
+    // What the end needs of the kernels before: on its way while the product runs.
+    float4 old[EPI == kResidual ? kItems : 1], next_scale[EPI == kResidual ? kItems : 1];
+    if constexpr (EPI == kResidual) {
+#pragma unroll
+        for (int it = 0; it < kItems; it++) {
+            const int i = tid + it * kThreads, n = (i / 16) * C + rank, m = tile * kTile + 4 * (i % 16);
+            old[it] = make_float4(0, 0, 0, 0), next_scale[it] = old[it];
+            if (n >= a.rows) continue;
+            next_scale[it] = load4(a.scale + m);
+            if (!a.init) old[it] = load4(a.h + static_cast<size_t>(n) * a.h_stride + m);
+        }
+    } else {
+        // Four threads a row, each every fourth partial sum of squares.
+        const int row = tid / 4;
         float sum = 0.0f;
-        if (a.squares && tid < a.rows)
-            for (int t = 0; t < a.square_tiles; t++) sum += a.squares[t * 64 + tid];
-        rinv[tid] = a.squares ? rsqrtf(sum * a.inv_width + kRmsEps) : 1.0f;
+        if (a.squares && row < a.rows)
+#pragma unroll 4
+            for (int t = tid % 4; t < a.square_tiles; t += 4) sum += a.squares[t * 64 + row];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (tid % 4 == 0) rinv[row] = a.squares ? rsqrtf(sum * a.inv_width + kRmsEps) : 1.0f;
     }
 
     float acc[2][NT][4] = {};
@@ -172,7 +147,7 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
         copy_async_wait<kStages - 1>();
         __syncthreads();
         const bf16* ws = sw + (static_cast<size_t>(s) * 8 + warp) * 1024 + lane * 8;
-        const bf16* xs = sx + (s % kStages) * kStageElements + ((wk * 4 + t) * kStride + g) * 8;
+        const bf16* xs = sx + (s % kStages) * kStageChunks * 8 + ((wk * 4 + t) * kStride + g) * 8;
         uint4 wf[4];
 #pragma unroll
         for (int c = 0; c < 4; c++) wf[c] = *reinterpret_cast<const uint4*>(ws + c * 256);
@@ -186,15 +161,17 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
                 mma_16816(acc[m][n], top.z, low.z, top.w, low.w, xf.z, xf.w);
             }
         }
-        __syncthreads();
-        load_x(s + kStages);
+        if (s + kStages < steps) {
+            __syncthreads();
+            load_x(s + kStages);
+        } else {
+            copy_async_commit();
+        }
     }
-    copy_async_wait<0>();
     __syncthreads();
+    // From here on this block's weights and activations may be overwritten, by its peers too.
+    if constexpr (C > 1) cluster_arrive();
 
-    // Partial sums of the four K warps, added in order.
-    float* red = reinterpret_cast<float*>(shared);  // [4][8·NT][kRed]
-    constexpr int kPart = 8 * NT * kRed;
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
@@ -206,53 +183,98 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
             r[kRed + 8] = acc[m][n][3];
         }
     __syncthreads();
-    for (int i = tid; i < 8 * NT * 16; i += kThreads) {
-        float* r = red + (i / 16) * kRed + (i % 16) * 4;
-        float4 v = *reinterpret_cast<float4*>(r);
+    if constexpr (C > 1) cluster_wait();
+    // Partial sums of the four K warps, added in order, to the rank that finishes their row.
 #pragma unroll
-        for (int w = 1; w < 4; w++) {
-            float4 o = *reinterpret_cast<float4*>(r + w * kPart);
-            v.x += o.x, v.y += o.y, v.z += o.z, v.w += o.w;
-        }
-        *reinterpret_cast<float4*>(r) = v;
+    for (int i = tid; i < 8 * NT * 16; i += kThreads) {
+        const int n = i / 16, quad = i % 16;
+        const float* r = red + n * kRed + quad * 4;
+        const float4 v = load4(r) + load4(r + kPart) + load4(r + 2 * kPart) + load4(r + 3 * kPart);
+        float* to = inbox + (rank * kOwn + n / C) * 64 + quad * 4;
+        if constexpr (C > 1)
+            store_remote(remote_address(to, n % C), v);
+        else
+            *reinterpret_cast<float4*>(to) = v;
     }
-    if (ranks > 1)
-        cluster_sync();
-    else
+    if constexpr (C > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
         __syncthreads();
+    }
 
-    // Rows are dealt to the ranks; the loop bound is a multiple of 32 threads so that shuffles are whole.
-    const int mine = (8 * NT - rank + ranks - 1) / ranks, items = (mine * 8 + 31) / 32 * 32;
-    for (int i = tid; i < items; i += kThreads) {
-        const int n = (i / 8) * ranks + rank, j = i % 8;
-        float4 lo = make_float4(0, 0, 0, 0), hi = lo;
-        if (n < 8 * NT) {
-            const float* r = red + n * kRed + 4 * j;
-            for (int c = 0; c < ranks; c++) {
-                float4 l = ranks > 1 ? load_cluster(r, c) : *reinterpret_cast<const float4*>(r);
-                float4 u = ranks > 1 ? load_cluster(r + 32, c) : *reinterpret_cast<const float4*>(r + 32);
-                lo.x += l.x, lo.y += l.y, lo.z += l.z, lo.w += l.w;
-                hi.x += u.x, hi.y += u.y, hi.z += u.z, hi.w += u.w;
+#pragma unroll
+    for (int it = 0; it < kItems; it++) {
+        const int i = tid + it * kThreads, own = i / kPerRow, n = own * C + rank;
+        const bool valid = own < kOwn && n < a.rows;
+        if constexpr (EPI == kResidual) {
+            const int quad = i % 16, m = tile * kTile + 4 * quad;
+            float squares = 0.0f;
+            if (valid) {
+                const float* r = inbox + own * 64 + quad * 4;
+                float4 v = load4(r);
+#pragma unroll
+                for (int c = 1; c < C; c++) v = v + load4(r + c * kOwn * 64);
+                if (a.init) {
+                    if (a.bias) v = v + load4(a.bias + m);
+                } else {
+                    if (a.gate) v = v * load4(a.gate + m);
+                    v = v + old[it];
+                }
+                *reinterpret_cast<float4*>(a.h + static_cast<size_t>(n) * a.h_stride + m) = v;
+                *reinterpret_cast<uint2*>(a.hb + panel(n, m, kStride)) = pack_bf16x4(v * next_scale[it]);
+                squares = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            }
+            // Sixteen neighbouring lanes hold the 64 columns of one row.
+#pragma unroll
+            for (int o = 1; o < 16; o <<= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+            if (valid && quad == 0) a.squares_out[tile * 64 + n] = squares;
+        } else {
+            if (!valid) continue;
+            const int j = i % 8, slot = tile * kTile + 4 * j;
+            const float* r = inbox + own * 64 + j * 4;
+            float4 lo = load4(r), hi = load4(r + 32);
+#pragma unroll
+            for (int c = 1; c < C; c++) {
+                lo = lo + load4(r + c * kOwn * 64);
+                hi = hi + load4(r + c * kOwn * 64 + 32);
+            }
+            lo = lo * rinv[n], hi = hi * rinv[n];
+            if (a.bias) lo = lo + load4(a.bias + slot), hi = hi + load4(a.bias + slot + 32);
+            if constexpr (EPI == kGeglu) {
+                const float4 v = make_float4(gelu_tanh(lo.x), gelu_tanh(lo.y), gelu_tanh(lo.z), gelu_tanh(lo.w)) * hi;
+                *reinterpret_cast<uint2*>(a.y + panel(n, tile * 32 + 4 * j, kStride)) = pack_bf16x4(v);
+            } else {
+                // Packed so that a tile holds 32 pairs (i, i + head_dim/2) of the rotation.
+                const int p = tile * 32 + 4 * j, head = p / half, d = p % half;
+                if (head >= a.heads + 2) continue;
+                const int key = n == a.horizon ? 0 : a.has_state + n;
+                if (head <= a.heads) {
+                    const float4 c0 = turn[it][0], c1 = turn[it][1], l = lo, u = hi;
+                    lo = make_float4(l.x * c0.x - u.x * c0.y, l.y * c0.z - u.y * c0.w, l.z * c1.x - u.z * c1.y, l.w * c1.z - u.w * c1.w);
+                    hi = make_float4(u.x * c0.x + l.x * c0.y, u.y * c0.z + l.y * c0.w, u.z * c1.x + l.z * c1.y, u.w * c1.z + l.w * c1.w);
+                }
+                bf16* out = head < a.heads    ? a.q + static_cast<size_t>(n) * a.q_stride + head * a.head_dim
+                            : head == a.heads ? a.suffix_keys + static_cast<size_t>(key) * a.head_dim
+                                              : a.suffix_values + static_cast<size_t>(key) * a.head_dim;
+                *reinterpret_cast<uint2*>(out + d) = pack_bf16x4(lo);
+                *reinterpret_cast<uint2*>(out + d + half) = pack_bf16x4(hi);
             }
         }
-        finish<EPI>(a, tile, n, j, lo, hi, n < 64 ? rinv[n] : 0.0f, kStride);
     }
-    // A peer may still be reading this block's sums.
-    if (ranks > 1) cluster_sync();
 }
 
-#define SKINNY(NT)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) skinny_qkv_##NT(const __grid_constant__ SkinnyArgs a) {  \
-        skinny<NT, kQkv>(a);                                                                                           \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) skinny_geglu_##NT(const __grid_constant__ SkinnyArgs a) { \
-        skinny<NT, kGeglu>(a);                                                                                         \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) skinny_residual_##NT(                                    \
-        const __grid_constant__ SkinnyArgs a) {                                                                        \
-        skinny<NT, kResidual>(a);                                                                                      \
+#define KERNEL(NAME, EPI, NT, C)                                                                      \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) NAME##_##NT##_##C(                      \
+        const __grid_constant__ SkinnyArgs a) {                                                       \
+        skinny<NT, EPI, C>(a);                                                                        \
     }
-SKINNY(2)
-SKINNY(4)
-SKINNY(7)
-SKINNY(8)
+#define FAMILY(NT, C)                        \
+    KERNEL(skinny_qkv, kQkv, NT, C)          \
+    KERNEL(skinny_geglu, kGeglu, NT, C)      \
+    KERNEL(skinny_residual, kResidual, NT, C)
+#define CLUSTERS(NT) FAMILY(NT, 1) FAMILY(NT, 2) FAMILY(NT, 4) FAMILY(NT, 8)
+CLUSTERS(2)
+CLUSTERS(4)
+CLUSTERS(7)
+CLUSTERS(8)

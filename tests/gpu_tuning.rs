@@ -27,7 +27,7 @@ fn dims() -> Dims {
 fn stage_times() {
     let dims = dims();
     let start = std::time::Instant::now();
-    let mut engine = CudaEngine::random(&dims, Resampler::OpenPi, 0, 1).unwrap();
+    let engine = CudaEngine::random(&dims, Resampler::OpenPi, 0, 1).unwrap();
     println!("{} loaded in {:.1} s", engine.describe(), start.elapsed().as_secs_f32());
     let bytes: Vec<u8> = normals(3, 640 * 480 * 3).iter().map(|x| (128.0 + 60.0 * x) as u8).collect();
     let frame = Frame::new(640, 480, 640 * 3, "rgb8", bytes).unwrap();
@@ -51,11 +51,15 @@ fn stage_times() {
                 }
             }
             let [host, images, vision, trunk] = parts.map(|p| median(p).0);
-            println!("encode {} views: host {host:.3} ms; images {images:.3}, vision {vision:.3}, trunk {trunk:.3}", views.len());
+            println!(
+                "encode {} views: host {host:.3} ms; images {images:.3}, vision {vision:.3}, trunk {trunk:.3}",
+                views.len()
+            );
         }
         let views = [View::Frame(&frame), View::Frame(&frame)];
         encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
     }
+    let mut engine = Some(engine);
     use Stage::*;
     let prefetches: [&[(Stage, Stage)]; 5] = [
         &[],
@@ -64,32 +68,44 @@ fn stage_times() {
         &[(Attention, GateUp), (GateUp, Qkv)],
         &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)],
     ];
-    let slices = [[512, 256, 512, 512], [256, 256, 512, 512], [512, 512, 512, 512], [512, 256, 256, 512], [256, 256, 1024, 512]];
+    let slices = [
+        [512, 256, 512, 512],
+        [256, 256, 512, 512],
+        [512, 512, 512, 512],
+        [256, 256, 1024, 512],
+        [512, 256, 512, 1024],
+    ];
+    let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
     let mut base: Option<Vec<f32>> = None;
-    for (i, slices) in slices.into_iter().enumerate() {
-        for (j, prefetch) in prefetches.into_iter().enumerate() {
-            for dependent in [true, false] {
-                if (i > 0 && j > 0) || (!dependent && i + j > 0) {
-                    continue;
-                }
-                engine = engine.tuned(Tuning::default().slices(slices).prefetch(prefetch).dependent(dependent));
-                let (_, mut decoder) = engine.stages().unwrap();
-                let mut actions = vec![0.0; noise.len()];
-                let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
-                let mut times = Vec::new();
-                for run in 0..120 {
-                    decoder.decode(&cache, &input, &mut actions).unwrap();
-                    if run >= 20 {
-                        times.push(decoder.last_ms().unwrap());
-                    }
-                }
-                let (mid, low, high) = median(times);
-                println!("decode slices {slices:?} dependent {dependent} prefetch {prefetch:?}: {mid:.3} ms ({low:.3} to {high:.3})");
-                assert!(actions.iter().all(|a| a.is_finite()));
-                if i == 0 {
-                    assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
-                }
+    let mut time = |label: String, tuning: Tuning, same: bool| {
+        let mut taken = engine.take().unwrap();
+        taken = taken.tuned(tuning);
+        let (_, mut decoder) = taken.stages().unwrap();
+        engine = Some(taken);
+        let mut actions = vec![0.0; noise.len()];
+        let mut times = Vec::new();
+        for run in 0..120 {
+            decoder.decode(&cache, &input, &mut actions).unwrap();
+            if run >= 20 {
+                times.push(decoder.last_ms().unwrap());
             }
         }
+        let (mid, low, high) = median(times);
+        println!("decode {label}: {mid:.3} ms ({low:.3} to {high:.3})");
+        if same {
+            assert!(actions.iter().all(|a| a.is_finite()));
+            assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
+        }
+    };
+    time("default".into(), Tuning::default(), true);
+    time("without dependent launch".into(), Tuning::default().dependent(false), true);
+    for prefetch in prefetches {
+        time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
+    }
+    for slices in slices {
+        time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
+    }
+    for stage in [Qkv, Attention, Out, GateUp, Down] {
+        time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
     }
 }

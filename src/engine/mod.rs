@@ -182,7 +182,9 @@ pub enum EngineError {
         remedy: String,
     },
     /// The device has too little free memory.
-    #[error("{device}: {needed} bytes of GPU memory are needed, {free} are free. Close what else uses the GPU (nvidia-smi)")]
+    #[error(
+        "{device}: {needed} bytes of GPU memory are needed, {free} are free. Close what else uses the GPU (nvidia-smi)"
+    )]
     Memory {
         /// The device, by name.
         device: String,

@@ -86,3 +86,23 @@ pub fn write_checkpoint(dir: &Path, dims: &Dims, seed: u64) {
     }
     file.flush().unwrap();
 }
+
+/// Copies the checkpoint in `from` to `to` with every weight rounded to bf16, as a GPU holds it.
+pub fn round_to_bf16(from: &Path, to: &Path) {
+    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
+    let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let rounded: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .iter()
+        .map(|(name, t)| {
+            let words = t.data().as_chunks::<4>().0.iter();
+            let data = words.flat_map(|w| bf16::from_f32(f32::from_le_bytes(*w)).to_le_bytes()).collect();
+            (name.to_string(), t.shape().to_vec(), data)
+        })
+        .collect();
+    let views = rounded.iter().map(|(name, shape, data)| {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), data).unwrap();
+        (name.clone(), view)
+    });
+    safetensors::serialize_to_file(views, None, &to.join("model.safetensors")).unwrap();
+}

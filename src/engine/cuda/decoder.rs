@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use super::device::{Buffer, Event, Graph, Pinned, Stream};
 use super::encoder::CudaCache;
-use super::kernels::{DecodeAttentionArgs, FlowArgs, Shape, Skinny, SkinnyArgs};
-use super::plan::{self, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
+use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, Shape, Skinny, SkinnyArgs};
+use super::plan::{self, CLUSTERS, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
 use super::time::Tables;
 use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
 use super::{Model, Tuning, check_finite, check_len};
@@ -178,14 +178,21 @@ impl CudaDecoder {
         (matrix.pointer(), matrix.len() as u64 * 2)
     }
 
-    fn shape(&self, p: &SkinnyPlan) -> Shape {
-        Shape {
+    /// How often a kernel is launched: once, but for timing by difference.
+    fn times(&self, stage: Stage) -> usize {
+        1 + usize::from(self.tuning.twice == Some(stage))
+    }
+
+    fn product(&self, kernels: &[Kernel<SkinnyArgs>; 4], p: &SkinnyPlan, args: &SkinnyArgs) -> Result<(), EngineError> {
+        let shape = Shape {
             grid: [p.cluster as u32, p.tiles as u32, 1],
             threads: 256,
             shared: p.shared as u32,
             cluster: p.cluster as u32,
             dependent: self.tuning.dependent,
-        }
+        };
+        let variant = CLUSTERS.iter().position(|c| *c == p.cluster).unwrap_or(0);
+        kernels[variant].launch(&self.stream, shape, args)
     }
 
     /// Queues everything between input block and actions.
@@ -205,7 +212,7 @@ impl CudaDecoder {
                     init: 1,
                     ..self.residual(&self.plans.time)
                 };
-                self.skinny().residual.launch(&self.stream, self.shape(&self.plans.time), &args)?;
+                self.product(&self.skinny().residual, &self.plans.time, &args)?;
             }
             for (l, layer) in self.weights.layers.iter().enumerate() {
                 self.layer(tables, key, step, rows, l, layer)?;
@@ -291,7 +298,9 @@ impl CudaDecoder {
             has_state: self.has_state() as i32,
             ..self.normalised(&self.plans.qkv, rows)
         };
-        self.skinny().qkv.launch(&self.stream, self.shape(&self.plans.qkv), &args)?;
+        for _ in 0..self.times(Stage::Qkv) {
+            self.product(&self.skinny().qkv, &self.plans.qkv, &args)?;
+        }
 
         let (variant, padded) = self.model.decode_head;
         let (_, shared) = plan::decode_attention(key.tile * KEY_SPLITS, padded);
@@ -321,7 +330,9 @@ impl CudaDecoder {
             cluster: KEY_SPLITS as u32,
             dependent: self.tuning.dependent,
         };
-        self.model.device.kernels().decode_attention[variant].launch(&self.stream, shape, &args)?;
+        for _ in 0..self.times(Stage::Attention) {
+            self.model.device.kernels().decode_attention[variant].launch(&self.stream, shape, &args)?;
+        }
 
         let (next, next_bytes) = self.next(Stage::Out, l);
         let args = SkinnyArgs {
@@ -334,7 +345,9 @@ impl CudaDecoder {
             gate: tables.gate(step, 2 * l),
             ..self.residual(&self.plans.out)
         };
-        self.skinny().residual.launch(&self.stream, self.shape(&self.plans.out), &args)?;
+        for _ in 0..self.times(Stage::Out) {
+            self.product(&self.skinny().residual, &self.plans.out, &args)?;
+        }
 
         let (next, next_bytes) = self.next(Stage::GateUp, l);
         let args = SkinnyArgs {
@@ -345,7 +358,9 @@ impl CudaDecoder {
             y: self.gated.pointer(),
             ..self.normalised(&self.plans.gate_up, rows)
         };
-        self.skinny().geglu.launch(&self.stream, self.shape(&self.plans.gate_up), &args)?;
+        for _ in 0..self.times(Stage::GateUp) {
+            self.product(&self.skinny().geglu, &self.plans.gate_up, &args)?;
+        }
 
         let (next, next_bytes) = self.next(Stage::Down, l);
         let after = self.weights.layers.get(l + 1).map_or(&self.weights.final_norm, |n| &n.norm1);
@@ -359,7 +374,10 @@ impl CudaDecoder {
             gate: tables.gate(step, 2 * l + 1),
             ..self.residual(&self.plans.down)
         };
-        self.skinny().residual.launch(&self.stream, self.shape(&self.plans.down), &args)
+        for _ in 0..self.times(Stage::Down) {
+            self.product(&self.skinny().residual, &self.plans.down, &args)?;
+        }
+        Ok(())
     }
 
     /// Queues what lies between two steps: before the first (`done` is none), after step `done`.
@@ -480,7 +498,11 @@ impl CudaDecoder {
             });
         }
         if cache.rows == 0 {
-            return Err(EngineError::Shape { what: "cache slot", expected: "an encoded prefix".into(), found: "nothing".into() });
+            return Err(EngineError::Shape {
+                what: "cache slot",
+                expected: "an encoded prefix".into(),
+                found: "nothing".into(),
+            });
         }
         let keys = cache.rows + plan::suffix_rows(&dims);
         if keys > self.model.positions {

@@ -14,8 +14,10 @@ use crate::engine::EngineError;
 /// Compute capability, as `(major, minor)`.
 pub type Capability = (u32, u32);
 
-/// Oldest chip the kernels are written for (bf16 MMA, `cp.async`).
-const MIN_CAPABILITY: Capability = (8, 0);
+/// Oldest chip the kernels are written for (clusters, dependent launch).
+const MIN_CAPABILITY: Capability = (9, 0);
+/// Shared memory a block may ask for, as the largest kernels need it.
+const MIN_SHARED: u32 = 227 * 1024;
 /// Oldest driver that runs what CUDA 13.0 compiles.
 const MIN_DRIVER: i32 = 13000;
 
@@ -67,7 +69,11 @@ impl Device {
     pub fn open(ordinal: usize) -> Result<Arc<Self>, EngineError> {
         // SAFETY: only looks for the library; without this probe the first call would panic.
         if !unsafe { sys::is_culib_present() } {
-            return Err(unavailable(ordinal, "the NVIDIA driver (libcuda.so.1) was not found", "Install it, or use device:=cpu"));
+            return Err(unavailable(
+                ordinal,
+                "the NVIDIA driver (libcuda.so.1) was not found",
+                "Install it, or use device:=cpu",
+            ));
         }
         // SAFETY: as above, for libcublasLt.
         if !unsafe { cudarc::cublaslt::sys::is_culib_present() } {
@@ -117,13 +123,22 @@ impl Device {
             if capability < MIN_CAPABILITY {
                 return Err(unavailable(
                     ordinal,
-                    format!("{name} has compute capability {}.{}, 8.0 is needed", capability.0, capability.1),
-                    "Use an Ampere or newer GPU, or device:=cpu",
+                    format!("{name} has compute capability {}.{}, 9.0 is needed", capability.0, capability.1),
+                    "Use a Hopper or newer data centre GPU, or device:=cpu",
+                ));
+            }
+            let shared = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            if shared < MIN_SHARED {
+                return Err(unavailable(
+                    ordinal,
+                    format!("{name} gives a block {shared} bytes of shared memory, {MIN_SHARED} are needed"),
+                    "Use a Hopper or newer data centre GPU, or device:=cpu",
                 ));
             }
             let mut context = std::ptr::null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "opening the GPU's context")?;
-            let kernels = check(sys::cuCtxSetCurrent(context), "binding the GPU's context").and_then(|()| Kernels::load());
+            let kernels =
+                check(sys::cuCtxSetCurrent(context), "binding the GPU's context").and_then(|()| Kernels::load());
             if kernels.is_err() {
                 sys::cuDevicePrimaryCtxRelease_v2(handle);
             }
@@ -385,9 +400,8 @@ impl Stream {
     pub fn upload<T: Plain>(&self, from: &Pinned<T>, len: usize, to: &Buffer<T>, at: usize) -> Result<(), EngineError> {
         assert!(len <= from.len && at + len <= to.len, "upload past a buffer");
         // SAFETY: both ranges are checked and live.
-        let code = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to.at(at), from.as_ptr().cast(), len * size_of::<T>(), self.raw)
-        };
+        let code =
+            unsafe { sys::cuMemcpyHtoDAsync_v2(to.at(at), from.as_ptr().cast(), len * size_of::<T>(), self.raw) };
         check(code, "copying to the GPU")
     }
 
@@ -405,8 +419,7 @@ impl Stream {
     pub fn copy<T: Plain>(&self, from: &Buffer<T>, len: usize, to: &Buffer<T>, at: usize) -> Result<(), EngineError> {
         assert!(len <= from.len && at + len <= to.len, "copy past a buffer");
         // SAFETY: both ranges are checked and live.
-        let code =
-            unsafe { sys::cuMemcpyDtoDAsync_v2(to.at(at), from.pointer(), len * size_of::<T>(), self.raw) };
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.at(at), from.pointer(), len * size_of::<T>(), self.raw) };
         check(code, "copying on the GPU")
     }
 

@@ -5,13 +5,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::Model;
 use super::device::{Buffer, Device, Event, Graph, Pinned, Stream};
 use super::images::Images;
 use super::kernels::{AttentionArgs, GegluArgs, NormArgs, RopeArgs, Shape};
 use super::lt::{Epilogue, Key, Lt, Operands};
 use super::plan::{self, HEAD_DIMS};
 use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS};
-use super::Model;
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
 use crate::model::Dims;
 
@@ -188,7 +188,17 @@ impl CudaEncoder {
     /// Overwrites every working buffer with NaN patterns, so that a test sees a value nobody wrote.
     pub fn poison(&mut self) -> Result<(), EngineError> {
         let Some(w) = &self.workspace else { return Ok(()) };
-        for b in [&w.vision_normed, &w.vision_qkv, &w.vision_attended, &w.vision_mlp, &w.normed, &w.qkv, &w.attended, &w.gate_up, &w.mlp] {
+        for b in [
+            &w.vision_normed,
+            &w.vision_qkv,
+            &w.vision_attended,
+            &w.vision_mlp,
+            &w.normed,
+            &w.qkv,
+            &w.attended,
+            &w.gate_up,
+            &w.mlp,
+        ] {
             b.fill(0xff)?;
         }
         w.vision.fill(0xff)?;
@@ -207,7 +217,8 @@ impl CudaEncoder {
 
     fn check(&self, input: &EncodeInput<'_>, cache: &CudaCache) -> Result<usize, EngineError> {
         let dims = &self.model.dims;
-        let wrong = |what, expected: String, found: usize| EngineError::Shape { what, expected, found: found.to_string() };
+        let wrong =
+            |what, expected: String, found: usize| EngineError::Shape { what, expected, found: found.to_string() };
         if input.views.is_empty() || input.views.len() > MAX_VIEWS {
             return Err(wrong("views", format!("1 to {MAX_VIEWS}"), input.views.len()));
         }
@@ -275,7 +286,8 @@ impl CudaEncoder {
         if !self.vision_graphs.contains_key(&views)
             && let Some(w) = &self.workspace
         {
-            let mut queue = Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params: 0 };
+            let mut queue =
+                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params: 0 };
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
@@ -284,7 +296,8 @@ impl CudaEncoder {
             && let Some(w) = &self.workspace
         {
             let params = self.params.1.pointer();
-            let mut queue = Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params };
+            let mut queue =
+                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params };
             let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
             let prompt = &self.prompt_rows.1;
@@ -386,7 +399,14 @@ struct Queue<'a> {
 }
 
 impl Queue<'_> {
-    fn product(&mut self, rows: usize, outputs: usize, k: usize, epilogue: Epilogue, o: Operands) -> Result<(), EngineError> {
+    fn product(
+        &mut self,
+        rows: usize,
+        outputs: usize,
+        k: usize,
+        epilogue: Epilogue,
+        o: Operands,
+    ) -> Result<(), EngineError> {
         self.lt.run(self.stream, Key { rows, outputs, k, epilogue }, o)
     }
 
@@ -422,7 +442,14 @@ impl Queue<'_> {
         Ok(())
     }
 
-    fn layer_norm(&self, x: &Buffer<f32>, y: &Buffer<u16>, norm: &LayerNorm, rows: usize, width: usize) -> Result<(), EngineError> {
+    fn layer_norm(
+        &self,
+        x: &Buffer<f32>,
+        y: &Buffer<u16>,
+        norm: &LayerNorm,
+        rows: usize,
+        width: usize,
+    ) -> Result<(), EngineError> {
         let args = NormArgs {
             x: x.pointer(),
             y: y.pointer(),
@@ -449,7 +476,13 @@ impl Queue<'_> {
         self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
-    fn attention(&self, heads: usize, batch: usize, variant: (usize, usize), args: &AttentionArgs) -> Result<(), EngineError> {
+    fn attention(
+        &self,
+        heads: usize,
+        batch: usize,
+        variant: (usize, usize),
+        args: &AttentionArgs,
+    ) -> Result<(), EngineError> {
         let shape = Shape {
             grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
             threads: 128,
@@ -468,7 +501,13 @@ impl Queue<'_> {
         let (tokens, rows) = (v.tokens(), views * v.tokens());
         let weights = self.weights;
         let h = w.vision.pointer();
-        let patch = Operands { w: weights.patch.pointer(), x: w.patches.pointer(), bias: 0, c: weights.position.pointer(), d: h };
+        let patch = Operands {
+            w: weights.patch.pointer(),
+            x: w.patches.pointer(),
+            bias: 0,
+            c: weights.position.pointer(),
+            d: h,
+        };
         self.product(rows, v.width, plan::patch_stride(&dims), Epilogue::Add, patch)?;
         let head_dim = v.width / v.heads;
         for layer in &weights.vision {
@@ -496,7 +535,13 @@ impl Queue<'_> {
                 ..AttentionArgs::default()
             };
             self.attention(v.heads, views, self.model.vision_head, &args)?;
-            let o = Operands { w: layer.out.pointer(), x: w.vision_attended.pointer(), bias: layer.out_bias.pointer(), c: h, d: h };
+            let o = Operands {
+                w: layer.out.pointer(),
+                x: w.vision_attended.pointer(),
+                bias: layer.out_bias.pointer(),
+                c: h,
+                d: h,
+            };
             self.product(rows, v.width, v.width, Epilogue::AddBias, o)?;
             self.layer_norm(&w.vision, &w.vision_normed, &layer.norm2, rows, v.width)?;
             let mlp = w.vision_mlp.pointer();
@@ -507,7 +552,13 @@ impl Queue<'_> {
         }
         self.layer_norm(&w.vision, &w.vision_normed, &weights.post_norm, rows, v.width)?;
         let x = w.x.pointer();
-        let o = Operands { w: weights.projector.pointer(), x: w.vision_normed.pointer(), bias: weights.projector_bias.pointer(), c: x, d: x };
+        let o = Operands {
+            w: weights.projector.pointer(),
+            x: w.vision_normed.pointer(),
+            bias: weights.projector_bias.pointer(),
+            c: x,
+            d: x,
+        };
         self.product(rows, dims.trunk.width, v.width, Epilogue::WideBias, o)
     }
 

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use super::device::{Buffer, Device, Pinned, Stream};
 use super::kernels::{ImageArgs, Kernels, Shape};
 use super::{check_finite, check_len};
@@ -10,6 +12,9 @@ use crate::model::{Encoding, Frame, ModelError, Resampler};
 
 /// Frame sizes whose tables are kept; a node has a handful of cameras.
 const KEPT_TABLES: usize = 8;
+
+/// Bytes of a frame one thread copies into pinned memory: one core alone takes 0.1 ms for 640×480.
+const COPY_PIECE: usize = 128 << 10;
 
 /// Where a resized frame lies in the square image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +66,12 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(device: &Arc<Device>, frame: (usize, usize), size: usize, resampler: Resampler) -> Result<Self, EngineError> {
+    fn new(
+        device: &Arc<Device>,
+        frame: (usize, usize),
+        size: usize,
+        resampler: Resampler,
+    ) -> Result<Self, EngineError> {
         let at = place(frame.0, frame.1, size)?;
         if resampler == Resampler::LeRobot {
             return Ok(Self { frame, at, values: Buffer::zeroed(device, 0)?, taps: 0 });
@@ -130,7 +140,14 @@ impl Images {
     /// Queues upload and conversion of view `index` into `patches` (a device address, `[tokens, patch_stride]`).
     ///
     /// The stream must have been synchronised since this view's last upload.
-    pub fn queue(&mut self, stream: &Stream, kernels: &Kernels, index: usize, view: &View<'_>, patches: u64) -> Result<(), EngineError> {
+    pub fn queue(
+        &mut self,
+        stream: &Stream,
+        kernels: &Kernels,
+        index: usize,
+        view: &View<'_>,
+        patches: u64,
+    ) -> Result<(), EngineError> {
         let mut args = ImageArgs {
             patches,
             size: self.size as i32,
@@ -154,7 +171,10 @@ impl Images {
                 // Only what the header promises: the buffer may be longer.
                 let needed = frame.step() * (frame.height() - 1) + frame.width() * pixel;
                 let slot = self.slot(index, needed)?;
-                slot.pinned.as_mut_slice()[..needed].copy_from_slice(&frame.data()[..needed]);
+                slot.pinned.as_mut_slice()[..needed]
+                    .par_chunks_mut(COPY_PIECE)
+                    .zip(frame.data()[..needed].par_chunks(COPY_PIECE))
+                    .for_each(|(to, from)| to.copy_from_slice(from));
                 stream.upload(&slot.pinned, needed, &slot.bytes, 0)?;
                 args.bytes = slot.bytes.pointer();
                 let t = &self.tables[tables];

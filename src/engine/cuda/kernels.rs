@@ -303,7 +303,7 @@ impl Shape {
 /// A kernel that takes one argument block `A`.
 pub(super) struct Kernel<A> {
     function: sys::CUfunction,
-    name: &'static str,
+    name: Box<str>,
     takes: PhantomData<fn(A)>,
 }
 
@@ -349,8 +349,14 @@ impl<A: Copy> Kernel<A> {
         };
         // SAFETY: the function is loaded, its one parameter has this type's size (checked at load), and the driver
         // copies parameters and attributes before it returns.
-        let code = unsafe { sys::cuLaunchKernelEx(&config, self.function, parameters.as_mut_ptr(), std::ptr::null_mut()) };
-        check(code, self.name)
+        let code =
+            unsafe { sys::cuLaunchKernelEx(&config, self.function, parameters.as_mut_ptr(), std::ptr::null_mut()) };
+        check(code, "launching a kernel").map_err(|e| match e {
+            EngineError::Device { what, reason, remedy } => {
+                EngineError::Device { what, reason: format!("{}: {reason}", self.name), remedy }
+            }
+            other => other,
+        })
     }
 }
 
@@ -365,7 +371,7 @@ impl Module {
     }
 
     /// The kernel `name`, allowed to use `shared` bytes of dynamic shared memory.
-    fn kernel<A>(&self, name: &'static str, shared: usize) -> Result<Kernel<A>, EngineError> {
+    fn kernel<A>(&self, name: &str, shared: usize) -> Result<Kernel<A>, EngineError> {
         let internal = |reason: String| EngineError::Device {
             what: "loading kernels",
             reason: format!("{name}: {reason}"),
@@ -376,8 +382,8 @@ impl Module {
         let (mut offset, mut size) = (0, 0);
         // SAFETY: a loaded module, a C string and out-parameters on this stack.
         unsafe {
-            check(sys::cuModuleGetFunction(&mut function, self.0, symbol.as_ptr()), name)?;
-            check(sys::cuFuncGetParamInfo(function, 0, &mut offset, &mut size), name)?;
+            check(sys::cuModuleGetFunction(&mut function, self.0, symbol.as_ptr()), "finding a kernel")?;
+            check(sys::cuFuncGetParamInfo(function, 0, &mut offset, &mut size), "reading a kernel's parameters")?;
         }
         if size != size_of::<A>() {
             return Err(internal(format!("takes {size} bytes, the program gives {}", size_of::<A>())));
@@ -385,9 +391,10 @@ impl Module {
         if shared > 48 * 1024 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a loaded function.
-            check(unsafe { sys::cuFuncSetAttribute(function, attribute, shared as i32) }, name)?;
+            let set = unsafe { sys::cuFuncSetAttribute(function, attribute, shared as i32) };
+            check(set, "raising a kernel's shared memory")?;
         }
-        Ok(Kernel { function, name, takes: PhantomData })
+        Ok(Kernel { function, name: name.into(), takes: PhantomData })
     }
 }
 
@@ -401,11 +408,11 @@ impl Drop for Module {
 /// Dynamic shared memory of one block on sm_90 and sm_100, less what kernels declare themselves.
 const MAX_SHARED: usize = 224 * 1024;
 
-/// The three products of skinny.cu for one number of token tiles.
+/// The three products of skinny.cu for one number of token tiles, each by cluster size ([`super::plan::CLUSTERS`]).
 pub(super) struct Skinny {
-    pub qkv: Kernel<SkinnyArgs>,
-    pub geglu: Kernel<SkinnyArgs>,
-    pub residual: Kernel<SkinnyArgs>,
+    pub qkv: [Kernel<SkinnyArgs>; 4],
+    pub geglu: [Kernel<SkinnyArgs>; 4],
+    pub residual: [Kernel<SkinnyArgs>; 4],
 }
 
 /// Every kernel, loaded.
@@ -443,21 +450,17 @@ impl Kernels {
         };
         let (skinny, decode, attention) = (open("skinny")?, open("decode_attention")?, open("attention")?);
         let (flow, pointwise, image, load) = (open("flow")?, open("pointwise")?, open("image")?, open("load")?);
-        let family = |qkv, geglu, residual| -> Result<Skinny, EngineError> {
-            let m: &Module = &modules[skinny];
-            Ok(Skinny {
-                qkv: m.kernel(qkv, MAX_SHARED)?,
-                geglu: m.kernel(geglu, MAX_SHARED)?,
-                residual: m.kernel(residual, MAX_SHARED)?,
-            })
+        let family = |tiles: usize| -> Result<Skinny, EngineError> {
+            let by_cluster = |kind: &str| -> Result<[Kernel<SkinnyArgs>; 4], EngineError> {
+                let kernel = |c: usize| modules[skinny].kernel(&format!("skinny_{kind}_{tiles}_{c}"), MAX_SHARED);
+                let [a, b, c, d] = super::plan::CLUSTERS;
+                Ok([kernel(a)?, kernel(b)?, kernel(c)?, kernel(d)?])
+            };
+            Ok(Skinny { qkv: by_cluster("qkv")?, geglu: by_cluster("geglu")?, residual: by_cluster("residual")? })
         };
+        let [t0, t1, t2, t3] = super::plan::TOKEN_TILES;
         Ok(Self {
-            skinny: [
-                family("skinny_qkv_2", "skinny_geglu_2", "skinny_residual_2")?,
-                family("skinny_qkv_4", "skinny_geglu_4", "skinny_residual_4")?,
-                family("skinny_qkv_7", "skinny_geglu_7", "skinny_residual_7")?,
-                family("skinny_qkv_8", "skinny_geglu_8", "skinny_residual_8")?,
-            ],
+            skinny: [family(t0)?, family(t1)?, family(t2)?, family(t3)?],
             decode_attention: [
                 modules[decode].kernel("decode_attention_32", MAX_SHARED)?,
                 modules[decode].kernel("decode_attention_64", MAX_SHARED)?,

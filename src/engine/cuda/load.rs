@@ -130,7 +130,13 @@ impl<'a> Loader<'a> {
             }
             (None, Source::Random(seed)) => {
                 let to = kept.as_ref().unwrap_or(&self.staging).pointer();
-                let args = RandomArgs { to, count: count as i64, seed: name_seed(seed, name), deviation: deviation(shape), to_f32: 0 };
+                let args = RandomArgs {
+                    to,
+                    count: count as i64,
+                    seed: name_seed(seed, name),
+                    deviation: deviation(shape),
+                    to_f32: 0,
+                };
                 let kernels = self.device.kernels();
                 kernels.random.launch(&self.stream, conversion(count), &args)?;
             }

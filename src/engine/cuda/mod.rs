@@ -39,13 +39,7 @@ pub fn probe(ordinal: usize) -> Result<String, EngineError> {
     let (free, total) = gpu.memory()?;
     let (major, minor) = gpu.capability();
     let gib = |n: usize| n as f64 / f64::from(1 << 30);
-    Ok(format!(
-        "{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)",
-        gpu.name(),
-        gpu.sms(),
-        gib(free),
-        gib(total)
-    ))
+    Ok(format!("{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)", gpu.name(), gpu.sms(), gib(free), gib(total)))
 }
 
 /// What the stages share beside their weights.
@@ -70,11 +64,13 @@ pub struct Tuning {
     dependent: bool,
     /// Which kernel moves the weights of which later one into L2.
     prefetch: [Option<(Stage, Stage)>; 5],
+    /// A kernel to launch twice: its time is the difference, its results are wrong.
+    twice: Option<Stage>,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { slices: plan::SLICES, dependent: true, prefetch: plan::PREFETCH }
+        Self { slices: plan::SLICES, dependent: true, prefetch: plan::PREFETCH, twice: None }
     }
 }
 
@@ -88,6 +84,12 @@ impl Tuning {
     /// With or without dependent launch.
     pub fn dependent(mut self, on: bool) -> Self {
         self.dependent = on;
+        self
+    }
+
+    /// Launches this kernel twice: what one costs where it stands is the difference in time. Results are wrong.
+    pub fn twice(mut self, stage: Stage) -> Self {
+        self.twice = Some(stage);
         self
     }
 

@@ -22,8 +22,8 @@ pub(super) const KEY_SPLITS: usize = 8;
 pub(super) const QUERY_ROWS: usize = 32;
 /// Most keys one pass of it holds.
 const MAX_KEY_TILE: usize = 128;
-/// Largest cluster every chip schedules.
-const MAX_CLUSTER: usize = 8;
+/// Cluster sizes the skinny product is compiled for; every chip schedules up to 8.
+pub(super) const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
 /// Partial sums in shared memory: 4 K warps × 68 floats a token row.
 const SUMS_PER_ROW: usize = 4 * 68 * 4;
 
@@ -48,13 +48,15 @@ pub(super) fn skinny(rows: usize, k: usize, token_tiles: usize, slice: usize) ->
     let k = pad(k, STEP_K);
     let steps = k / STEP_K;
     // The number of slices must divide the steps, so that all are equal.
-    let wished = (k / slice.max(STEP_K)).clamp(1, MAX_CLUSTER);
-    let cluster = (1..=wished).rev().find(|c| steps % c == 0).unwrap_or(1);
+    let wished = (k / slice.max(STEP_K)).max(1);
+    let cluster = CLUSTERS.into_iter().rev().find(|c| *c <= wished && steps % c == 0).unwrap_or(1);
     let slice = k / cluster;
     let own = slice / STEP_K;
     let stage = STEP_K / 8 * (8 * token_tiles + 2) * 16;
     let ring = own * TILE * STEP_K * 2 + stage * own.min(3);
-    let sums = SUMS_PER_ROW * 8 * token_tiles;
+    // Partial sums, and behind them what the peers send: 64 floats a token row and slice.
+    let rows_in = 8 * token_tiles;
+    let sums = SUMS_PER_ROW * rows_in + cluster * rows_in.div_ceil(cluster) * TILE * 4;
     SkinnyPlan { tiles: rows.div_ceil(TILE), k, slice, cluster, shared: ring.max(sums) }
 }
 
@@ -73,9 +75,10 @@ pub(super) fn decode_attention(keys: usize, head_dim: usize) -> (usize, usize) {
     let tile = pad(keys.div_ceil(KEY_SPLITS), 16).clamp(16, MAX_KEY_TILE);
     let row = (head_dim + 8) * 2;
     let queries = QUERY_ROWS * row;
-    let held = 2 * tile * row + QUERY_ROWS * (tile + 4) * 4 + QUERY_ROWS * (tile + 8) * 2;
-    let results = QUERY_ROWS * (head_dim + 4) * 4;
-    (tile, queries + held.max(results))
+    // What the other ranks send lies over the keys.
+    let inbox = QUERY_ROWS * head_dim * 4;
+    let scores = QUERY_ROWS * (tile + 4) * 4 + QUERY_ROWS * (tile + 8) * 2;
+    (tile, queries + inbox.max(tile * row) + tile * row + scores)
 }
 
 /// Shared memory of the encoder's attention: queries, and two stages of keys and values.
@@ -126,7 +129,11 @@ pub(super) const PREFETCH: [Option<(Stage, Stage)>; 5] = [None; 5];
 /// Refuses dimensions the kernels cannot run, by name.
 pub(super) fn check(dims: &Dims) -> Result<(), EngineError> {
     let refuse = |what: &'static str, expected: &str, found: usize| {
-        Err(EngineError::Shape { what, expected: format!("{expected} on the GPU (device:=cpu has no such limit)"), found: found.to_string() })
+        Err(EngineError::Shape {
+            what,
+            expected: format!("{expected} on the GPU (device:=cpu has no such limit)"),
+            found: found.to_string(),
+        })
     };
     let v = &dims.vision;
     let vision_head = v.width / v.heads.max(1);
@@ -163,7 +170,15 @@ mod tests {
 
     #[test]
     fn slices_cover_k_exactly_and_fit_a_cluster() {
-        for (rows, k, slice) in [(2560, 1024, 512), (1024, 2048, 256), (8192, 1024, 512), (1024, 4096, 512), (64, 16, 512), (100, 33, 128), (1024, 1152, 256)] {
+        for (rows, k, slice) in [
+            (2560, 1024, 512),
+            (1024, 2048, 256),
+            (8192, 1024, 512),
+            (1024, 4096, 512),
+            (64, 16, 512),
+            (100, 33, 128),
+            (1024, 1152, 256),
+        ] {
             for tiles in TOKEN_TILES {
                 let p = skinny(rows, k, tiles, slice);
                 assert_eq!(p.slice * p.cluster, p.k, "{p:?}");
@@ -176,9 +191,17 @@ mod tests {
 
     #[test]
     fn the_full_size_decoder_leaves_room_for_a_second_block() {
-        for (rows, k, slice) in [(2560, 1024, SLICES.qkv), (1024, 2048, SLICES.out), (8192, 1024, SLICES.gate_up), (1024, 4096, SLICES.down)] {
+        for (rows, k, slice) in [
+            (2560, 1024, SLICES.qkv),
+            (1024, 2048, SLICES.out),
+            (8192, 1024, SLICES.gate_up),
+            (1024, 4096, SLICES.down),
+        ] {
             let p = skinny(rows, k, 7, slice);
-            assert!(2 * (p.shared + 1536) <= 227 * 1024, "prefetch under the kernel in front needs two blocks an SM: {p:?}");
+            assert!(
+                2 * (p.shared + 1536) <= 227 * 1024,
+                "prefetch under the kernel in front needs two blocks an SM: {p:?}"
+            );
         }
     }
 

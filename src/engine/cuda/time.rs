@@ -45,7 +45,10 @@ fn time_embedding(t: f64, dims: &Dims) -> Vec<f64> {
         std::f64::consts::TAU * t / (dims.min_period * (dims.max_period / dims.min_period).powf(fraction))
     };
     // The reference rounds the embedding to float32.
-    (0..half).map(|j| f64::from(angle(j).sin() as f32)).chain((0..half).map(|j| f64::from(angle(j).cos() as f32))).collect()
+    (0..half)
+        .map(|j| f64::from(angle(j).sin() as f32))
+        .chain((0..half).map(|j| f64::from(angle(j).cos() as f32)))
+        .collect()
 }
 
 /// weight·x + bias in float64.
@@ -121,7 +124,11 @@ impl Tables {
         let kernel = &device.kernels().product;
         let run = |args: ProductArgs| {
             let threads = args.rows as usize * steps * 32;
-            kernel.launch(&stream, Shape { dependent: false, ..Shape::items(threads, 256) }, &ProductArgs { count: steps as i32, ..args })
+            kernel.launch(
+                &stream,
+                Shape { dependent: false, ..Shape::items(threads, 256) },
+                &ProductArgs { count: steps as i32, ..args },
+            )
         };
         for (i, norm) in norms.iter().enumerate() {
             let ExpertNorm::Adaptive { weight, dtype, bias } = norm else { continue };

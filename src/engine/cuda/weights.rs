@@ -163,7 +163,8 @@ impl ExpertSizes {
 /// Bytes the weights take on the device, for a check before anything is allocated.
 pub(super) fn weight_bytes(dims: &Dims) -> usize {
     let (v, t, e) = (&dims.vision, &dims.trunk, &dims.expert);
-    let vision = v.layers * (4 * v.width * v.width + 2 * v.width * v.mlp) + v.width * (plan::patch_stride(dims) + t.width);
+    let vision =
+        v.layers * (4 * v.width * v.width + 2 * v.width * v.mlp) + v.width * (plan::patch_stride(dims) + t.width);
     let stack = |s: &StackDims| (2 * s.heads + 2) * s.head_dim * s.width + 3 * s.width * s.mlp;
     let adaptive = if dims.family == Family::Pi05 { (2 * e.layers + 1) * 3 * e.width * e.width } else { 0 };
     let matrices = vision + t.layers.saturating_sub(1) * stack(t) + e.layers * stack(e) + e.width * e.width + adaptive;
@@ -192,7 +193,15 @@ impl Reader<'_, '_> {
     }
 
     /// Converts tensor `name` `[rows, cols]` into `to` from element `at` on, rows `stride` apart.
-    fn place<T: super::device::Plain>(&mut self, name: &str, shape: &[usize], to: &Buffer<T>, at: usize, stride: usize, add: f32) -> Result<(), EngineError> {
+    fn place<T: super::device::Plain>(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        to: &Buffer<T>,
+        at: usize,
+        stride: usize,
+        add: f32,
+    ) -> Result<(), EngineError> {
         let (from, dtype) = self.loader.stage(name, shape)?;
         let cols: usize = shape.iter().skip(1).product();
         let (rows, cols) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], cols) };
@@ -228,7 +237,13 @@ impl Reader<'_, '_> {
         Ok(to)
     }
 
-    fn vector<T: super::device::Plain>(&mut self, name: &str, len: usize, padded: usize, add: f32) -> Result<Buffer<T>, EngineError> {
+    fn vector<T: super::device::Plain>(
+        &mut self,
+        name: &str,
+        len: usize,
+        padded: usize,
+        add: f32,
+    ) -> Result<Buffer<T>, EngineError> {
         let to = Buffer::zeroed(&self.device, padded)?;
         self.place(name, &[len], &to, 0, len, add)?;
         Ok(to)
@@ -241,7 +256,15 @@ impl Reader<'_, '_> {
         })
     }
 
-    fn pack(&mut self, name: &str, rows: usize, cols: usize, order: Order, head_dim: usize, to: &Buffer<u16>) -> Result<(), EngineError> {
+    fn pack(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        order: Order,
+        head_dim: usize,
+        to: &Buffer<u16>,
+    ) -> Result<(), EngineError> {
         let (from, dtype) = self.loader.stage(name, &[rows, cols])?;
         let (order, first) = match order {
             Order::Natural => (0, 0),
