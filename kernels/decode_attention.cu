@@ -1,7 +1,8 @@
 // Attention of the action expert: a few query rows over prefix and suffix keys with one K/V head.
 //
-// A cluster splits the keys; each block works on 32 query rows of one head and its slice of the keys, and sends its
-// partial result to the ranks that combine it, in rank order, each for its share of the dimensions.
+// All heads share keys and values, so queries are packed: row r is head r % heads of token r / heads. A cluster splits
+// the keys; each block works on 32 packed rows and its slice of the keys, and sends its partial result to the ranks
+// that combine it, in rank order, each for its share of the dimensions.
 #include "common.cuh"
 
 constexpr int kRows = 32;
@@ -9,7 +10,7 @@ constexpr int kThreads = 256;
 constexpr int kRanks = 8;  // blocks the keys are split over
 
 struct DecodeAttentionArgs {
-    const bf16* q;              // [64, q_stride], rotated
+    const bf16* q;              // [rows, head_dim], rotated, packed
     const bf16* suffix_keys;    // [suffix, head_dim]
     const bf16* suffix_values;
     bf16* out;                  // panel of k = heads·head_dim
@@ -17,7 +18,7 @@ struct DecodeAttentionArgs {
     const void* next;           // weights to move into L2 for a later kernel, or null
     uint64_t next_bytes;
     float scale;                // 1/√head_dim · log2(e)
-    int32_t layer, q_stride, head_dim, rows, suffix, horizon, stride, tile;  // tile: keys a pass, a multiple of 16
+    int32_t layer, heads, head_dim, rows, suffix, horizon, stride, tile;  // rows: packed; tile: keys a pass, a multiple of 16
 };
 
 template <int HD>
@@ -31,13 +32,14 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     bf16* sk = sq + kRows * kQ;                        // [kt][kQ]; once the scores are there, the inbox
     float* inbox = reinterpret_cast<float*>(sk);       // [kRanks][32][kDimsOwn]
     bf16* sv = sk + max(kt * kQ, kInbox / 2);          // [kt][kQ]
-    float* sc = reinterpret_cast<float*>(sv + kt * kQ);  // [32][kt + 4]
-    bf16* sp = reinterpret_cast<bf16*>(sc + kRows * (kt + 4));  // [32][kt + 8]
+    float* sc = reinterpret_cast<float*>(sv + kt * kQ);  // [32][kt + 4]: scores, then their exponentials in bf16
+    const int kp = 2 * (kt + 4);                         // elements a row of those
+    bf16* sp = reinterpret_cast<bf16*>(sc);
     __shared__ float row_max[kRows], row_sum[kRows], row_fix[kRows];
     __shared__ float2 inbox_rows[kRanks][kRows];  // maximum and sum
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wn = warp >> 1;
-    const int rank = blockIdx.x, head = blockIdx.y, row0 = blockIdx.z * kRows;
+    const int rank = blockIdx.x, row0 = blockIdx.y * kRows;
     const int prefix = a.params->prefix, total = prefix + a.suffix;
     const int per = ((total + kRanks - 1) / kRanks + 15) / 16 * 16;
     const int begin = min(rank * per, total), end = min(begin + per, total);
@@ -64,8 +66,8 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     };
     load_keys(begin, false);
     if (a.next && tid == 0) {
-        const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y * gridDim.z;
-        const uint64_t id = (static_cast<uint64_t>(blockIdx.z) * gridDim.y + head) * kRanks + rank;
+        const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y;
+        const uint64_t id = static_cast<uint64_t>(blockIdx.y) * kRanks + rank;
         const uint64_t piece = (a.next_bytes / blocks) & ~static_cast<uint64_t>(127);
         if (piece) prefetch_l2(static_cast<const uint8_t*>(a.next) + id * piece, static_cast<uint32_t>(piece));
     }
@@ -73,7 +75,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     for (int i = tid; i < kRows * (HD / 8); i += kThreads) {
         const int r = i / (HD / 8), d = (i % (HD / 8)) * 8;
         if (row0 + r < a.rows && d < a.head_dim)
-            copy_async_16(sq + r * kQ + d, a.q + static_cast<size_t>(row0 + r) * a.q_stride + head * a.head_dim + d);
+            copy_async_16(sq + r * kQ + d, a.q + static_cast<size_t>(row0 + r) * a.head_dim + d);
         else
             store_zero_16(sq + r * kQ + d);
     }
@@ -96,6 +98,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
         // Scores: 16 query rows and every fourth group of 8 keys a warp.
         {
             float s[4][4] = {};
+#pragma unroll 4
             for (int k = 0; k < HD; k += 16) {
                 uint32_t af[4];
                 ldmatrix_x4(af, sq + (wm * 16 + lane % 16) * kQ + k + (lane / 16) * 8);
@@ -124,20 +127,28 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
         // Softmax: eight lanes a row. The state row sees the prefix and itself only.
         {
             const int r = tid / 8, part = tid % 8;
-            const int seen = row0 + r == a.horizon ? min(end, prefix + 1) : end;
+            const int seen = (row0 + r) / a.heads == a.horizon ? min(end, prefix + 1) : end;
             const float* row = sc + r * (kt + 4);
+            float own[16];  // every eighth key
             float top = row_max[r];
             const float before = top;
-            for (int c = part; c < kt; c += 8)
-                if (from + c < seen) top = fmaxf(top, row[c] * a.scale);
+#pragma unroll
+            for (int c = 0; c < 16; c++) {
+                const int key = part + 8 * c;
+                own[c] = key < kt && from + key < seen ? row[key] * a.scale : -INFINITY;
+                top = fmaxf(top, own[c]);
+            }
 #pragma unroll
             for (int m = 1; m < 8; m <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, m));
             float sum = 0.0f;
-            for (int c = part; c < kt; c += 8) {
-                const float p = from + c < seen ? exp2f(row[c] * a.scale - top) : 0.0f;
-                const bf16 pb = __float2bfloat16(p);
-                sum += __bfloat162float(pb);
-                sp[r * (kt + 8) + c] = pb;
+            // All lanes of a row have read its scores: the shuffles above wait for them.
+#pragma unroll
+            for (int c = 0; c < 16; c++) {
+                const int key = part + 8 * c;
+                if (key >= kt) break;
+                const bf16 p = __float2bfloat16(own[c] == -INFINITY ? 0.0f : exp2f(own[c] - top));
+                sum += __bfloat162float(p);
+                sp[r * kp + key] = p;
             }
 #pragma unroll
             for (int m = 1; m < 8; m <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
@@ -156,7 +167,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
             for (int j = 0; j < kDims; j++) o[j][0] *= f0, o[j][1] *= f0, o[j][2] *= f1, o[j][3] *= f1;
             for (int k = 0; k < kt; k += 16) {
                 uint32_t af[4];
-                ldmatrix_x4(af, sp + (wm * 16 + lane % 16) * (kt + 8) + k + (lane / 16) * 8);
+                ldmatrix_x4(af, sp + (wm * 16 + lane % 16) * kp + k + (lane / 16) * 8);
 #pragma unroll
                 for (int j = 0; j < kDims; j++) {
                     uint32_t b0, b1;
@@ -181,8 +192,8 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     cluster_arrive();
     cluster_wait();
     for (int i = tid; i < kRows * (kDimsOwn / 4); i += kThreads) {
-        const int r = i / (kDimsOwn / 4), d = (i % (kDimsOwn / 4)) * 4, n = row0 + r, dim = rank * kDimsOwn + d;
-        if (n >= a.rows || dim >= a.head_dim) continue;
+        const int r = i / (kDimsOwn / 4), d = (i % (kDimsOwn / 4)) * 4, row = row0 + r, dim = rank * kDimsOwn + d;
+        if (row >= a.rows || dim >= a.head_dim) continue;
         float top = -INFINITY;
 #pragma unroll
         for (int c = 0; c < kRanks; c++) top = fmaxf(top, inbox_rows[c][r].x);
@@ -190,20 +201,20 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
         float sum = 0.0f;
 #pragma unroll
         for (int c = 0; c < kRanks; c++) {
-            const float2 row = inbox_rows[c][r];
+            const float2 part = inbox_rows[c][r];
             const float4 p = *reinterpret_cast<const float4*>(inbox + (c * kRows + r) * kDimsOwn + d);
-            const float f = row.x == -INFINITY ? 0.0f : exp2f(row.x - top);
-            sum += f * row.y;
+            const float f = part.x == -INFINITY ? 0.0f : exp2f(part.x - top);
+            sum += f * part.y;
             v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
         }
         const float inv = 1.0f / sum;
-        *reinterpret_cast<uint2*>(a.out + panel(n, head * a.head_dim + dim, a.stride)) =
+        *reinterpret_cast<uint2*>(a.out + panel(row / a.heads, row % a.heads * a.head_dim + dim, a.stride)) =
             pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
     }
 }
 
 #define DECODE_ATTENTION(HD)                                                                    \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1) decode_attention_##HD(            \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) decode_attention_##HD(            \
         const __grid_constant__ DecodeAttentionArgs a) {                                        \
         decode_attention<HD>(a);                                                                \
     }

@@ -485,7 +485,7 @@ impl Queue<'_> {
     ) -> Result<(), EngineError> {
         let shape = Shape {
             grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
-            threads: 128,
+            threads: 256,
             shared: plan::attention_shared(variant.1) as u32,
             cluster: 1,
             dependent: true,

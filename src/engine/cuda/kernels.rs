@@ -81,7 +81,7 @@ pub(super) struct DecodeAttentionArgs {
     pub next_bytes: u64,
     pub scale: f32,
     pub layer: i32,
-    pub q_stride: i32,
+    pub heads: i32,
     pub head_dim: i32,
     pub rows: i32,
     pub suffix: i32,
