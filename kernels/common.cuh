@@ -37,6 +37,42 @@ __device__ __forceinline__ void copy_async_wait() {
 
 __device__ __forceinline__ void store_zero_16(void* shared) { *reinterpret_cast<uint4*>(shared) = make_uint4(0, 0, 0, 0); }
 
+// A barrier in shared memory that counts bytes of bulk copies; one thread makes it and expects them.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done)
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(smem_address(barrier)), "r"(parity)
+            : "memory");
+#endif
+}
+
+// Moves `bytes` (a multiple of 16) to shared memory and counts them at `barrier`.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(shared)),
+                 "l"(global), "r"(bytes), "r"(smem_address(barrier))
+                 : "memory");
+#endif
+}
+
 // Starts moving `bytes` (a multiple of 16) into L2.
 __device__ __forceinline__ void prefetch_l2(const void* global, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

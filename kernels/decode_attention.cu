@@ -37,6 +37,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     bf16* sp = reinterpret_cast<bf16*>(sc);
     __shared__ float row_max[kRows], row_sum[kRows], row_fix[kRows];
     __shared__ float2 inbox_rows[kRanks][kRows];  // maximum and sum
+    __shared__ uint64_t arrived[2];               // prefix; suffix and queries
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wn = warp >> 1;
     const int rank = blockIdx.x, row0 = blockIdx.y * kRows;
@@ -47,8 +48,38 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     const bf16* values = a.params->values + a.layer * a.params->layer_stride;
 
     grid_launch_dependents();
+    // Rows as long as the kernel's own go by bulk copies, one a row; shorter ones are padded with zeros.
+    const bool whole = a.head_dim == HD;
+    if (tid == 0) barrier_init(&arrived[0]), barrier_init(&arrived[1]);
+    __syncthreads();
     // The prefix is finished before a decode starts; only queries and suffix come from the kernel in front.
     auto load_keys = [&](int from, bool want_suffix) {
+        if (whole) {
+            const int limit = min(from + kt, end);
+            const int first = want_suffix ? max(from, prefix) : from, last = want_suffix ? limit : min(limit, prefix);
+            uint64_t* barrier = &arrived[want_suffix];
+            if (tid == 0) {
+                const int queries = want_suffix && from == begin ? min(kRows, a.rows - row0) : 0;
+                barrier_expect(barrier, (max(last - first, 0) * 2 + queries) * HD * 2);
+            }
+            // All copies count only once they are expected.
+            __syncthreads();
+            for (int i = tid; i < 2 * (last - first); i += kThreads) {
+                const int key = first + i / 2, r = key - from;
+                const size_t at = static_cast<size_t>(want_suffix ? key - prefix : key) * HD;
+                if (i % 2 == 0)
+                    copy_bulk(sk + r * kQ, (want_suffix ? a.suffix_keys : keys) + at, HD * 2, barrier);
+                else
+                    copy_bulk(sv + r * kQ, (want_suffix ? a.suffix_values : values) + at, HD * 2, barrier);
+            }
+            if (want_suffix)
+                for (int i = tid; i < (from + kt - limit) * (HD / 8); i += kThreads) {
+                    const int at = (limit - from + i / (HD / 8)) * kQ + i % (HD / 8) * 8;
+                    store_zero_16(sk + at);
+                    store_zero_16(sv + at);
+                }
+            return;
+        }
         for (int i = tid; i < kt * (HD / 8); i += kThreads) {
             const int r = i / (HD / 8), d = (i % (HD / 8)) * 8, key = from + r;
             const bool is_suffix = key >= prefix;
@@ -64,7 +95,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
             }
         }
     };
-    load_keys(begin, false);
+    if (begin < end) load_keys(begin, false);
     if (a.next && tid == 0) {
         const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y;
         const uint64_t id = static_cast<uint64_t>(blockIdx.y) * kRanks + rank;
@@ -72,13 +103,16 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
         if (piece) prefetch_l2(static_cast<const uint8_t*>(a.next) + id * piece, static_cast<uint32_t>(piece));
     }
     grid_wait();
-    for (int i = tid; i < kRows * (HD / 8); i += kThreads) {
-        const int r = i / (HD / 8), d = (i % (HD / 8)) * 8;
-        if (row0 + r < a.rows && d < a.head_dim)
-            copy_async_16(sq + r * kQ + d, a.q + static_cast<size_t>(row0 + r) * a.head_dim + d);
-        else
-            store_zero_16(sq + r * kQ + d);
-    }
+    if (begin < end)
+        for (int i = tid; i < kRows * (HD / 8); i += kThreads) {
+            const int r = i / (HD / 8), d = (i % (HD / 8)) * 8;
+            const bool valid = row0 + r < a.rows;
+            if (whole && valid) continue;
+            if (valid && d < a.head_dim)
+                copy_async_16(sq + r * kQ + d, a.q + static_cast<size_t>(row0 + r) * a.head_dim + d);
+            else
+                store_zero_16(sq + r * kQ + d);
+        }
     if (tid < kRows) row_max[tid] = -INFINITY, row_sum[tid] = 0.0f;
 
     constexpr int kDims = HD / 32;  // n8 tiles of the output a warp
@@ -92,23 +126,33 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
             load_keys(from, false);
         }
         load_keys(from, true);
-        copy_async_commit();
-        copy_async_wait<0>();
+        if (whole) {
+            if (from == begin && tid < min(kRows, a.rows - row0))
+                copy_bulk(sq + tid * kQ, a.q + static_cast<size_t>(row0 + tid) * HD, HD * 2, &arrived[1]);
+            const uint32_t parity = (from - begin) / kt & 1;
+            barrier_wait(&arrived[0], parity);
+            barrier_wait(&arrived[1], parity);
+        } else {
+            copy_async_commit();
+            copy_async_wait<0>();
+        }
         __syncthreads();
         // Scores: 16 query rows and every fourth group of 8 keys a warp.
         {
             float s[4][4] = {};
-#pragma unroll 4
-            for (int k = 0; k < HD; k += 16) {
-                uint32_t af[4];
-                ldmatrix_x4(af, sq + (wm * 16 + lane % 16) * kQ + k + (lane / 16) * 8);
+#pragma unroll 2
+            for (int k = 0; k < HD; k += 32) {
+                uint32_t a0[4], a1[4];
+                ldmatrix_x4(a0, sq + (wm * 16 + lane % 16) * kQ + k + (lane / 16) * 8);
+                ldmatrix_x4(a1, sq + (wm * 16 + lane % 16) * kQ + k + 16 + (lane / 16) * 8);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const int n = (wn + 4 * j) * 8;
                     if (n < kt) {
-                        uint32_t b0, b1;
-                        ldmatrix_x2(b0, b1, sk + (n + lane % 8) * kQ + k + ((lane / 8) % 2) * 8);
-                        mma_16816(s[j], af[0], af[1], af[2], af[3], b0, b1);
+                        uint32_t bf[4];  // 32 of k for 8 keys
+                        ldmatrix_x4(bf, sk + (n + lane % 8) * kQ + k + (lane / 8) * 8);
+                        mma_16816(s[j], a0[0], a0[1], a0[2], a0[3], bf[0], bf[1]);
+                        mma_16816(s[j], a1[0], a1[1], a1[2], a1[3], bf[2], bf[3]);
                     }
                 }
             }

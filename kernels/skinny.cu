@@ -7,9 +7,10 @@
 #include "common.cuh"
 
 constexpr int kTile = 64;      // weight rows a block
-constexpr int kStepK = 128;    // K a step: 4 warps of 32
-constexpr int kThreads = 256;  // 2 warps over M × 4 over K
-constexpr int kRed = 68;       // floats a row of partial sums: 64, padded against bank conflicts
+constexpr int kStepK = 128;    // K a step: one bulk copy of activations
+constexpr int kThreads = 128;  // 4 warps of 16 weight rows
+constexpr int kStages = 3;     // steps of activations in flight
+constexpr int kRed = 68;       // floats a row of sums: 64, padded against bank conflicts
 
 struct SkinnyArgs {
     const bf16* w;        // packed [tiles][k/32][4][2][32][8]
@@ -54,33 +55,36 @@ __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_ca
 template <int NT, int EPI, int C>
 __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     constexpr int kStride = 8 * NT + 2;
-    constexpr int kStages = 3;                       // activation steps in flight
-    constexpr int kStageChunks = 16 * kStride;       // 16-byte pieces of 128 of K
-    constexpr int kPart = 8 * NT * kRed;             // floats of one K warp's partial sums
-    constexpr int kOwn = (8 * NT + C - 1) / C;       // token rows one rank finishes
+    constexpr uint32_t kStage = 16 * kStride * 16;      // bytes of 128 of K
+    constexpr int kOwn = (8 * NT + C - 1) / C;          // token rows one rank finishes
     constexpr int kPerRow = EPI == kResidual ? 16 : 8;  // threads a row: 4 columns each, or 4 pairs
     constexpr int kItems = (kOwn * kPerRow + kThreads - 1) / kThreads;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float rinv[64];
+    __shared__ uint64_t arrived[kStages];
 
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wk = warp >> 1;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int rank = C == 1 ? 0 : blockIdx.x, tile = blockIdx.y;
     const int steps = a.slice / kStepK;
-    bf16* sw = reinterpret_cast<bf16*>(shared);                      // [steps][8 warps][4][32][8]
-    bf16* sx = sw + static_cast<size_t>(steps) * 8 * 4 * 256;        // [kStages][16][kStride][8]
-    float* red = reinterpret_cast<float*>(shared);                   // [4][8·NT][kRed], over the weights once used
-    float* inbox = red + 4 * kPart;                                  // [C][kOwn][64], behind it
+    bf16* sw = reinterpret_cast<bf16*>(shared);                  // [slice/32][4 warps][2][32][8]
+    uint8_t* sx = shared + static_cast<size_t>(a.slice) * 128;   // [kStages][16][kStride][8] bf16
+    float* red = reinterpret_cast<float*>(shared);               // [8·NT][kRed], over the weights once used
+    float* inbox = red + 8 * NT * kRed;                          // [C][kOwn][64], behind it
 
     grid_launch_dependents();
+    if (tid == 0)
+#pragma unroll
+        for (int s = 0; s < kStages; s++) barrier_init(&arrived[s]);
     // Weights never change, so they may be fetched before the wait.
     {
-        const bf16* w = a.w + (static_cast<size_t>(tile) * (a.k / 32) + static_cast<size_t>(rank) * (a.slice / 32)) * 2048;
-        for (int s = 0; s < steps; s++) {
-            const bf16* from = w + (static_cast<size_t>(s) * 4 + wk) * 2048 + wm * 1024 + lane * 8;
-            bf16* to = sw + (static_cast<size_t>(s) * 8 + warp) * 1024 + lane * 8;
+        const size_t at = warp * 512 + lane * 8;
+        const bf16* from = a.w + (static_cast<size_t>(tile) * (a.k / 32) + static_cast<size_t>(rank) * (a.slice / 32)) * 2048 + at;
+        for (int s = 0; s < steps; s++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) copy_async_16(to + c * 256, from + c * 256);
-        }
+            for (int c = 0; c < 4; c++) {
+                copy_async_16(sw + at + (s * 4 + c) * 2048, from + (s * 4 + c) * 2048);
+                copy_async_16(sw + at + (s * 4 + c) * 2048 + 256, from + (s * 4 + c) * 2048 + 256);
+            }
         copy_async_commit();
     }
     if (a.next && tid == 0) {
@@ -104,19 +108,14 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     }
     grid_wait();
 
-    const bf16* x = a.x + static_cast<size_t>(rank) * (a.slice / 8) * kStride * 8;
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(a.x) + static_cast<size_t>(rank) * steps * kStage;
     auto load_x = [&](int s) {
-        if (s < steps) {
-            const bf16* from = x + static_cast<size_t>(s) * kStageChunks * 8;
-            bf16* to = sx + (s % kStages) * kStageChunks * 8;
-#pragma unroll
-            for (int i = 0; i < kStageChunks; i += kThreads)
-                if (i + tid < kStageChunks) copy_async_16(to + (i + tid) * 8, from + (i + tid) * 8);
-        }
-        copy_async_commit();
+        uint64_t* barrier = &arrived[s % kStages];
+        barrier_expect(barrier, kStage);
+        copy_bulk(sx + (s % kStages) * kStage, x + static_cast<size_t>(s) * kStage, kStage, barrier);
     };
-#pragma unroll
-    for (int s = 0; s < kStages; s++) load_x(s);
+    if (tid == 0)
+        for (int s = 0; s < min(steps, kStages); s++) load_x(s);
 
     // What the end needs of the kernels before: on its way while the product runs.
     float4 old[EPI == kResidual ? kItems : 1], next_scale[EPI == kResidual ? kItems : 1];
@@ -129,43 +128,37 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
             next_scale[it] = load4(a.scale + m);
             if (!a.init) old[it] = load4(a.h + static_cast<size_t>(n) * a.h_stride + m);
         }
-    } else {
-        // Four threads a row, each every fourth partial sum of squares.
-        const int row = tid / 4;
-        float sum = 0.0f;
-        if (a.squares && row < a.rows)
-#pragma unroll 4
-            for (int t = tid % 4; t < a.square_tiles; t += 4) sum += a.squares[t * 64 + row];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (tid % 4 == 0) rinv[row] = a.squares ? rsqrtf(sum * a.inv_width + kRmsEps) : 1.0f;
     }
+    // Two threads a row, each every second partial sum of squares.
+    float squares[8] = {};
+    if (EPI != kResidual && a.squares && tid / 2 < a.rows)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (tid % 2 + 2 * i < a.square_tiles) squares[i] = a.squares[(tid % 2 + 2 * i) * 64 + tid / 2];
+    __syncthreads();  // the barriers are made
 
+    // Even and odd halves of 32 of K in sums of their own: twice the independent MMAs.
     float acc[2][NT][4] = {};
     const int g = lane / 4, t = lane % 4;
+    copy_async_wait<0>();
     for (int s = 0; s < steps; s++) {
-        copy_async_wait<kStages - 1>();
-        __syncthreads();
-        const bf16* ws = sw + (static_cast<size_t>(s) * 8 + warp) * 1024 + lane * 8;
-        const bf16* xs = sx + (s % kStages) * kStageChunks * 8 + ((wk * 4 + t) * kStride + g) * 8;
-        uint4 wf[4];
+        barrier_wait(&arrived[s % kStages], s / kStages & 1);
+        const bf16* ws = sw + s * 4 * 2048 + warp * 512 + lane * 8;
+        const bf16* xs = reinterpret_cast<const bf16*>(sx + (s % kStages) * kStage) + (t * kStride + g) * 8;
 #pragma unroll
-        for (int c = 0; c < 4; c++) wf[c] = *reinterpret_cast<const uint4*>(ws + c * 256);
+        for (int c = 0; c < 4; c++) {
+            const uint4 top = *reinterpret_cast<const uint4*>(ws + c * 2048);
+            const uint4 low = *reinterpret_cast<const uint4*>(ws + c * 2048 + 256);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            uint4 xf = *reinterpret_cast<const uint4*>(xs + n * 64);
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                const uint4 &top = wf[2 * m], &low = wf[2 * m + 1];
-                mma_16816(acc[m][n], top.x, low.x, top.y, low.y, xf.x, xf.y);
-                mma_16816(acc[m][n], top.z, low.z, top.w, low.w, xf.z, xf.w);
+            for (int n = 0; n < NT; n++) {
+                const uint4 xf = *reinterpret_cast<const uint4*>(xs + c * 4 * kStride * 8 + n * 64);
+                mma_16816(acc[0][n], top.x, low.x, top.y, low.y, xf.x, xf.y);
+                mma_16816(acc[1][n], top.z, low.z, top.w, low.w, xf.z, xf.w);
             }
         }
         if (s + kStages < steps) {
             __syncthreads();
-            load_x(s + kStages);
-        } else {
-            copy_async_commit();
+            if (tid == 0) load_x(s + kStages);
         }
     }
     __syncthreads();
@@ -173,23 +166,26 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     if constexpr (C > 1) cluster_arrive();
 
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            float* r = red + wk * kPart + (8 * n + 2 * t) * kRed + wm * 32 + m * 16 + g;
-            r[0] = acc[m][n][0];
-            r[kRed] = acc[m][n][1];
-            r[8] = acc[m][n][2];
-            r[kRed + 8] = acc[m][n][3];
-        }
+    for (int n = 0; n < NT; n++) {
+        float* r = red + (8 * n + 2 * t) * kRed + warp * 16 + g;
+        r[0] = acc[0][n][0] + acc[1][n][0];
+        r[kRed] = acc[0][n][1] + acc[1][n][1];
+        r[8] = acc[0][n][2] + acc[1][n][2];
+        r[kRed + 8] = acc[0][n][3] + acc[1][n][3];
+    }
+    if constexpr (EPI != kResidual) {
+        float sum = ((squares[0] + squares[1]) + (squares[2] + squares[3])) + ((squares[4] + squares[5]) + (squares[6] + squares[7]));
+        for (int i = tid % 2 + 16; a.squares && tid / 2 < a.rows && i < a.square_tiles; i += 2) sum += a.squares[i * 64 + tid / 2];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        if (tid % 2 == 0) rinv[tid / 2] = a.squares ? rsqrtf(sum * a.inv_width + kRmsEps) : 1.0f;
+    }
     __syncthreads();
     if constexpr (C > 1) cluster_wait();
-    // Partial sums of the four K warps, added in order, to the rank that finishes their row.
+    // Each row's sums to the rank that finishes it.
 #pragma unroll
     for (int i = tid; i < 8 * NT * 16; i += kThreads) {
         const int n = i / 16, quad = i % 16;
-        const float* r = red + n * kRed + quad * 4;
-        const float4 v = load4(r) + load4(r + kPart) + load4(r + 2 * kPart) + load4(r + 3 * kPart);
+        const float4 v = load4(red + n * kRed + quad * 4);
         float* to = inbox + (rank * kOwn + n / C) * 64 + quad * 4;
         if constexpr (C > 1)
             store_remote(remote_address(to, n % C), v);
@@ -265,7 +261,7 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
 }
 
 #define KERNEL(NAME, EPI, NT, C)                                                                      \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) NAME##_##NT##_##C(                      \
+    extern "C" __global__ void __launch_bounds__(kThreads, 3) NAME##_##NT##_##C(                      \
         const __grid_constant__ SkinnyArgs a) {                                                       \
         skinny<NT, EPI, C>(a);                                                                        \
     }

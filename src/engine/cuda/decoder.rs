@@ -186,7 +186,7 @@ impl CudaDecoder {
     fn product(&self, kernels: &[Kernel<SkinnyArgs>; 4], p: &SkinnyPlan, args: &SkinnyArgs) -> Result<(), EngineError> {
         let shape = Shape {
             grid: [p.cluster as u32, p.tiles as u32, 1],
-            threads: 256,
+            threads: 128,
             shared: p.shared as u32,
             cluster: p.cluster as u32,
             dependent: self.tuning.dependent,

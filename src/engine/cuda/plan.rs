@@ -24,8 +24,8 @@ pub(super) const QUERY_ROWS: usize = 32;
 const MAX_KEY_TILE: usize = 128;
 /// Cluster sizes the skinny product is compiled for; every chip schedules up to 8.
 pub(super) const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
-/// Partial sums in shared memory: 4 K warps × 68 floats a token row.
-const SUMS_PER_ROW: usize = 4 * 68 * 4;
+/// Bytes of sums in shared memory: 68 floats a token row.
+const SUMS_PER_ROW: usize = 68 * 4;
 
 /// `n` rounded up to a multiple of `to`.
 pub(super) fn pad(n: usize, to: usize) -> usize {
