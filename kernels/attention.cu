@@ -92,14 +92,14 @@ __device__ __forceinline__ void attention(const AttentionArgs& a) {
             peak[r] = fmaxf(peak[r], __shfl_xor_sync(0xffffffffu, peak[r], 1));
             peak[r] = fmaxf(peak[r], __shfl_xor_sync(0xffffffffu, peak[r], 2));
             low[r] = peak[r] == -INFINITY ? 0.0f : peak[r];  // no key seen yet
-            fix[r] = exp2f(top[r] - low[r]);
+            fix[r] = exp2_fast(top[r] - low[r]);
             top[r] = peak[r];
         }
         uint32_t p[4][2];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) s[j][e] = exp2f(s[j][e] - low[e / 2]);
+            for (int e = 0; e < 4; e++) s[j][e] = exp2_fast(s[j][e] - low[e / 2]);
             p[j][0] = pack_bf16(s[j][0], s[j][1]);
             p[j][1] = pack_bf16(s[j][2], s[j][3]);
 #pragma unroll
@@ -151,7 +151,7 @@ __device__ __forceinline__ void attention(const AttentionArgs& a) {
         if (row >= a.rows) continue;
         const float2 other = rows[own + r * 8];
         const float peak = fmaxf(top[r], other.x);
-        const float mine = exp2f(top[r] - peak), theirs = exp2f(other.x - peak);
+        const float mine = exp2_fast(top[r] - peak), theirs = exp2_fast(other.x - peak);
         const float inv = 1.0f / (sum[r] * mine + other.y * theirs);
         bf16* out = a.out + batch * a.out_batch + static_cast<size_t>(row) * a.out_row + head * a.head_dim;
 #pragma unroll

@@ -100,16 +100,17 @@ __device__ __forceinline__ uint32_t cluster_size() {
 #endif
 }
 
-// The two halves of a barrier over the cluster; together they order shared memory, remote stores included.
+// The two halves of a barrier over the cluster. It says that blocks have got here and orders no data: what they send
+// each other is counted by a barrier in the receiver's shared memory.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
@@ -122,17 +123,28 @@ __device__ __forceinline__ uint32_t remote_address(const void* shared, uint32_t 
     return remote;
 }
 
-__device__ __forceinline__ void store_remote(uint32_t remote, float4 v) {
+// Sends values to another block's shared memory; its `barrier`, a remote address too, counts the bytes.
+__device__ __forceinline__ void send(uint32_t remote, float4 v, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                  : "memory");
 #endif
 }
 
-__device__ __forceinline__ void store_remote(uint32_t remote, float2 v) {
+__device__ __forceinline__ void send(uint32_t remote, float2 v, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(v.x), "f"(v.y) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
+                 "f"(v.x), "f"(v.y), "r"(barrier)
+                 : "memory");
 #endif
+}
+
+// 2^x in one instruction, to 2 ulp.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* p) {

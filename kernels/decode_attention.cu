@@ -37,7 +37,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     bf16* sp = reinterpret_cast<bf16*>(sc);
     __shared__ float row_max[kRows], row_sum[kRows], row_fix[kRows];
     __shared__ float2 inbox_rows[kRanks][kRows];  // maximum and sum
-    __shared__ uint64_t arrived[2];               // prefix; suffix and queries
+    __shared__ uint64_t arrived[2], received;      // prefix; suffix and queries; the peers' results
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, wm = warp & 1, wn = warp >> 1;
     const int rank = blockIdx.x, row0 = blockIdx.y * kRows;
@@ -50,7 +50,10 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     grid_launch_dependents();
     // Rows as long as the kernel's own go by bulk copies, one a row; shorter ones are padded with zeros.
     const bool whole = a.head_dim == HD;
-    if (tid == 0) barrier_init(&arrived[0]), barrier_init(&arrived[1]);
+    if (tid == 0) {
+        barrier_init(&arrived[0]), barrier_init(&arrived[1]), barrier_init(&received);
+        barrier_expect(&received, kInbox + sizeof(inbox_rows));
+    }
     __syncthreads();
     // The prefix is finished before a decode starts; only queries and suffix come from the kernel in front.
     auto load_keys = [&](int from, bool want_suffix) {
@@ -190,14 +193,14 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
             for (int c = 0; c < 16; c++) {
                 const int key = part + 8 * c;
                 if (key >= kt) break;
-                const bf16 p = __float2bfloat16(own[c] == -INFINITY ? 0.0f : exp2f(own[c] - top));
+                const bf16 p = __float2bfloat16(own[c] == -INFINITY ? 0.0f : exp2_fast(own[c] - top));
                 sum += __bfloat162float(p);
                 sp[r * kp + key] = p;
             }
 #pragma unroll
             for (int m = 1; m < 8; m <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
             if (part == 0) {
-                const float fix = before == -INFINITY ? 0.0f : exp2f(before - top);
+                const float fix = before == -INFINITY ? 0.0f : exp2_fast(before - top);
                 row_fix[r] = fix;
                 row_sum[r] = row_sum[r] * fix + sum;
                 row_max[r] = top;
@@ -228,13 +231,12 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
     for (int j = 0; j < kDims; j++) {
         const int d = wn * (HD / 4) + j * 8 + 2 * t;
         float* to = inbox + (rank * kRows + wm * 16 + g) * kDimsOwn + d % kDimsOwn;
-        const uint32_t remote = remote_address(to, d / kDimsOwn);
-        store_remote(remote, make_float2(o[j][0], o[j][1]));
-        store_remote(remote + 8 * kDimsOwn * 4, make_float2(o[j][2], o[j][3]));
+        const uint32_t remote = remote_address(to, d / kDimsOwn), barrier = remote_address(&received, d / kDimsOwn);
+        send(remote, make_float2(o[j][0], o[j][1]), barrier);
+        send(remote + 8 * kDimsOwn * 4, make_float2(o[j][2], o[j][3]), barrier);
     }
-    store_remote(remote_address(&inbox_rows[rank][lane], warp), make_float2(row_max[lane], row_sum[lane]));
-    cluster_arrive();
-    cluster_wait();
+    send(remote_address(&inbox_rows[rank][lane], warp), make_float2(row_max[lane], row_sum[lane]), remote_address(&received, warp));
+    barrier_wait(&received, 0);
     for (int i = tid; i < kRows * (kDimsOwn / 4); i += kThreads) {
         const int r = i / (kDimsOwn / 4), d = (i % (kDimsOwn / 4)) * 4, row = row0 + r, dim = rank * kDimsOwn + d;
         if (row >= a.rows || dim >= a.head_dim) continue;
@@ -247,7 +249,7 @@ __device__ __forceinline__ void decode_attention(const DecodeAttentionArgs& a) {
         for (int c = 0; c < kRanks; c++) {
             const float2 part = inbox_rows[c][r];
             const float4 p = *reinterpret_cast<const float4*>(inbox + (c * kRows + r) * kDimsOwn + d);
-            const float f = part.x == -INFINITY ? 0.0f : exp2f(part.x - top);
+            const float f = part.x == -INFINITY ? 0.0f : exp2_fast(part.x - top);
             sum += f * part.y;
             v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
         }

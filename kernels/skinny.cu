@@ -61,7 +61,7 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     constexpr int kItems = (kOwn * kPerRow + kThreads - 1) / kThreads;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float rinv[64];
-    __shared__ uint64_t arrived[kStages];
+    __shared__ uint64_t arrived[kStages], received;
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int rank = C == 1 ? 0 : blockIdx.x, tile = blockIdx.y;
@@ -72,9 +72,14 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     float* inbox = red + 8 * NT * kRed;                          // [C][kOwn][64], behind it
 
     grid_launch_dependents();
-    if (tid == 0)
+    if (tid == 0) {
 #pragma unroll
         for (int s = 0; s < kStages; s++) barrier_init(&arrived[s]);
+        if constexpr (C > 1) {
+            barrier_init(&received);
+            barrier_expect(&received, (8 * NT - rank + C - 1) / C * 64 * 4 * C);
+        }
+    }
     // Weights never change, so they may be fetched before the wait.
     {
         const size_t at = warp * 512 + lane * 8;
@@ -188,16 +193,14 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
         const float4 v = load4(red + n * kRed + quad * 4);
         float* to = inbox + (rank * kOwn + n / C) * 64 + quad * 4;
         if constexpr (C > 1)
-            store_remote(remote_address(to, n % C), v);
+            send(remote_address(to, n % C), v, remote_address(&received, n % C));
         else
             *reinterpret_cast<float4*>(to) = v;
     }
-    if constexpr (C > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
+    if constexpr (C > 1)
+        barrier_wait(&received, 0);
+    else
         __syncthreads();
-    }
 
 #pragma unroll
     for (int it = 0; it < kItems; it++) {

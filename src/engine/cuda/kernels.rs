@@ -394,6 +394,11 @@ impl Module {
             let set = unsafe { sys::cuFuncSetAttribute(function, attribute, shared as i32) };
             check(set, "raising a kernel's shared memory")?;
         }
+        // The same split of L1 and shared memory for every kernel: a change of it would drain the SMs in between.
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: a loaded function; 100 asks for as much shared memory as there is.
+        let set = unsafe { sys::cuFuncSetAttribute(function, carveout, 100) };
+        check(set, "choosing a kernel's shared memory")?;
         Ok(Kernel { function, name: name.into(), takes: PhantomData })
     }
 }

@@ -106,7 +106,7 @@ pub(super) struct Slices {
 }
 
 /// The default of [`Slices`].
-pub(super) const SLICES: Slices = Slices { qkv: 512, out: 256, gate_up: 512, down: 512 };
+pub(super) const SLICES: Slices = Slices { qkv: 256, out: 256, gate_up: 512, down: 512 };
 
 /// The kernels of one layer, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
