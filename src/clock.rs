@@ -50,21 +50,6 @@ pub trait Clock: Send + Sync {
     fn ros(&self) -> RosTime;
 }
 
-/// The machine's clocks; ROS time is the wall clock.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct SystemClock;
-
-impl Clock for SystemClock {
-    fn monotonic(&self) -> Monotonic {
-        crate::rt::monotonic_now()
-    }
-
-    fn ros(&self) -> RosTime {
-        let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        RosTime(0) + since_epoch
-    }
-}
-
 /// A clock that moves only when told to: for tests and replay.
 #[derive(Debug, Clone, Default)]
 pub struct VirtualClock(Arc<(AtomicI64, AtomicI64)>);

@@ -4,7 +4,7 @@
 //!
 //! | module | what lives there |
 //! | --- | --- |
-//! | [`clock`], [`error`] | time sources and stamps; who is at fault |
+//! | [`clock`], [`error`], [`choice`] | time sources and stamps; who is at fault; enums with the names users know |
 //! | [`rt`] | scheduling rights, period loop, latest-value slot |
 //! | [`telemetry`] | histograms and counters |
 //! | [`model`] | checkpoint, tokenizer, images, normalisation, action transforms |
@@ -15,6 +15,7 @@
 //! | [`node`] | the whole node without a middleware: inputs, pipeline, control thread |
 //! | [`ros`], [`cli`] | outermost; neither knows the other |
 
+pub mod choice;
 pub mod cli;
 pub mod clock;
 pub mod control;

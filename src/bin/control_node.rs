@@ -1,2 +1,7 @@
 //! `control_node`: the ROS 2 node.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pi0_mps::ros::run()
+}

@@ -5,7 +5,7 @@ mod case;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde_json::{Map, Value, json};
 
 use super::CliError;
@@ -47,8 +47,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// Guided real-time chunking with this schedule; needs --inference-delay and --execution-horizon.
-    #[arg(long, value_enum, requires_all = ["inference_delay", "execution_horizon"])]
-    rtc: Option<Schedule>,
+    #[arg(long, value_parser = schedule(), requires_all = ["inference_delay", "execution_horizon"])]
+    rtc: Option<GuidanceSchedule>,
     /// Committed steps of the previous chunk: their weight is one.
     #[arg(long, value_name = "D", requires = "rtc")]
     inference_delay: Option<usize>,
@@ -63,28 +63,15 @@ pub struct Args {
     json: bool,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Schedule {
-    Linear,
-    Exp,
-    Ones,
-    Zeros,
-}
-
-impl From<Schedule> for GuidanceSchedule {
-    fn from(s: Schedule) -> Self {
-        match s {
-            Schedule::Linear => GuidanceSchedule::Linear,
-            Schedule::Exp => GuidanceSchedule::Exp,
-            Schedule::Ones => GuidanceSchedule::Ones,
-            Schedule::Zeros => GuidanceSchedule::Zeros,
-        }
-    }
+/// The schedules by their parameter names.
+fn schedule() -> impl TypedValueParser<Value = GuidanceSchedule> {
+    PossibleValuesParser::new(GuidanceSchedule::NAMES)
+        .try_map(|name| GuidanceSchedule::from_name(&name).ok_or("not a schedule"))
 }
 
 /// Flags of guidance once they are known to belong together.
 struct Rtc {
-    schedule: Schedule,
+    schedule: GuidanceSchedule,
     inference_delay: usize,
     execution_horizon: usize,
     max_weight: f32,
@@ -142,7 +129,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         inference_delay: rtc.inference_delay,
         execution_horizon: rtc.execution_horizon,
         max_weight: rtc.max_weight,
-        schedule: rtc.schedule.into(),
+        schedule: rtc.schedule,
     });
     let input = DecodeInput { state: &case.state, noise: &case.noise, steps, guidance };
     let velocities = decoder.decode_with_velocities(&cache, &input, &mut actions)?;

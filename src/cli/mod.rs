@@ -9,7 +9,9 @@ use clap::{Parser, Subcommand};
 
 use crate::error::{Blame, Fault};
 
+pub mod doctor;
 pub mod infer;
+pub mod new_checkpoint;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
 #[derive(Debug, Parser)]
@@ -21,12 +23,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Doctor(doctor::Args),
     Infer(infer::Args),
+    NewCheckpoint(new_checkpoint::Args),
 }
 
 fn run(command: Command) -> Result<(), CliError> {
     match command {
+        Command::Doctor(args) => doctor::run(&args),
         Command::Infer(args) => infer::run(&args),
+        Command::NewCheckpoint(args) => new_checkpoint::run(&args),
     }
 }
 

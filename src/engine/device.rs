@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use super::EngineError;
 
-/// A device as asked for: `auto`, `cpu`, `cuda` or `cuda:N`.
+/// A device as asked for: `auto`, `cpu` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Device {
     /// The best one there is.
@@ -17,18 +17,24 @@ pub enum Device {
     Cuda(u32),
 }
 
+impl Device {
+    /// The device of that name: `auto`, `cpu` or `cuda:N`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "auto" => Some(Device::Auto),
+            "cpu" => Some(Device::Cpu),
+            _ => name.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
+        }
+    }
+}
+
+/// As on the command line: a [name](Device::from_name), or `cuda` for `cuda:0`.
 impl FromStr for Device {
     type Err = EngineError;
 
     fn from_str(name: &str) -> Result<Self, EngineError> {
-        let index = |n: &str| n.parse().ok().map(Device::Cuda);
-        match name {
-            "auto" => Some(Device::Auto),
-            "cpu" => Some(Device::Cpu),
-            "cuda" => Some(Device::Cuda(0)),
-            _ => name.strip_prefix("cuda:").and_then(index),
-        }
-        .ok_or_else(|| EngineError::Shape {
+        let found = if name == "cuda" { Some(Device::Cuda(0)) } else { Device::from_name(name) };
+        found.ok_or_else(|| EngineError::Shape {
             what: "device",
             expected: "auto, cpu or cuda:N".into(),
             found: format!("'{name}'"),
@@ -86,6 +92,7 @@ mod tests {
             ("cuda:12", Device::Cuda(12)),
         ] {
             assert_eq!(name.parse::<Device>().unwrap(), device);
+            assert_eq!(Device::from_name(name), (name != "cuda").then_some(device), "a parameter names the index");
         }
         for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
             let e = name.parse::<Device>().unwrap_err().to_string();

@@ -15,6 +15,7 @@ pub mod guidance;
 
 pub use device::{Device, Resolved};
 
+use crate::choice::choice;
 use crate::error::{Blame, Fault};
 use crate::model::{Dims, Frame, ModelError};
 
@@ -37,17 +38,18 @@ pub struct EncodeInput<'a> {
     pub tokens: &'a [u32],
 }
 
-/// How the weight of guidance falls from the committed steps to the free ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GuidanceSchedule {
-    /// Falls linearly.
-    Linear,
-    /// Falls as `c·(e^c − 1)/(e − 1)`.
-    Exp,
-    /// One up to the end of guidance.
-    Ones,
-    /// Zero after the committed steps.
-    Zeros,
+choice! {
+    /// How the weight of guidance falls from the committed steps to the free ones.
+    GuidanceSchedule {
+        /// Falls linearly.
+        Linear = "linear",
+        /// Falls as `c·(e^c − 1)/(e − 1)`.
+        Exp = "exp",
+        /// One up to the end of guidance.
+        Ones = "ones",
+        /// Zero after the committed steps.
+        Zeros = "zeros",
+    }
 }
 
 /// Guided real-time chunking: keep the new chunk close to what is left of the previous one.

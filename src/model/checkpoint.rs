@@ -10,6 +10,8 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
+use crate::rt::rights;
+
 use super::graph::{self, Extra, Shapes, TOKEN_TABLES};
 use super::tensor::Mapped;
 use super::{Dims, Dtype, ModelError, Origin, PolicyConfig, Tensor};
@@ -95,6 +97,19 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Exempts the mapped files from a process's locked memory: gigabytes of weights are not to be pinned page by page
+    /// as they are read.
+    pub fn unpin(&self) -> Result<(), ModelError> {
+        let mut done: Vec<&Arc<Mapped>> = Vec::new();
+        for file in self.entries.values().map(|e| &e.file) {
+            if !done.iter().any(|d| Arc::ptr_eq(d, file)) {
+                rights::unlock(&file.map).map_err(|source| ModelError::Io { path: file.path.to_path_buf(), source })?;
+                done.push(file);
+            }
+        }
+        Ok(())
+    }
+
     /// Every dimension of the policy.
     pub fn dims(&self) -> &Dims {
         &self.dims
@@ -133,6 +148,16 @@ impl Checkpoint {
     pub fn token_table(&self) -> Result<Tensor, ModelError> {
         let name = TOKEN_TABLES.into_iter().find(|t| self.entries.contains_key(*t)).unwrap_or(TOKEN_TABLES[1]);
         self.tensor(name, &[self.dims.vocab, self.dims.trunk.width])
+    }
+
+    /// A tensor outside the graph, such as the statistics inside LeRobot's files of before September 2025.
+    pub(super) fn extra_tensor(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
+        self.entries.get(name).map(Entry::tensor).transpose()
+    }
+
+    /// The file that holds or lists the weights.
+    pub fn file(&self) -> &Path {
+        &self.file
     }
 
     fn check_tensors(&self) -> Result<(), ModelError> {

@@ -62,6 +62,8 @@ pub struct PolicyConfig {
     pub relative_exclude_joints: Option<Vec<String>>,
     /// Joint names of the action vector.
     pub action_feature_names: Option<Vec<String>>,
+    /// Whether a π0.5 policy reads the state in its prompt (openpi's `discrete_state_input`); unset means it does.
+    pub discrete_state_input: Option<bool>,
 }
 
 /// Flags that mean a different computation; a checkpoint that sets one cannot be run rightly.
@@ -110,10 +112,13 @@ impl PolicyConfig {
             use_relative_actions: keys.get("use_relative_actions")?.unwrap_or(false),
             relative_exclude_joints: keys.get("relative_exclude_joints")?,
             action_feature_names: keys.get("action_feature_names")?,
+            discrete_state_input: keys.get("discrete_state_input")?,
         };
         for (key, value) in [
             ("chunk_size or action_horizon", config.horizon),
             ("tokenizer_max_length", config.max_tokens),
+            ("max_state_dim", config.max_state_dim),
+            ("max_action_dim", config.max_action_dim),
             ("vision_num_attention_heads", config.vision_heads),
         ] {
             if value.is_some_and(|n| n == 0 || n > MAX_COUNT) {
@@ -241,6 +246,7 @@ mod tests {
             (r#"{"type":"act"}"#, "'type' is 'act'"),
             (r#"{"chunk_size":"8"}"#, "'chunk_size'"),
             (r#"{"chunk_size":0}"#, "'chunk_size or action_horizon' is 0"),
+            (r#"{"max_state_dim":1000000000000}"#, "'max_state_dim' is 1000000000000"),
             (r#"{"min_period":4.0,"max_period":4.0}"#, "'min_period' 4"),
             (r#"{"use_visual_memory":true}"#, "'use_visual_memory' is true"),
             (r#"{"use_proprioceptive_memory":true}"#, "'use_proprioceptive_memory' is true"),

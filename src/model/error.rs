@@ -53,12 +53,30 @@ pub enum ModelError {
         /// Values given.
         found: usize,
     },
+    /// A vector holds something that is no number.
+    #[error("{what}[{index}] is {value}, expected a finite number")]
+    NotFinite {
+        /// The vector.
+        what: &'static str,
+        /// First bad index.
+        index: usize,
+        /// What is there.
+        value: f64,
+    },
+    /// A setting contradicts the checkpoint or another setting.
+    #[error("{setting}: {reason}")]
+    Setting {
+        /// Its name.
+        setting: &'static str,
+        /// What is wrong and what to do.
+        reason: String,
+    },
 }
 
 impl Blame for ModelError {
     fn fault(&self) -> Fault {
         match self {
-            ModelError::Frame { .. } => Fault::Peer,
+            ModelError::Frame { .. } | ModelError::NotFinite { .. } => Fault::Peer,
             _ => Fault::Input,
         }
     }

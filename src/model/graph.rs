@@ -118,10 +118,17 @@ impl<'a> Shapes<'a> {
         }
     }
 
-    /// Different layer numbers under `prefix`; a gap shows later as a missing tensor.
-    fn layers(&self, prefix: &str) -> usize {
+    /// Layers under `prefix`, numbered from zero without a gap.
+    fn layers(&self, prefix: &str) -> Result<usize, ModelError> {
         let number = |n: &&str| n.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok();
-        self.names.iter().filter_map(number).collect::<std::collections::BTreeSet<_>>().len()
+        let numbers: std::collections::BTreeSet<usize> = self.names.iter().filter_map(number).collect();
+        match numbers.iter().enumerate().find(|(i, n)| i != *n) {
+            Some((i, next)) => {
+                let expected = format!("a layer {i}, because there is a layer {next}");
+                Err(self.refuse(&format!("{prefix}{i}"), expected, "no such tensors"))
+            }
+            None => Ok(numbers.len()),
+        }
     }
 
     fn stack(&self, prefix: &str) -> Result<StackDims, ModelError> {
@@ -138,7 +145,7 @@ impl<'a> Shapes<'a> {
             return Err(self.refuse(&q, expected, format!("{q_rows} rows")));
         }
         Ok(StackDims {
-            layers: self.layers(&format!("{prefix}.layers.")),
+            layers: self.layers(&format!("{prefix}.layers."))?,
             width,
             mlp,
             heads: q_rows / head_dim,
@@ -170,7 +177,7 @@ impl<'a> Shapes<'a> {
         let image = side.checked_mul(patch).filter(|i| side * side == rows && *i <= super::Frame::MAX_SIDE);
         let image = image.ok_or_else(|| self.refuse(&positions, "a square number of rows", format!("{rows} rows")))?;
         let [mlp, _] = self.probe(&format!("{VISION}.encoder.layers.0.mlp.fc1.weight"))?;
-        let layers = self.layers(&format!("{VISION}.encoder.layers."));
+        let layers = self.layers(&format!("{VISION}.encoder.layers."))?;
         let vision = VisionDims { layers, width, mlp, heads, patch, image };
 
         let (trunk, expert) = (self.stack(TRUNK)?, self.stack(EXPERT)?);

@@ -1,21 +1,32 @@
 //! Everything about a checkpoint that is not arithmetic on a device: dimensions, tensors, tokenizer, image
 //! preprocessing, normalisation and action transforms.
 
+mod actions;
 mod checkpoint;
 mod config;
 mod error;
 mod frame;
 mod graph;
+mod norm;
+mod policy;
 mod preprocess;
+mod stats;
+pub mod synthetic;
 mod tensor;
+mod tokenizer;
 
+pub use actions::{ActionMode, ActionTransform};
 pub use checkpoint::Checkpoint;
 pub use config::{Feature, Origin, PolicyConfig};
 pub use error::ModelError;
 pub use frame::{Encoding, Frame};
 pub use graph::{EXPERT, PROJECTOR, TRUNK, VISION, expected_tensors};
+pub use norm::{NormMode, Normalizer};
+pub use policy::{Policy, PolicyOptions};
 pub use preprocess::{Preprocessor, Resampler};
+pub use stats::{FeatureStats, NormStats, Processors};
 pub use tensor::{Dtype, Tensor, Weight};
+pub use tokenizer::PromptTokenizer;
 
 /// The two model families, told apart by their tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::{CliError, Schedule};
+use super::CliError;
+use crate::engine::GuidanceSchedule;
 use crate::model::{Dims, ModelError};
 
 /// Inputs packed to what is valid: masked views and padding are left out.
@@ -25,13 +26,14 @@ pub(super) struct Reference {
     pub(super) prefix_embs: Option<Vec<f32>>,
     pub(super) velocities: Option<Vec<f32>>,
     pub(super) actions: Option<Vec<f32>>,
-    guided: [Option<Vec<f32>>; 4],
+    /// In the order of [`GuidanceSchedule::NAMES`].
+    guided: Vec<Option<Vec<f32>>>,
 }
 
 impl Reference {
     /// The guided actions of one schedule.
-    pub(super) fn guided(&self, schedule: Schedule) -> Option<&[f32]> {
-        self.guided[schedule as usize].as_deref()
+    pub(super) fn guided(&self, schedule: GuidanceSchedule) -> Option<&[f32]> {
+        self.guided.get(schedule as usize)?.as_deref()
     }
 }
 
@@ -64,7 +66,7 @@ impl Case {
 
         let chunk = [Some(dims.horizon), Some(dims.action_dim)];
         let rows = [None, Some(dims.action_dim)];
-        let guided = |schedule| file.maybe(&format!("out.rtc.{schedule}"), &chunk);
+        let guided = GuidanceSchedule::NAMES.iter().map(|name| file.maybe(&format!("out.rtc.{name}"), &chunk));
         let row_valid: Vec<bool> = views_valid
             .iter()
             .flat_map(|valid| std::iter::repeat_n(*valid, dims.vision.tokens()))
@@ -85,7 +87,7 @@ impl Case {
                 prefix_embs,
                 velocities: file.maybe("out.v", &[None, chunk[0], chunk[1]])?,
                 actions: file.maybe("out.actions", &chunk)?,
-                guided: [guided("linear")?, guided("exp")?, guided("ones")?, guided("zeros")?],
+                guided: guided.collect::<Result<_, _>>()?,
             },
         })
     }

@@ -1,0 +1,264 @@
+"""The demo: a simulated arm, the control node with a tiny random policy, a live line a second, a summary.
+
+Started by scripts/demo, which sets up ROS 2, builds the node and makes the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticStatus
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.signals import SignalHandlerOptions
+from std_srvs.srv import SetBool
+
+from harness import MOVING_MODES, ROOT, Process, claim_domain, count, number, status_values, wait_until
+
+START_TIMEOUT_S = 120.0
+# Longer than stop_time_ms of the robot's parameters plus the way there.
+STANDSTILL_S = 1.0
+COUNTERS = ["ticks", "published", "skipped", "unarmed", "deadline_misses", "chunks", "interventions"]
+QUANTILES = ["p50", "p99", "max"]
+PIPELINE_MODES = ["sequential", "pipelined", "dual_rate"]
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the text says why."""
+
+
+class Demo:
+    """The two processes, and what they say on their topics."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.interrupted = False
+        self.statuses: list[dict[str, str]] = []
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, self._on_signal)
+        claim_domain()
+        self.robot = Process("simulated robot", self._robot_command(), options.log_folder / "robot.log")
+        self.policy = Process("control_node", self._node_command(), options.log_folder / "control_node.log")
+        rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+        self._watcher = rclpy.create_node("demo")
+        self._watcher.create_subscription(DiagnosticStatus, "/pi0_mps/status", self._on_status, 50)
+        self._enable = self._watcher.create_client(SetBool, "/pi0_mps/enable")
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self._watcher)
+
+    def _robot_command(self) -> list[str]:
+        command = [sys.executable, str(ROOT / "scripts/sim_robot.py"), "--json"]
+        return command + (["--picture", str(self.options.picture.resolve())] if self.options.picture else [])
+
+    def _node_command(self) -> list[str]:
+        command = [str(self.options.control_node), "--ros-args"]
+        command += ["--params-file", str(ROOT / "config/robots/sim_arm.yaml")]
+        command += ["-p", f"checkpoint:={self.options.checkpoint}"]
+        if self.options.pipeline_mode:
+            command += ["-p", f"pipeline_mode:={self.options.pipeline_mode}"]
+        return command
+
+    def _on_signal(self, *_) -> None:
+        self.interrupted = True
+
+    def _on_status(self, msg: DiagnosticStatus) -> None:
+        self.statuses.append(status_values(msg))
+
+    @property
+    def mode(self) -> str:
+        return self.statuses[-1].get("mode", "") if self.statuses else ""
+
+    def ready(self) -> bool:
+        """Warmed up, and a first chunk is there: without one the node refuses to arm."""
+        return self.mode == "active" and count(self.statuses[-1], "chunks") > 0
+
+    def spin(self) -> None:
+        """Take what came in; raise if a process is gone."""
+        self._executor.spin_once(timeout_sec=0.1)
+        for process in (self.policy, self.robot):
+            if process.returncode is not None:
+                raise DemoError(f"the {process.name} ended with exit code {process.returncode}; its log:\n{process.tail()}")
+
+    def wait(self, condition, what: str) -> bool:
+        """False when interrupted."""
+        if wait_until(lambda: self.interrupted or condition(), START_TIMEOUT_S, self.spin):
+            return not self.interrupted
+        reason = self.statuses[-1].get("reason", "") if self.statuses else "no status came at all"
+        raise DemoError(
+            f"no {what} within {START_TIMEOUT_S:.0f} s (mode '{self.mode}', {reason}); log:\n{self.policy.tail()}"
+        )
+
+    def enable(self) -> bool:
+        """False when interrupted."""
+        if not self.wait(self._enable.service_is_ready, "service /pi0_mps/enable"):
+            return False
+        answer = self._enable.call_async(SetBool.Request(data=True))
+        if not self.wait(answer.done, "answer from /pi0_mps/enable"):
+            return False
+        if not answer.result().success:
+            raise DemoError(f"the node refused to arm: {answer.result().message}")
+        return True
+
+    def run(self) -> None:
+        """Until the duration is over, or Ctrl-C."""
+        end = time.monotonic() + self.options.duration
+        next_line = time.monotonic() + 1.0
+        shown = None
+        while not self.interrupted and time.monotonic() < end:
+            self.spin()
+            if time.monotonic() >= next_line and self.statuses and self.statuses[-1] is not shown:
+                next_line += 1.0
+                shown = self.statuses[-1]
+                self.options.say(live_line(self.moving()))
+            if self.moving() and self.mode not in MOVING_MODES:
+                raise DemoError(f"the node stopped the arm: {self.statuses[-1].get('reason')}")
+
+    def moving(self) -> list[dict[str, str]]:
+        """The statuses while armed, without the ones of a stop."""
+        return [s for s in self.statuses if s.get("mode") in MOVING_MODES]
+
+    def close(self) -> tuple[int | None, dict | None]:
+        """The exit code of the node and the robot's report. The robot outlives the node, to see its last trajectory."""
+        code = self.policy.end()
+        if code is not None:
+            time.sleep(STANDSTILL_S)
+        self.robot.end(timeout=30.0)
+        self._executor.shutdown()
+        self._watcher.destroy_node()
+        rclpy.try_shutdown()
+        lines = [line for line in self.robot.text().splitlines() if line.startswith("{")]
+        return code, json.loads(lines[-1]) if lines else None
+
+
+def live_line(statuses: list[dict[str, str]]) -> str:
+    if not statuses:
+        return "armed, nothing published yet"
+    first, last = statuses[0], statuses[-1]
+    before = statuses[-2] if len(statuses) > 1 else first
+    span = number(last, "seconds") - number(before, "seconds")
+    rate = (count(last, "published") - count(before, "published")) / span if span > 0 else 0.0
+    return (
+        f"{number(last, 'seconds') - number(first, 'seconds'):6.1f} s  {rate:5.1f} Hz  {last['mode']:<5}  "
+        f"chunk age {text(last, 'chunk_age_ms_p50')} ms  encode {text(last, 'encode_ms_p50')} ms  "
+        f"decode {text(last, 'decode_ms_p50')} ms  chunks {last['chunks']}  misses {last['deadline_misses']}  "
+        f"interventions {last['interventions']}"
+    )
+
+
+def text(values: dict[str, str], key: str) -> str:
+    value = number(values, key)
+    return "    -" if value is None else f"{value:5.1f}"
+
+
+def summarise(moving: list[dict[str, str]], robot: dict | None) -> dict:
+    """Counters as differences between the first status after arming and the last one before the stop."""
+    first, last = moving[0], moving[-1]
+    summary = {"seconds": round(number(last, "seconds") - number(first, "seconds"), 4)}
+    summary |= {key: count(last, key) - count(first, key) for key in COUNTERS}
+    for name in ("chunk_age_ms", "encode_ms", "decode_ms"):
+        summary[name] = {q: number(last, f"{name}_{q}") for q in QUANTILES}
+    summary |= {key: number(last, key) for key in ("max_seam_jump_rad", "max_tracking_error_rad")}
+    summary |= {"mode": last["mode"], "pipeline_mode": last["pipeline_mode"]}
+    keys = ("max_tracking_error_rad", "max_jump_rad", "refused", "accepted", "at_rest", "camera_frames")
+    summary["sim"] = {key: robot[key] for key in keys} if robot else None
+    return summary
+
+
+def problems(code: int | None, summary: dict | None, robot: dict | None) -> list[str]:
+    """What must not be so after a run."""
+    found = []
+    if code != 0:
+        found.append("the node did not end on SIGINT and was killed" if code is None else f"the node's exit code is {code}")
+    if summary and summary["ticks"] != summary["published"] + summary["skipped"] + summary["unarmed"]:
+        found.append("ticks are not published + skipped + unarmed")
+    if robot is None:
+        found.append("the simulated robot left no report")
+    else:
+        if robot["refused"]:
+            found.append(f"the robot refused trajectories: {robot['refused_reasons']}")
+        if summary and not robot["last_trajectory_brakes"]:
+            found.append("the last published trajectory does not brake")
+        if not robot["at_rest"]:
+            found.append("the arm was not at rest at the end")
+    return found
+
+
+def table(summary: dict) -> str:
+    def quantiles(name: str) -> str:
+        values = ("-" if summary[name][q] is None else f"{summary[name][q]:.1f}" for q in QUANTILES)
+        return " / ".join(values) + " ms"
+
+    sim = summary["sim"] or {}
+    rows = [
+        ("ran", f"{summary['seconds']:.1f} s in mode {summary['mode']}, {summary['pipeline_mode']}"),
+        ("ticks", f"{summary['ticks']}: {summary['published']} published, {summary['skipped']} skipped"),
+        ("deadline misses", summary["deadline_misses"]),
+        ("chunks", summary["chunks"]),
+        ("chunk age p50 / p99 / max", quantiles("chunk_age_ms")),
+        ("encode p50 / p99 / max", quantiles("encode_ms")),
+        ("decode p50 / p99 / max", quantiles("decode_ms")),
+        ("limit interventions", summary["interventions"]),
+        ("largest jump at a seam", f"{summary['max_seam_jump_rad']} rad"),
+        ("tracking error, seen by the node", f"{summary['max_tracking_error_rad']} rad"),
+        ("tracking error in physics", f"{sim.get('max_tracking_error_rad')} rad"),
+        ("largest jump between trajectories", f"{sim.get('max_jump_rad')} rad"),
+        ("trajectories refused", f"{sim.get('refused')} of {sim.get('accepted', 0) + sim.get('refused', 0)}"),
+    ]
+    return "\n".join(f"  {name:<34} {value}" for name, value in rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--duration", type=float, default=30.0, metavar="S", help="seconds to run armed (default 30)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON, the last on stdout")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG of the scene")
+    parser.add_argument("--pipeline-mode", choices=PIPELINE_MODES, help="instead of the one in config/robots/sim_arm.yaml")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=ROOT / ".local/demo-checkpoint",
+                        help="checkpoint of a π0 policy for this robot (default: a tiny random one)")
+    parser.add_argument("--control-node", type=Path, default=ROOT / "target/ros/release/control_node", help=argparse.SUPPRESS)
+    parser.add_argument("--log-folder", type=Path, default=ROOT / ".local/log/demo", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.duration > 0:
+        parser.error(f"--duration is {options.duration}; it must be more than 0")
+    if not options.checkpoint.is_dir():
+        parser.error(f"--checkpoint {options.checkpoint} is not a folder; give one that holds config.json and model.safetensors")
+    stream = sys.stderr if options.json else sys.stdout
+    options.say = lambda line: print(line, file=stream, flush=True)
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    say = options.say
+    demo = Demo(options)
+    found = []
+    try:
+        say("waiting for the node: it loads the policy and warms up")
+        if demo.wait(demo.ready, "mode 'active' with an action chunk") and demo.enable():
+            say("armed; Ctrl-C ends the demo")
+            demo.run()
+    except DemoError as error:
+        found.append(str(error))
+    code, robot = demo.close()
+    moving = demo.moving()
+    summary = summarise(moving, robot) if moving else None
+    # After a failure the rest only follows from it.
+    found = found or problems(code, summary, robot)
+    if summary:
+        say("\nsummary\n" + table(summary))
+    if options.picture and options.picture.exists():
+        say(f"  picture: {options.picture}")
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    if options.json and summary:
+        print(json.dumps(summary), flush=True)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

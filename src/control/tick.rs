@@ -1,0 +1,576 @@
+//! The controller: one pure `tick` per period. It reads no clock, allocates nothing, takes no lock and logs nothing;
+//! what it does is a function of its state and its input.
+
+use super::adopt::{Plan, Ramp};
+use super::chunk::ActionChunk;
+use super::config::{ConfigError, ControlConfig, JointLimits};
+use super::curve::Curve;
+use super::filter::Bound;
+use super::io::{ChunkVerdict, Lifecycle, LimitsError, TickInput, TickReport};
+use super::joints::JointVector;
+use super::mode::{Level, Mode};
+use super::pace::State;
+use super::reason::{ChunkRefusal, InputHealth, Reason, Refusal};
+use super::status::{ControlStatus, Counters, Interventions, PlanView};
+use super::timeline::{Consumption, Gate, Pending};
+use super::window::Window;
+use crate::clock::{Monotonic, RosTime};
+
+/// Share of one period's braking below which a joint counts as at rest.
+const REST: f64 = 0.01;
+/// Where the robot is on what it was told, and the next point that it is promised.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Motion {
+    pub(crate) here: State,
+    pub(crate) base: State,
+    /// Seconds from here to base.
+    pub(crate) ahead: f64,
+}
+
+impl Motion {
+    fn rest(q: JointVector) -> Self {
+        Self { here: State::rest(q), base: State::rest(q), ahead: 0.0 }
+    }
+}
+
+/// The control core. See [`tick`](Self::tick).
+#[derive(Debug)]
+pub struct Controller {
+    pub(crate) config: ControlConfig,
+    pub(crate) bounds: Vec<Bound>,
+    pub(crate) mode: Mode,
+    pub(crate) reason: Option<Reason>,
+    latched: bool,
+    fault: bool,
+    epoch: u64,
+    last: Option<RosTime>,
+    /// What the robot was told at the last published tick.
+    window: Window,
+    /// Plan time and pace at the start of the window and at each of its points.
+    progress: Vec<(f64, f64)>,
+    pub(crate) curve: Curve,
+    pub(crate) spare: Curve,
+    pub(crate) plan: Option<Plan>,
+    pub(crate) ramp: Option<Ramp>,
+    pub(crate) gate: Gate,
+    pub(crate) pending: Pending,
+    pub(crate) consumption: Consumption,
+    pub(crate) velocities: Vec<f64>,
+    pub(crate) coasting_since: Option<Monotonic>,
+    pub(crate) starved_long: bool,
+    pub(crate) counters: Counters,
+    pub(crate) interventions: Interventions,
+    /// Start of the last step whose interventions were counted.
+    counted: RosTime,
+    pub(crate) seam_jump: f64,
+    pub(crate) seam_jump_max: f64,
+    tracking_error: f64,
+    tracking_error_max: f64,
+}
+
+impl Controller {
+    /// A controller in mode `unconfigured`; all memory it will need is reserved here.
+    pub fn new(config: ControlConfig) -> Result<Self, ConfigError> {
+        config.check()?;
+        let joints = config.joints.len();
+        let window = Window::for_config(&config);
+        let mut controller = Self {
+            bounds: vec![Bound::default(); joints],
+            mode: Mode::Unconfigured,
+            reason: None,
+            latched: false,
+            fault: false,
+            epoch: 0,
+            last: None,
+            progress: Vec::with_capacity(1 + Window::most_points(&config)),
+            window,
+            curve: Curve::with_room(joints, config.horizon + 1),
+            spare: Curve::with_room(joints, config.horizon + 1),
+            plan: None,
+            ramp: None,
+            gate: Gate::new(&config),
+            pending: Pending::with_room(config.horizon * joints),
+            consumption: Consumption::new(),
+            velocities: vec![0.0; config.horizon * joints],
+            coasting_since: None,
+            starved_long: false,
+            counters: Counters::default(),
+            interventions: Interventions::default(),
+            counted: RosTime(i64::MIN),
+            seam_jump: 0.0,
+            seam_jump_max: 0.0,
+            tracking_error: 0.0,
+            tracking_error_max: 0.0,
+            config,
+        };
+        controller.refresh_bounds();
+        Ok(controller)
+    }
+
+    /// A window with room for everything this controller can publish.
+    pub fn window(&self) -> Window {
+        Window::for_config(&self.config)
+    }
+
+    /// The configuration in use.
+    pub fn config(&self) -> &ControlConfig {
+        &self.config
+    }
+
+    /// The mode.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Chunks of other epochs are refused.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Replaces the limits of all joints, only while nothing is published; allocates nothing.
+    pub fn set_limits(&mut self, limits: &[Option<JointLimits>]) -> Result<(), LimitsError> {
+        if self.mode.publishes() {
+            return Err(LimitsError::Armed(self.mode));
+        }
+        if limits.len() != self.config.joints.len() {
+            return Err(LimitsError::Joints { found: limits.len(), expected: self.config.joints.len() });
+        }
+        for (joint, l) in self.config.joints.iter().zip(limits) {
+            if let Some(l) = l {
+                l.check(&joint.name)?;
+            }
+        }
+        for (joint, l) in self.config.joints.iter_mut().zip(limits) {
+            joint.limits = *l;
+        }
+        self.refresh_bounds();
+        Ok(())
+    }
+
+    /// Takes over what must survive a change of settings: epoch, counters, a latched stop or fault, and what was
+    /// executed last. For a controller that stands in for `old` while nothing is published; allocates nothing.
+    pub fn succeed(&mut self, old: &Controller) {
+        self.mode = old.mode;
+        self.reason = old.reason;
+        (self.latched, self.fault) = (old.latched, old.fault);
+        self.epoch = old.epoch;
+        self.last = old.last;
+        self.counters = old.counters;
+        self.interventions = old.interventions;
+        (self.seam_jump, self.seam_jump_max) = (old.seam_jump, old.seam_jump_max);
+        (self.tracking_error, self.tracking_error_max) = (old.tracking_error, old.tracking_error_max);
+        // Chunks cut for the old settings are not executed under the new ones.
+        self.new_epoch();
+    }
+
+    fn refresh_bounds(&mut self) {
+        for j in 0..self.bounds.len() {
+            self.bounds[j] = self.config.bound(j).unwrap_or_default();
+        }
+    }
+
+    /// A snapshot of everything that can be asked, as of the last tick.
+    pub fn status(&self) -> ControlStatus {
+        let now = self.last.unwrap_or_default();
+        let starved = if self.starved_long { Level::Error } else { Level::Ok };
+        let level = match self.reason {
+            Some(reason) if !matches!(self.mode, Mode::Ramp | Mode::Run) => {
+                let own = if self.mode == Mode::Unconfigured { Level::Ok } else { self.mode.row().level };
+                own.max(reason.level()).max(starved)
+            }
+            _ => self.mode.row().level,
+        };
+        ControlStatus {
+            mode: self.mode,
+            reason: self.reason,
+            level,
+            epoch: self.epoch,
+            counters: self.counters,
+            interventions: self.interventions,
+            seam_jump_max: self.seam_jump_max,
+            seam_jump: self.seam_jump,
+            tracking_error_max: self.tracking_error_max,
+            tracking_error: self.tracking_error,
+            chunk_age: self.plan.map(|p| now.seconds_since(p.view.state_stamp)),
+            image_age: self.plan.map(|p| now.seconds_since(p.oldest_image_stamp)),
+            plan: self.plan.map(|p| PlanView {
+                lag: now.seconds_since(p.view.adopted_at) - self.progress.first().map_or(0.0, |(x, _)| *x),
+                pace: self.progress.first().map_or(0.0, |(_, pace)| *pace),
+                ..p.view
+            }),
+            command: JointVector::from_slice(self.window.now().0).unwrap_or_default(),
+        }
+    }
+
+    /// One period: decides the mode, and writes into `out` what the robot is to be told, if anything. `out` comes
+    /// from [`window`](Self::window); it is empty when nothing is to be published.
+    pub fn tick(&mut self, input: &TickInput<'_>, out: &mut Window) -> TickReport {
+        let now = input.ros_now;
+        let mut report = TickReport {
+            published: false,
+            previous: self.mode,
+            mode: self.mode,
+            refusal: None,
+            chunk: None,
+            dropped: None,
+            adoption: None,
+            stop: None,
+            restarted: false,
+        };
+        self.counters.ticks = self.counters.ticks.saturating_add(input.skipped).saturating_add(1);
+        self.counters.skipped = self.counters.skipped.saturating_add(input.skipped);
+
+        let (mut motion, paused) = self.advance(now, input.skipped, &mut report);
+        if input.requests.stop {
+            self.latched = true;
+            self.new_epoch();
+            self.halt(Reason::StopRequested, &mut report);
+        }
+        if let Some(chunk) = input.chunk {
+            report.chunk = Some(self.receive(chunk, now));
+        }
+        self.watch(input, paused, &mut motion, &mut report);
+        self.obey(input, &mut motion, &mut report);
+        if self.mode.armed() {
+            self.follow(input, &mut motion, &mut report);
+        }
+        let settled = self.mode.publishes() && self.publish(now, &motion, out, &mut report);
+        if settled || !self.mode.publishes() {
+            self.enter(self.resting_mode(input.lifecycle));
+        }
+        if report.published {
+            self.counters.published += 1;
+        } else {
+            self.counters.unarmed += 1;
+            out.clear(now);
+        }
+        self.last = Some(now);
+        report.mode = self.mode;
+        report
+    }
+
+    /// From the last tick to now: where the robot is on what it was told, and what of the plan it consumed. Also
+    /// whether ROS time stands still.
+    fn advance(&mut self, now: RosTime, skipped: u64, report: &mut TickReport) -> (Motion, bool) {
+        let elapsed_ns = self.last.map_or(0, |last| now.0.saturating_sub(last.0));
+        let paused = self.last.is_some() && elapsed_ns == 0;
+        self.counters.paused += u64::from(paused);
+        if elapsed_ns < 0 {
+            // The old dates mean nothing now; the robot went on for the periods that passed.
+            self.counters.clock_jumps += 1;
+            self.consumption.restart(now);
+            self.counted = RosTime(i64::MIN);
+            self.new_epoch();
+            let motion = self.told_after(self.config.period * skipped.saturating_add(1) as f64);
+            self.halt(Reason::ClockJumpedBack { seconds: elapsed_ns as f64 * -1e-9 }, report);
+            return (motion, false);
+        }
+        let motion = self.told_after(elapsed_ns as f64 * 1e-9);
+        let before = self.progress.first().map_or(0.0, |(x, _)| *x);
+        let used = if self.plan.is_some() { ((motion.here.x - before) * 1e9).round() as i64 } else { 0 };
+        self.consumption.advance(now, (elapsed_ns - used).max(0));
+        (motion, paused)
+    }
+
+    /// Where the robot is `elapsed` seconds after the last window began, and what it is promised next.
+    fn told_after(&self, elapsed: f64) -> Motion {
+        let moment = self.window.moment(elapsed);
+        let mut motion = Motion::rest(moment.q);
+        motion.here.v = moment.v;
+        for (q, b) in motion.here.q.iter_mut().zip(&self.bounds) {
+            *q = q.max(b.min).min(b.max);
+        }
+        let at = |i: usize| self.progress.get(i).or(self.progress.last()).copied().unwrap_or_default();
+        let Some((next, left)) = moment.ahead else {
+            (motion.here.x, motion.here.pace) = at(usize::MAX);
+            motion.base = motion.here;
+            return motion;
+        };
+        let ((x0, pace0), (x1, pace1)) = (at(next), at(next + 1));
+        (motion.here.x, motion.here.pace) = (x0 + (x1 - x0) * moment.part, pace0 + (pace1 - pace0) * moment.part);
+        motion.base.q.copy_from_slice(self.window.positions(next));
+        motion.base.v.copy_from_slice(self.window.velocities(next));
+        (motion.base.x, motion.base.pace, motion.ahead) = (x1, pace1, left);
+        motion
+    }
+
+    /// Takes or refuses a chunk that has just come.
+    fn receive(&mut self, chunk: &ActionChunk, now: RosTime) -> ChunkVerdict {
+        self.counters.chunks += 1;
+        match self.gate.admit(chunk, self.epoch, now) {
+            Ok(()) => {
+                self.counters.superseded += u64::from(self.pending.replace(chunk));
+                ChunkVerdict::Accepted
+            }
+            Err(refusal) => {
+                self.counters.refused[refusal.kind()] += 1;
+                ChunkVerdict::Refused(refusal)
+            }
+        }
+    }
+
+    /// Everything that ends a motion or a latch by itself.
+    fn watch(&mut self, input: &TickInput<'_>, paused: bool, motion: &mut Motion, report: &mut TickReport) {
+        match input.lifecycle {
+            Lifecycle::Failed if !self.fault => {
+                self.fault = true;
+                self.new_epoch();
+                self.reason = Some(Reason::Failed);
+                self.halt(Reason::Failed, report);
+            }
+            Lifecycle::Unconfigured | Lifecycle::Warmup => self.halt(Reason::Deactivated, report),
+            _ => {}
+        }
+        if !self.mode.publishes() || paused {
+            // While ROS time stands still nothing moves: ages mean nothing, and the last command is repeated.
+            return;
+        }
+        let measured = &input.measured;
+        let n = self.bounds.len();
+        let usable = |j: usize| {
+            let (q, age) = (measured.positions.get(j).copied(), measured.ages.get(j).copied());
+            q.filter(|q| q.is_finite()).zip(age.filter(|age| !age.is_nan()))
+        };
+        let (mut worst, mut lost) = (0.0f64, None);
+        for j in 0..n {
+            match usable(j) {
+                None => self.halt(Reason::StateMissing { joint: j }, report),
+                Some((_, age)) if age > self.config.max_joint_state_age => {
+                    self.halt(Reason::StateStale { joint: j, age, max: self.config.max_joint_state_age }, report);
+                }
+                Some((q, _)) => {
+                    let error = (q - motion.here.q[j]).abs();
+                    worst = worst.max(error);
+                    let max = self.config.joints[j].max_tracking_error;
+                    if error > max && lost.is_none() {
+                        lost = Some(Reason::TrackingError { joint: j, command: motion.here.q[j], measured: q, max });
+                    }
+                }
+            }
+        }
+        self.tracking_error = worst;
+        self.tracking_error_max = self.tracking_error_max.max(worst);
+        if let Some(reason) = lost {
+            // The robot is not on the curve: hold where it is, not where it should be.
+            let mut pose = motion.here.q;
+            for j in 0..n {
+                if let Some((q, age)) = usable(j)
+                    && age <= self.config.max_joint_state_age
+                {
+                    pose[j] = q.max(self.bounds[j].min).min(self.bounds[j].max);
+                }
+            }
+            *motion = Motion::rest(pose);
+            report.restarted = true;
+            self.new_epoch();
+            self.halt(reason, report);
+        }
+        if let InputHealth::Bad(fault) = input.inputs {
+            self.halt(Reason::Input(fault), report);
+        }
+    }
+
+    /// The operator's wishes.
+    fn obey(&mut self, input: &TickInput<'_>, motion: &mut Motion, report: &mut TickReport) {
+        let r = input.requests;
+        if r.disable {
+            self.halt(Reason::Disabled, report);
+        }
+        if r.reset && !r.stop {
+            self.latched = false;
+            if input.lifecycle != Lifecycle::Failed {
+                self.fault = false;
+            }
+            if !self.mode.publishes() {
+                self.reason = None;
+            }
+        }
+        if !self.mode.publishes() {
+            self.enter(self.resting_mode(input.lifecycle));
+        }
+        if r.enable && !r.disable && !r.stop && !self.mode.armed() {
+            match self.may_arm(input) {
+                Err(refusal) => report.refusal = Some(refusal),
+                Ok(()) => {
+                    *motion = Motion::rest(input.measured.positions);
+                    (self.tracking_error, self.tracking_error_max) = (0.0, 0.0);
+                    match self.adopt(input.ros_now, motion) {
+                        Ok(adoption) => {
+                            self.reason = None;
+                            report.adoption = Some(adoption);
+                            report.restarted = true;
+                            self.enter(Mode::Ramp);
+                        }
+                        Err(refusal) => {
+                            self.drop_pending(refusal, report);
+                            report.refusal = Some(Refusal::Chunk(refusal));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether arming is possible now; the first thing in the way.
+    fn may_arm(&self, input: &TickInput<'_>) -> Result<(), Refusal> {
+        if self.mode != Mode::Active {
+            return Err(Refusal::Mode(self.mode));
+        }
+        if input.ros_now.0 <= 0 {
+            return Err(Refusal::NoClock);
+        }
+        let joints = self.config.joints.len();
+        if input.measured.positions.len() != joints {
+            return Err(Refusal::StateMissing { joint: input.measured.positions.len().min(joints - 1) });
+        }
+        for (j, joint) in self.config.joints.iter().enumerate() {
+            let Some(limits) = joint.limits else { return Err(Refusal::NoLimits { joint: j }) };
+            let position = input.measured.positions.get(j).copied().unwrap_or(f64::NAN);
+            let age = input.measured.ages.get(j).copied().unwrap_or(f64::NAN);
+            if !position.is_finite() || age.is_nan() {
+                return Err(Refusal::StateMissing { joint: j });
+            }
+            if age > self.config.max_joint_state_age {
+                return Err(Refusal::StateStale { joint: j, age, max: self.config.max_joint_state_age });
+            }
+            if position < limits.min_position || position > limits.max_position {
+                let (min, max) = (limits.min_position, limits.max_position);
+                return Err(Refusal::OutsideLimits { joint: j, position, min, max });
+            }
+        }
+        if let InputHealth::Bad(fault) = input.inputs {
+            return Err(Refusal::Input(fault));
+        }
+        if !self.pending.present {
+            return Err(Refusal::NoChunk);
+        }
+        self.gate.age(self.pending.state_stamp, input.ros_now).map_err(Refusal::Chunk)
+    }
+
+    /// Simulates the filter over the window, lets it brake to rest, checks it, and hands it out. True if that was
+    /// the last window of a stop.
+    fn publish(&mut self, now: RosTime, motion: &Motion, out: &mut Window, report: &mut TickReport) -> bool {
+        let h = self.config.period;
+        let Motion { here, base, ahead } = motion;
+        let still = |v: &[f64]| self.bounds.iter().zip(v).all(|(b, v)| v.abs() <= REST * b.acceleration * h);
+        let at_rest = still(&here.v) && still(&base.v);
+        self.window.begin(now, &here.q, &here.v);
+        self.progress.clear();
+        self.progress.push((here.x, here.pace));
+        let mut points = self.config.window_points();
+        if *ahead > 0.0 {
+            self.window.promised(*ahead, &base.q, &base.v);
+            self.progress.push((base.x, base.pace));
+            // A whole period ahead it is the first point of the window, otherwise it comes before.
+            points -= usize::from(*ahead > 0.999 * h);
+        }
+        let begins = now.plus_seconds(*ahead);
+        let fresh = begins.seconds_since(self.counted) > 0.5 * h;
+        let mut s = *base;
+        for i in 0..points {
+            if self.exhausted(&s) {
+                s.brake(&self.bounds, h);
+            } else {
+                let tally = (i == 0 && fresh).then_some(&mut self.interventions);
+                s.follow(&self.curve, &self.bounds, h, tally);
+            }
+            self.window.push(&s.q, &s.v);
+            self.progress.push((s.x, s.pace));
+        }
+        if fresh {
+            self.counted = begins;
+        }
+        self.window.mark_driven();
+        while s.v.iter().any(|v| *v != 0.0) && self.window.room() {
+            s.brake(&self.bounds, h);
+            self.window.push(&s.q, &s.v);
+            self.progress.push((s.x, s.pace));
+        }
+        if let Some(joint) = self.breach() {
+            // Not published: the robot brakes at the end of the window it has.
+            self.fault = true;
+            self.new_epoch();
+            self.reason = Some(Reason::Internal { joint });
+            report.stop = self.reason;
+            self.plan = None;
+            self.enter(Mode::Fault);
+            return false;
+        }
+        out.copy_from(&self.window);
+        report.published = true;
+        self.mode == Mode::Stopping && at_rest
+    }
+
+    /// The last check, which knows nothing of how a window is made: the joint that fails it.
+    fn breach(&self) -> Option<usize> {
+        let last = self.window.points().checked_sub(1)?;
+        for i in 0..=last {
+            for (j, b) in self.bounds.iter().enumerate() {
+                let (q, v) = (self.window.positions(i)[j], self.window.velocities(i)[j]);
+                let inside = q >= b.min && q <= b.max && v.abs() <= b.velocity * (1.0 + 1e-6);
+                // NaN is in no range.
+                if !inside || (i == last && v != 0.0) {
+                    return Some(j);
+                }
+            }
+        }
+        None
+    }
+
+    /// Leaves the policy: decelerate, disarmed.
+    pub(crate) fn halt(&mut self, reason: Reason, report: &mut TickReport) {
+        if !self.mode.armed() {
+            // It is not moving by the policy. What is more serious than the present reason is still said.
+            let heard = self.mode.publishes() || reason == Reason::StopRequested;
+            let present = self.reason.map_or(Level::Ok, |r| r.level());
+            let level = reason.level();
+            if heard && (level > present || (reason == Reason::StopRequested && present < Level::Error)) {
+                if self.reason != Some(reason) {
+                    report.stop = Some(reason);
+                }
+                self.reason = Some(reason);
+            }
+            return;
+        }
+        self.plan = None;
+        self.ramp = None;
+        self.coasting_since = None;
+        self.starved_long = false;
+        self.reason = Some(reason);
+        report.stop = Some(reason);
+        self.enter(Mode::Stopping);
+    }
+
+    /// Invalidates every chunk that waits or is being computed.
+    fn new_epoch(&mut self) {
+        self.epoch += 1;
+        self.gate.new_epoch();
+        self.counters.discarded += u64::from(self.pending.present);
+        self.pending.present = false;
+    }
+
+    pub(crate) fn drop_pending(&mut self, refusal: ChunkRefusal, report: &mut TickReport) {
+        self.pending.present = false;
+        self.counters.refused[refusal.kind()] += 1;
+        report.dropped = Some(refusal);
+    }
+
+    /// The mode while nothing is published.
+    fn resting_mode(&self, lifecycle: Lifecycle) -> Mode {
+        match lifecycle {
+            _ if self.fault => Mode::Fault,
+            _ if self.latched => Mode::Stopped,
+            Lifecycle::Unconfigured => Mode::Unconfigured,
+            Lifecycle::Warmup => Mode::Warmup,
+            Lifecycle::Ready => Mode::Active,
+            Lifecycle::Failed => Mode::Fault,
+        }
+    }
+
+    pub(crate) fn enter(&mut self, mode: Mode) {
+        if mode != self.mode {
+            debug_assert!(self.mode.row().next.contains(&mode), "{} to {mode} is not in the table", self.mode);
+            self.mode = mode;
+        }
+    }
+}

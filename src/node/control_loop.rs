@@ -1,0 +1,301 @@
+//! The control thread: a thin real-time shell round the pure [`Controller::tick`]. It allocates nothing, takes no
+//! lock, logs nothing and never waits for the device; whatever it has to say goes out through slots and rings.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::thread::Thread;
+
+use crate::clock::{Clock, Monotonic, RosTime};
+use crate::control::chunk::ActionChunk;
+use crate::control::{
+    ControlStatus, Controller, InputFault, InputHealth, JointVector, Lifecycle, MAX_JOINTS, Measured, PlanView,
+    Refusal, Requests, TickInput, TickReport, TickTimes, Window,
+};
+use crate::pipeline::inputs::{InputSlots, JointSample};
+use crate::rt::latest::{Reader, Writer};
+use crate::rt::period::{Periodic, Wake};
+
+use super::publisher::Job;
+
+/// What the operator asked for, as bits that one tick takes all at once.
+#[derive(Debug, Default)]
+pub(super) struct RequestBits(AtomicU8);
+
+impl RequestBits {
+    pub const ENABLE: u8 = 1;
+    pub const DISABLE: u8 = 2;
+    pub const STOP: u8 = 4;
+    pub const RESET: u8 = 8;
+
+    /// Asks; takes effect at the next tick. Lock-free.
+    pub fn ask(&self, bits: u8) {
+        self.0.fetch_or(bits, Ordering::AcqRel);
+    }
+
+    fn take(&self) -> u8 {
+        self.0.swap(0, Ordering::AcqRel)
+    }
+}
+
+/// What the rest of the node tells the control thread through plain atomics.
+#[derive(Debug, Default)]
+pub(super) struct Signals {
+    pub requests: RequestBits,
+    pub lifecycle: AtomicU8,
+    pub has_prompt: AtomicBool,
+    pub inference_failed: AtomicBool,
+    pub epoch: Arc<AtomicU64>,
+    pub stopping: AtomicBool,
+}
+
+impl Signals {
+    pub fn set_lifecycle(&self, l: Lifecycle) {
+        let code = match l {
+            Lifecycle::Unconfigured => 0,
+            Lifecycle::Warmup => 1,
+            Lifecycle::Ready => 2,
+            Lifecycle::Failed => 3,
+        };
+        self.lifecycle.store(code, Ordering::Release);
+    }
+
+    pub fn lifecycle(&self) -> Lifecycle {
+        match self.lifecycle.load(Ordering::Acquire) {
+            0 => Lifecycle::Unconfigured,
+            1 => Lifecycle::Warmup,
+            2 => Lifecycle::Ready,
+            _ => Lifecycle::Failed,
+        }
+    }
+}
+
+/// What the control thread says after every tick.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Snapshot {
+    pub status: ControlStatus,
+    /// Ticks of the loop so far, skipped periods not counted: tells that a request was seen.
+    pub turns: u64,
+    /// Seconds since the loop began.
+    pub seconds: f64,
+    /// What became of the newest request to arm, and in which turn.
+    pub answer: Option<(u64, Option<Refusal>)>,
+    /// Ticks that were not computed because the publisher had not given a window back.
+    pub blocked: u64,
+}
+
+/// Something that happened in a tick and that a person may want to read in the log.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Event {
+    pub report: TickReport,
+    /// Sequence of the chunk concerned, if one was.
+    pub chunk: Option<u64>,
+}
+
+/// A controller for other settings, on its way in; or the old one, on its way out to be freed.
+pub(super) type ControllerBox = Box<Controller>;
+
+/// Limits of freshness that the loop itself judges.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct InputRules {
+    pub camera_max_age_ms: Vec<f64>,
+    pub drop_lost_views: bool,
+}
+
+/// Everything the control thread owns.
+pub(super) struct ControlLoop {
+    pub controller: ControllerBox,
+    pub periodic: Periodic,
+    pub clock: Arc<dyn Clock>,
+    pub joints: Reader<JointSample>,
+    pub inputs: Arc<InputSlots>,
+    pub rules: Box<InputRules>,
+    pub signals: Arc<Signals>,
+    pub chunks: rtrb::Consumer<Arc<ActionChunk>>,
+    pub retired: rtrb::Producer<Arc<ActionChunk>>,
+    pub free: rtrb::Consumer<Box<Window>>,
+    pub jobs: rtrb::Producer<Job>,
+    pub publisher: Thread,
+    pub snapshot: Writer<Snapshot>,
+    pub plan: Writer<Option<PlanView>>,
+    pub events: rtrb::Producer<Event>,
+    pub changes: rtrb::Consumer<Change>,
+    pub discarded: rtrb::Producer<Change>,
+}
+
+/// A change of settings, prepared elsewhere so that taking it over allocates and frees nothing.
+pub(super) enum Change {
+    /// Other control settings (only while nothing is published).
+    Controller(ControllerBox),
+    /// Other freshness rules.
+    Rules(Box<InputRules>),
+}
+
+impl ControlLoop {
+    /// Ticks until the node stops.
+    pub fn run(mut self) {
+        let mut window = None;
+        let mut carried = 0;
+        let mut state = Turn::default();
+        let began = self.clock.monotonic();
+        while !self.signals.stopping.load(Ordering::Acquire) {
+            let wake = self.periodic.wait();
+            if window.is_none() {
+                window = self.free.pop().ok();
+            }
+            let Some(mut free) = window.take() else {
+                // Nowhere to write: this period is skipped, and said so.
+                carried += 1 + wake.skipped;
+                state.blocked += 1;
+                continue;
+            };
+            self.take_changes();
+            let report = self.turn(&wake, carried, &mut free, &mut state);
+            carried = 0;
+            if report.published {
+                let times = TickTimes {
+                    scheduled: wake.scheduled,
+                    woke: wake.woke,
+                    computed: self.clock.monotonic(),
+                    published: None,
+                };
+                // As many places as windows: this cannot fail.
+                let _ = self.jobs.push(Job { window: free, times });
+                self.publisher.unpark();
+            } else {
+                window = Some(free);
+            }
+            self.tell(&report, &state, began);
+        }
+    }
+
+    fn turn(&mut self, wake: &Wake, carried: u64, window: &mut Window, state: &mut Turn) -> TickReport {
+        let (ros_now, now) = (self.clock.ros(), wake.woke);
+        let asked = self.signals.requests.take();
+        let has = |bit| asked & bit != 0;
+        state.turns += 1;
+        // The newest chunk is given to the tick, the others are superseded before anybody saw them; all are freed
+        // by the thread that made them.
+        let mut chunk: Option<Arc<ActionChunk>> = None;
+        while let Ok(newer) = self.chunks.pop() {
+            let older = chunk.replace(newer);
+            state.superseded += u64::from(older.is_some());
+            self.retire(older);
+        }
+        let measured = self.measured(ros_now, now);
+        let inputs = self.health(ros_now, now);
+        let report = self.controller.tick(
+            &TickInput {
+                ros_now,
+                mono_now: now,
+                skipped: wake.skipped + carried,
+                measured,
+                inputs,
+                lifecycle: self.signals.lifecycle(),
+                chunk: chunk.as_deref(),
+                requests: Requests {
+                    enable: has(RequestBits::ENABLE),
+                    disable: has(RequestBits::DISABLE),
+                    stop: has(RequestBits::STOP),
+                    reset: has(RequestBits::RESET),
+                },
+            },
+            window,
+        );
+        if has(RequestBits::ENABLE) {
+            state.answer = Some((state.turns, report.refusal));
+        }
+        state.chunk = chunk.as_ref().map(|c| c.sequence);
+        self.retire(chunk);
+        self.signals.epoch.store(self.controller.epoch(), Ordering::Release);
+        report
+    }
+
+    fn retire(&mut self, chunk: Option<Arc<ActionChunk>>) {
+        if let Some(Err(rtrb::PushError::Full(chunk))) = chunk.map(|c| self.retired.push(c)) {
+            // The decoder stands still; better a leak of one chunk than a free on this thread.
+            std::mem::forget(chunk);
+        }
+    }
+
+    fn measured(&mut self, ros_now: RosTime, now: Monotonic) -> Measured {
+        let joints = self.joints.newest();
+        let n = self.controller.config().joints.len().min(MAX_JOINTS);
+        let mut ages = [f64::INFINITY; MAX_JOINTS];
+        for (i, age) in ages[..n].iter_mut().enumerate() {
+            *age = joints.age_ms(i, ros_now, now) * 1e-3;
+        }
+        match (JointVector::from_slice(&joints.positions[..n]), JointVector::from_slice(&ages[..n])) {
+            (Some(positions), Some(ages)) => Measured { positions, ages },
+            _ => Measured::missing(n),
+        }
+    }
+
+    /// The first thing that is wrong with cameras, prompt or inference.
+    fn health(&self, ros_now: RosTime, now: Monotonic) -> InputHealth {
+        if self.signals.inference_failed.load(Ordering::Acquire) {
+            return InputHealth::Bad(InputFault::InferenceFailed);
+        }
+        let mut fresh = 0;
+        let mut bad = None;
+        for (camera, max) in self.rules.camera_max_age_ms.iter().enumerate() {
+            let fault = self.inputs.freshness(camera).fault(camera, *max, ros_now, now);
+            fresh += usize::from(fault.is_none());
+            bad = bad.or(fault);
+        }
+        match bad {
+            Some(fault) if fresh == 0 || !self.rules.drop_lost_views => InputHealth::Bad(fault),
+            _ if !self.signals.has_prompt.load(Ordering::Acquire) => InputHealth::Bad(InputFault::PromptMissing),
+            _ => InputHealth::Ok,
+        }
+    }
+
+    fn take_changes(&mut self) {
+        while let Ok(change) = self.changes.pop() {
+            let old = match change {
+                Change::Controller(mut next) if !self.controller.mode().publishes() => {
+                    next.succeed(&self.controller);
+                    Change::Controller(std::mem::replace(&mut self.controller, next))
+                }
+                // Armed meanwhile: settings that need an unarmed node were checked before, so this is a lost race.
+                late @ Change::Controller(_) => late,
+                Change::Rules(next) => Change::Rules(std::mem::replace(&mut self.rules, next)),
+            };
+            if let Err(rtrb::PushError::Full(old)) = self.discarded.push(old) {
+                std::mem::forget(old);
+            }
+        }
+    }
+
+    fn tell(&mut self, report: &TickReport, state: &Turn, began: Monotonic) {
+        let mut status = self.controller.status();
+        status.counters.chunks += state.superseded;
+        status.counters.superseded += state.superseded;
+        self.plan.put(status.plan);
+        self.snapshot.put(Snapshot {
+            status,
+            turns: state.turns,
+            seconds: self.clock.monotonic().seconds_since(began),
+            answer: state.answer,
+            blocked: state.blocked,
+        });
+        let news = report.mode != report.previous
+            || report.refusal.is_some()
+            || report.stop.is_some()
+            || report.dropped.is_some()
+            || matches!(report.chunk, Some(crate::control::ChunkVerdict::Refused(_)));
+        if news {
+            // A full ring means that nobody reads the log.
+            let _ = self.events.push(Event { report: *report, chunk: state.chunk });
+        }
+    }
+}
+
+/// What one turn of the loop leaves for the next.
+#[derive(Debug, Default)]
+struct Turn {
+    turns: u64,
+    blocked: u64,
+    superseded: u64,
+    answer: Option<(u64, Option<Refusal>)>,
+    chunk: Option<u64>,
+}

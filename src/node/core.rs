@@ -1,0 +1,279 @@
+//! What the parts of a running node share, and its two faces: what subscriptions put in, what services ask for.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::control_loop::{Change, Event, InputRules, RequestBits, Signals, Snapshot};
+use super::status::{self, Status};
+use super::{NodeError, convert, lock, publisher};
+use crate::clock::{Clock, RosTime};
+use crate::control::{ChunkVerdict, Controller, Deadlines, Lifecycle, Mode, Names, TickReport};
+use crate::error::Fault;
+use crate::model::{Dims, Frame, ModelError};
+use crate::params::Settings;
+use crate::pipeline::inputs::InputSlots;
+use crate::pipeline::{Pipeline, PipelineReport};
+use crate::rt::latest::Reader;
+
+/// So many identical frames in a row count as a frozen camera; a still scene has sensor noise, a frozen driver has not.
+const FROZEN_FRAMES: u64 = 30;
+
+/// Nothing to follow is no task.
+const EMPTY_PROMPT: &str = "the prompt is empty: say what to do; the old one stays";
+
+/// What every part of the node can reach. Nothing in here is touched by the control thread but `signals` and `inputs`.
+pub(super) struct Core {
+    pub clock: Arc<dyn Clock>,
+    pub inputs: Arc<InputSlots>,
+    pub signals: Arc<Signals>,
+    pub names: Names,
+    pub dims: Dims,
+    pub settings: Mutex<Settings>,
+    pub snapshot: Mutex<Reader<Snapshot>>,
+    pub deadlines: Arc<Mutex<Deadlines>>,
+    pub pipeline: Mutex<Option<Pipeline>>,
+    pub changes: Mutex<(rtrb::Producer<Change>, rtrb::Consumer<Change>)>,
+    pub events: Mutex<rtrb::Consumer<Event>>,
+    pub rights: Mutex<Vec<(String, String)>>,
+    pub device: Mutex<String>,
+    pub failure: Mutex<Option<(Fault, String)>>,
+    /// One caller of `enable` or `reset` at a time, so that each gets its own answer.
+    pub asking: Mutex<()>,
+}
+
+/// The subscriptions' side of the node.
+#[derive(Clone)]
+pub struct Inputs(pub(super) Arc<Core>);
+
+/// The services' side of the node.
+#[derive(Clone)]
+pub struct Commands(pub(super) Arc<Core>);
+
+impl Inputs {
+    /// A frame of camera `camera` (index in `camera_names`), or why its message could not be used.
+    pub fn frame(&self, camera: usize, stamp: RosTime, frame: Result<Frame, ModelError>) {
+        match frame {
+            Ok(frame) => self.0.inputs.put_frame(camera, frame, stamp, self.0.clock.monotonic()),
+            Err(e) => {
+                let first = camera < self.0.inputs.cameras() && self.0.inputs.refusal(camera).is_none();
+                if first {
+                    tracing::error!("camera '{}': {e}", self.0.names.cameras[camera]);
+                }
+                self.0.inputs.refuse_frame(camera, e.to_string());
+            }
+        }
+    }
+
+    /// A joint state message; names that are not joints of this node are ignored and reported.
+    pub fn joints(&self, stamp: RosTime, names: &[String], positions: &[f64]) {
+        self.0.inputs.put_joints(names, positions, stamp, self.0.clock.monotonic());
+    }
+
+    /// A new prompt, taken at the next chunk boundary.
+    pub fn prompt(&self, text: &str) -> Result<(), NodeError> {
+        if text.trim().is_empty() {
+            return Err(NodeError::Refused(EMPTY_PROMPT.into()));
+        }
+        let generation = self.0.inputs.put_prompt(text);
+        self.0.signals.has_prompt.store(true, Ordering::Release);
+        lock(&self.0.settings).model.prompt = text.into();
+        tracing::info!("prompt {generation}: {text}");
+        Ok(())
+    }
+}
+
+impl Commands {
+    /// Arms or disarms; the answer says what was done, or why not.
+    pub fn enable(&self, on: bool) -> Result<String, String> {
+        let core = &self.0;
+        let _one_at_a_time = lock(&core.asking);
+        if on && let Some(note) = core.note() {
+            return Err(note);
+        }
+        let before = core.snapshot().turns;
+        core.signals.requests.ask(if on { RequestBits::ENABLE } else { RequestBits::DISABLE });
+        if !on {
+            core.wait(|s| s.turns >= before + 2)?;
+            return Ok("disarmed".into());
+        }
+        let s = core.wait(|s| s.answer.is_some_and(|(turn, _)| turn > before))?;
+        match s.answer.and_then(|(_, refusal)| refusal) {
+            Some(refusal) => Err(refusal.text(&core.names)),
+            None => Ok(format!("armed: {}", core.arming_summary())),
+        }
+    }
+
+    /// Latched decelerating stop. The request itself is one atomic write; the wait is only for the answer.
+    pub fn stop(&self) -> Result<String, String> {
+        let core = &self.0;
+        core.signals.requests.ask(RequestBits::STOP);
+        let before = core.snapshot().turns;
+        core.wait(|s| s.turns >= before + 2)?;
+        Ok("stopping; call ~/reset to release".into())
+    }
+
+    /// Releases a stop or a fault to `active`, not armed.
+    pub fn reset(&self) -> Result<String, String> {
+        let core = &self.0;
+        let _one_at_a_time = lock(&core.asking);
+        let before = core.snapshot().turns;
+        core.signals.requests.ask(RequestBits::RESET);
+        let s = core.wait(|s| s.turns >= before + 2)?;
+        match s.status.mode {
+            Mode::Stopped | Mode::Fault | Mode::Stopping => Err(format!("not released: mode is '{}'", s.status.mode)),
+            mode => Ok(format!("released: mode is '{mode}', not armed")),
+        }
+    }
+}
+
+impl Core {
+    pub fn snapshot(&self) -> Snapshot {
+        *lock(&self.snapshot).newest()
+    }
+
+    /// Waits for the control loop to have done something; fails when the loop does not turn.
+    fn wait(&self, done: impl Fn(&Snapshot) -> bool) -> Result<Snapshot, String> {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            let s = self.snapshot();
+            if done(&s) {
+                return Ok(s);
+            }
+            if Instant::now() > deadline {
+                return Err("the control loop does not answer: see the log; restart the node".into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub fn pipeline_report(&self) -> PipelineReport {
+        lock(&self.pipeline).as_ref().map(Pipeline::report).unwrap_or_default()
+    }
+
+    /// What keeps the node from becoming active, or what failed.
+    fn note(&self) -> Option<String> {
+        if let Some((_, failure)) = lock(&self.failure).clone() {
+            return Some(failure);
+        }
+        match self.signals.lifecycle() {
+            Lifecycle::Ready => None,
+            Lifecycle::Unconfigured if !lock(&self.settings).process.autostart => {
+                Some("autostart is false: the policy is not loaded".into())
+            }
+            Lifecycle::Unconfigured => Some("loading the policy".into()),
+            Lifecycle::Warmup => self.with_facts(None, status::missing).or(Some("warming up".into())),
+            Lifecycle::Failed => None,
+        }
+    }
+
+    fn arming_summary(&self) -> String {
+        self.with_facts(None, |f| {
+            let cameras: Vec<_> =
+                f.cameras.iter().map(|c| format!("{} {}", c.name, status::camera_text(f, c))).collect();
+            format!("cameras: {}; prompt '{}'", cameras.join(", "), f.prompt)
+        })
+    }
+
+    pub fn status(&self) -> Status {
+        let note = self.note();
+        self.with_facts(note.as_deref(), Status::new)
+    }
+
+    pub fn with_facts<R>(&self, note: Option<&str>, f: impl FnOnce(&status::Facts<'_>) -> R) -> R {
+        let settings = lock(&self.settings).clone();
+        let snapshot = self.snapshot();
+        let pipeline = self.pipeline_report();
+        let cameras: Vec<_> = (settings.inputs.cameras.iter().enumerate())
+            .map(|(i, c)| status::CameraView {
+                name: c.name.clone(),
+                max_age_ms: c.max_age.as_secs_f64() * 1e3,
+                freshness: self.inputs.freshness(i),
+                size: self.inputs.frame(i).map(|s| (s.frame.width(), s.frame.height())),
+                refusal: self.inputs.refusal(i),
+            })
+            .collect();
+        let (joints, unknown) = (self.inputs.joints(), self.inputs.unknown_joints());
+        let device = lock(&self.device).clone();
+        let rights = [lock(&self.rights).clone(), pipeline.rights.clone()].concat();
+        f(&status::Facts {
+            ros_now: self.clock.ros(),
+            now: self.clock.monotonic(),
+            seconds: snapshot.seconds,
+            control: &snapshot.status,
+            names: &self.names,
+            deadlines: publisher::snapshot(&self.deadlines),
+            pipeline: &pipeline,
+            pipeline_mode: settings.gpu.pipeline_mode.name(),
+            cameras: &cameras,
+            joints: &joints,
+            max_joint_age_ms: settings.inputs.max_joint_state_age.as_secs_f64() * 1e3,
+            unknown_joints: &unknown,
+            note,
+            prompt: &self.inputs.prompt().text,
+            device: &device,
+            rights: &rights,
+            frozen_after: FROZEN_FRAMES,
+        })
+    }
+
+    pub fn apply(&self, new: &Settings) -> Result<(), NodeError> {
+        let mut settings = lock(&self.settings);
+        let old = &*settings;
+        if new == old {
+            return Ok(());
+        }
+        if new.model.prompt.trim().is_empty() && !old.model.prompt.trim().is_empty() {
+            return Err(NodeError::Refused(EMPTY_PROMPT.into()));
+        }
+        let control = convert::control(new, &self.dims);
+        if control != convert::control(old, &self.dims) {
+            let controller = Box::new(Controller::new(control)?);
+            *lock(&self.deadlines) = Deadlines::new(controller.config().deadline, controller.config().period);
+            self.send(Change::Controller(controller))?;
+        }
+        let rules = input_rules(new);
+        if rules != input_rules(old) {
+            self.send(Change::Rules(Box::new(rules)))?;
+        }
+        if let Some(pipeline) = &*lock(&self.pipeline) {
+            pipeline.set_live(convert::live(new));
+        }
+        if new.model.prompt != old.model.prompt {
+            self.inputs.put_prompt(&new.model.prompt);
+            self.signals.has_prompt.store(!new.model.prompt.trim().is_empty(), Ordering::Release);
+        }
+        *settings = new.clone();
+        Ok(())
+    }
+
+    fn send(&self, change: Change) -> Result<(), NodeError> {
+        let mut rings = lock(&self.changes);
+        while rings.1.pop().is_ok() {}
+        rings
+            .0
+            .push(change)
+            .map_err(|_| NodeError::Refused("the control loop does not take the change: try again".into()))
+    }
+}
+
+pub(super) fn input_rules(s: &Settings) -> InputRules {
+    let live = convert::live(s);
+    InputRules { camera_max_age_ms: live.camera_max_age_ms, drop_lost_views: live.drop_lost_views }
+}
+
+pub(super) fn log_event(r: &TickReport, chunk: Option<u64>, names: &Names) {
+    if r.mode != r.previous {
+        tracing::info!("mode: {} → {}", r.previous, r.mode);
+    }
+    if let Some(reason) = r.stop {
+        tracing::warn!("{}", reason.text(names));
+    }
+    let refused = match r.chunk {
+        Some(ChunkVerdict::Refused(why)) => Some(why),
+        _ => r.dropped,
+    };
+    if let Some(why) = refused {
+        tracing::warn!("chunk {} dropped: {}", chunk.unwrap_or_default(), why.text(names));
+    }
+}

@@ -1,0 +1,324 @@
+//! What the node says about itself: one status for people and machines, and five diagnostics.
+
+use crate::clock::{Monotonic, RosTime};
+use crate::control::{ChunkRefusal, ControlStatus, DeadlinesSnapshot, InputFault, Level, Mode, Names, Reason, Rule};
+use crate::pipeline::PipelineReport;
+use crate::pipeline::inputs::{CameraFreshness, JointSample, stamp_is_believable};
+use crate::telemetry::Stats;
+
+/// The whole node at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Status {
+    /// The worst that is true.
+    pub level: Level,
+    /// Control mode.
+    pub mode: Mode,
+    /// One sentence: what it does, or why it does not.
+    pub message: String,
+    /// Everything countable, by name.
+    pub values: Vec<(String, String)>,
+    /// One per part of the node.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// One entry of `/diagnostics`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Diagnostic {
+    /// `inputs`, `inference`, `control`, `safety` or `gpu`.
+    pub name: &'static str,
+    /// How serious.
+    pub level: Level,
+    /// One sentence.
+    pub message: String,
+    /// Figures with units in their names.
+    pub values: Vec<(String, String)>,
+}
+
+/// One camera as it is seen now.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct CameraView {
+    pub name: String,
+    pub max_age_ms: f64,
+    pub freshness: CameraFreshness,
+    pub size: Option<(usize, usize)>,
+    pub refusal: Option<String>,
+}
+
+/// Everything a status is made of.
+pub(super) struct Facts<'a> {
+    pub ros_now: RosTime,
+    pub now: Monotonic,
+    /// Since the control loop began.
+    pub seconds: f64,
+    pub control: &'a ControlStatus,
+    pub names: &'a Names,
+    pub deadlines: DeadlinesSnapshot,
+    pub pipeline: &'a PipelineReport,
+    pub pipeline_mode: &'a str,
+    pub cameras: &'a [CameraView],
+    pub joints: &'a JointSample,
+    pub max_joint_age_ms: f64,
+    pub unknown_joints: &'a [String],
+    /// What keeps the node from becoming active, or what failed.
+    pub note: Option<&'a str>,
+    pub prompt: &'a str,
+    pub device: &'a str,
+    /// Rights asked for and what came of it.
+    pub rights: &'a [(String, String)],
+    /// Identical frames in a row that count as frozen.
+    pub frozen_after: u64,
+}
+
+fn ms(ns: f64) -> String {
+    format!("{:.2}", ns * 1e-6)
+}
+
+fn push_stats(values: &mut Vec<(String, String)>, name: &str, s: &Stats) {
+    for (suffix, ns) in [("p50", s.p50), ("p99", s.p99), ("max", s.max)] {
+        values.push((format!("{name}_ms_{suffix}"), ms(ns as f64)));
+    }
+}
+
+fn pair(name: impl Into<String>, value: impl ToString) -> (String, String) {
+    (name.into(), value.to_string())
+}
+
+impl Status {
+    pub(super) fn new(f: &Facts<'_>) -> Self {
+        let diagnostics = vec![inputs(f), inference(f), control(f), safety(f), gpu(f)];
+        let message = message(f);
+        let worst = |a: Level, d: &Diagnostic| if d.level == Level::Stale { a } else { a.max(d.level) };
+        Self {
+            level: diagnostics.iter().fold(f.control.level, worst),
+            mode: f.control.mode,
+            values: values(f, &message),
+            message,
+            diagnostics,
+        }
+    }
+}
+
+fn message(f: &Facts<'_>) -> String {
+    let c = f.control;
+    match (f.note, c.reason, c.mode) {
+        (Some(note), _, _) => note.into(),
+        (None, Some(reason), Mode::Active | Mode::Coast | Mode::Stopping | Mode::Stopped | Mode::Fault) => {
+            reason.text(f.names)
+        }
+        (None, _, Mode::Active) => "ready; call ~/enable to arm".into(),
+        (None, _, Mode::Ramp) => "armed: moving to the start of the plan".into(),
+        (None, _, Mode::Run) => "armed: following the policy".into(),
+        (None, _, mode) => mode.to_string(),
+    }
+}
+
+fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
+    let c = f.control;
+    let k = &c.counters;
+    let mut v = vec![
+        pair("mode", c.mode),
+        pair("reason", message),
+        pair("armed", c.mode.armed()),
+        pair("pipeline_mode", f.pipeline_mode),
+        pair("device", f.device),
+        pair("prompt", f.prompt),
+        pair("epoch", c.epoch),
+        pair("seconds", format!("{:.3}", f.seconds)),
+        pair("ticks", k.ticks),
+        pair("published", k.published),
+        pair("skipped", k.skipped),
+        pair("unarmed", k.unarmed),
+        pair("deadline_misses", f.deadlines.misses),
+        pair("chunks", k.chunks),
+        pair("chunks_adopted", k.adopted),
+        pair("chunks_superseded", k.superseded),
+        pair("chunks_rejected", k.refused_total()),
+        pair("starved", k.starved),
+    ];
+    push_stats(&mut v, "chunk_age", &f.pipeline.chunk.stats());
+    push_stats(&mut v, "encode", &f.pipeline.encode.time.stats());
+    push_stats(&mut v, "decode", &f.pipeline.decode.time.stats());
+    v.push(pair("interventions", c.interventions.total()));
+    v.push(pair("max_seam_jump_rad", format!("{:.5}", c.seam_jump_max)));
+    v.push(pair("max_tracking_error_rad", format!("{:.5}", c.tracking_error_max)));
+    v.extend(f.cameras.iter().map(|camera| pair(format!("camera.{}", camera.name), camera_text(f, camera))));
+    v
+}
+
+pub(super) fn camera_text(f: &Facts<'_>, c: &CameraView) -> String {
+    match c.size {
+        Some((w, h)) => {
+            format!("{w}x{h}, {} frames, {:.0} ms old", c.freshness.frames, c.freshness.age_ms(f.ros_now, f.now))
+        }
+        None => "no frame yet".into(),
+    }
+}
+
+fn inputs(f: &Facts<'_>) -> Diagnostic {
+    let mut problems = Vec::new();
+    let mut values = Vec::new();
+    for (i, c) in f.cameras.iter().enumerate() {
+        values.push(pair(format!("camera.{}", c.name), camera_text(f, c)));
+        if c.freshness.refused > 0 {
+            values.push(pair(format!("camera.{}.refused", c.name), c.freshness.refused));
+        }
+        if let Some(problem) = camera_problem(f, i, c) {
+            problems.push((Level::Error, problem));
+        } else if c.freshness.frozen >= f.frozen_after {
+            problems.push((
+                Level::Warn,
+                format!("camera '{}': the last {} frames are identical: frozen?", c.name, c.freshness.frozen),
+            ));
+        }
+        if c.freshness.frames > 0 && !stamp_is_believable(c.freshness.stamp, f.ros_now) {
+            problems.push((
+                Level::Warn,
+                format!("camera '{}': its stamps are zero or in the future: judged by arrival instead", c.name),
+            ));
+        }
+    }
+    problems.extend((0..f.names.joints.len()).filter_map(|i| joint_problem(f, i)).map(|p| (Level::Error, p)));
+    let oldest = (0..f.names.joints.len()).map(|i| f.joints.age_ms(i, f.ros_now, f.now)).fold(0.0, f64::max);
+    values.push(pair("joint_states.messages", f.joints.messages));
+    values.push(pair("joint_states.oldest_age_ms", format!("{oldest:.1}")));
+    values.push(pair("prompt", f.prompt));
+    if f.prompt.trim().is_empty() {
+        problems.push((Level::Warn, InputFault::PromptMissing.text(f.names)));
+    }
+    summarise("inputs", problems, "all inputs fresh", values)
+}
+
+/// What is wrong with camera `i`, if anything: what the control side says of it, and what its last message said.
+fn camera_problem(f: &Facts<'_>, i: usize, c: &CameraView) -> Option<String> {
+    let text = c.freshness.fault(i, c.max_age_ms, f.ros_now, f.now)?.text(f.names);
+    Some(match &c.refusal {
+        Some(why) => format!("{text} ({why})"),
+        None => text,
+    })
+}
+
+/// What is wrong with joint `i`, if anything: what the control side says of it, and what was heard instead.
+fn joint_problem(f: &Facts<'_>, i: usize) -> Option<String> {
+    let (position, age) = (f.joints.positions[i], f.joints.age_ms(i, f.ros_now, f.now));
+    let missing = || Reason::StateMissing { joint: i }.text(f.names);
+    if !f.joints.seen(i) {
+        let heard = if f.unknown_joints.is_empty() {
+            "nothing heard yet".into()
+        } else {
+            format!("heard instead: {}", f.unknown_joints.join(", "))
+        };
+        Some(format!("{} ({heard})", missing()))
+    } else if !position.is_finite() {
+        Some(format!("{} (its position is {position})", missing()))
+    } else if age > f.max_joint_age_ms {
+        Some(Reason::StateStale { joint: i, age: age * 1e-3, max: f.max_joint_age_ms * 1e-3 }.text(f.names))
+    } else {
+        None
+    }
+}
+
+/// The first thing that is missing for a node to become active: an input, or the chunk made of them.
+pub(super) fn missing(f: &Facts<'_>) -> Option<String> {
+    let mut joints = (0..f.names.joints.len()).filter(|i| !f.joints.seen(*i)).filter_map(|i| joint_problem(f, i));
+    let mut cameras = (f.cameras.iter().enumerate()).filter(|(_, c)| c.freshness.frames == 0);
+    let input = joints.next().or_else(|| cameras.find_map(|(i, c)| camera_problem(f, i, c)));
+    input
+        .or_else(|| {
+            (f.pipeline.decode.runs == 0).then(|| match &f.pipeline.waiting_for {
+                Some(why) => why.clone(),
+                None => "first action chunk".into(),
+            })
+        })
+        .map(|what| format!("waiting: {what}"))
+}
+
+fn inference(f: &Facts<'_>) -> Diagnostic {
+    let r = f.pipeline;
+    let mut values = vec![
+        pair("encodes", r.encode.runs),
+        pair("decodes", r.decode.runs),
+        pair("encode_errors", r.encode.errors),
+        pair("decode_errors", r.decode.errors),
+        pair("chunks_over_budget", r.over_budget),
+        pair("chunks_guided", r.guided),
+        pair("chunks_not_taken", r.not_taken),
+        pair("prefixes_displaced", r.displaced),
+        pair("observations_skewed", r.skewed),
+    ];
+    push_stats(&mut values, "chunk_age", &r.chunk.stats());
+    push_stats(&mut values, "encode", &r.encode.time.stats());
+    push_stats(&mut values, "decode", &r.decode.time.stats());
+    push_stats(&mut values, "queue", &r.queue.stats());
+    for (i, n) in f.control.counters.refused.iter().enumerate().filter(|(_, n)| **n > 0) {
+        values.push(pair(format!("chunks_refused_{}", ChunkRefusal::NAMES[i]), n));
+    }
+    let mut problems = Vec::new();
+    if let Some(fault) = &r.fault {
+        problems.push((Level::Error, fault.clone()));
+    }
+    if let Some(why) = &r.waiting_for {
+        problems.push((Level::Warn, format!("waiting: {why}")));
+    }
+    if let Some(e) = &r.last_error {
+        problems.push((Level::Warn, e.clone()));
+    }
+    summarise("inference", problems, "chunks are coming", values)
+}
+
+fn control(f: &Facts<'_>) -> Diagnostic {
+    let k = &f.control.counters;
+    let mut values = vec![
+        pair("mode", f.control.mode),
+        pair("ticks", k.ticks),
+        pair("published", k.published),
+        pair("skipped", k.skipped),
+        pair("unarmed", k.unarmed),
+        pair("deadline_misses", f.deadlines.misses),
+        pair("clock_jumps", k.clock_jumps),
+    ];
+    push_stats(&mut values, "wake_late", &f.deadlines.wake_late);
+    push_stats(&mut values, "compute", &f.deadlines.compute);
+    push_stats(&mut values, "publish", &f.deadlines.publish);
+    values.extend(f.rights.iter().cloned());
+    Diagnostic { name: "control", level: f.control.level, message: message(f), values }
+}
+
+fn safety(f: &Facts<'_>) -> Diagnostic {
+    let c = f.control;
+    let mut values: Vec<_> = Rule::ALL
+        .iter()
+        .map(|(rule, name)| pair(format!("interventions.{name}"), c.interventions.by_rule(*rule)))
+        .collect();
+    for (j, joint) in f.names.joints.iter().enumerate() {
+        for (rule, name) in Rule::ALL {
+            match c.interventions.of(j, rule) {
+                0 => {}
+                n => values.push(pair(format!("{joint}.{name}"), n)),
+            }
+        }
+    }
+    values.push(pair("seam_jump_rad", format!("{:.5}", c.seam_jump)));
+    values.push(pair("max_seam_jump_rad", format!("{:.5}", c.seam_jump_max)));
+    values.push(pair("tracking_error_rad", format!("{:.5}", c.tracking_error)));
+    values.push(pair("max_tracking_error_rad", format!("{:.5}", c.tracking_error_max)));
+    summarise("safety", Vec::new(), "within limits", values)
+}
+
+fn gpu(f: &Facts<'_>) -> Diagnostic {
+    Diagnostic { name: "gpu", level: Level::Ok, message: f.device.into(), values: vec![pair("device", f.device)] }
+}
+
+fn summarise(
+    name: &'static str,
+    problems: Vec<(Level, String)>,
+    fine: &str,
+    values: Vec<(String, String)>,
+) -> Diagnostic {
+    let level = problems.iter().map(|(l, _)| *l).max().unwrap_or(Level::Ok);
+    let message = if problems.is_empty() {
+        fine.into()
+    } else {
+        problems.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("; ")
+    };
+    Diagnostic { name, level, message, values }
+}

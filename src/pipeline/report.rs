@@ -1,0 +1,45 @@
+//! What the stages have done: counters, times, the newest complaint and a fault that ends it all.
+
+use crate::telemetry::Histogram;
+
+/// One stage.
+#[derive(Debug, Clone, Default)]
+pub struct StageReport {
+    /// Runs that succeeded.
+    pub runs: u64,
+    /// Runs that failed.
+    pub errors: u64,
+    /// Duration of a run, ns.
+    pub time: Histogram,
+}
+
+/// Both stages; a clone is a snapshot.
+#[derive(Debug, Clone, Default)]
+pub struct PipelineReport {
+    /// Encoder.
+    pub encode: StageReport,
+    /// Decoder.
+    pub decode: StageReport,
+    /// From a filled slot to the start of its decode, ns.
+    pub queue: Histogram,
+    /// From the arrival of the newest image to the finished chunk, ns.
+    pub chunk: Histogram,
+    /// Chunks older than `chunk_budget_ms` when they were ready.
+    pub over_budget: u64,
+    /// Filled slots displaced by newer ones before they were decoded.
+    pub displaced: u64,
+    /// Chunks dropped because the control thread did not take them.
+    pub not_taken: u64,
+    /// Observations not encoded because the stamps of their images were too far apart.
+    pub skewed: u64,
+    /// Chunks guided by the plan in execution.
+    pub guided: u64,
+    /// Why nothing is being encoded or decoded just now.
+    pub waiting_for: Option<String>,
+    /// Newest error of a stage.
+    pub last_error: Option<String>,
+    /// Rights the stage threads asked for and what came of it.
+    pub rights: Vec<(String, String)>,
+    /// The pipeline cannot go on.
+    pub fault: Option<String>,
+}

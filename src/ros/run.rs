@@ -1,0 +1,254 @@
+//! The node from start to end.
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::os::unix::process::CommandExt;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use r2r::std_srvs::srv::Trigger;
+use r2r::{Context, QosProfile};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+
+use super::args::{Args, NODE_NAME, STOP_NODE_NAME};
+use super::clock::NodeClock;
+use super::failure::{Refusal, middleware, stop_on_panic};
+use super::outputs::RosOutputs;
+use super::parameters::{self, Parameters};
+use super::services::{self, Job, Services};
+use super::spin::{Spinner, drain, spawn};
+use super::status::StatusPublisher;
+use super::{inputs, services::outcome, services::respond};
+use crate::error::Fault;
+use crate::node::{Commands, Node};
+use crate::params::choice::Transport;
+use crate::params::{ParamError, Params, Settings, help_table};
+
+/// Runs `control_node`; returns its exit code: 0 after SIGINT or SIGTERM, 2 for what the user can put right, 3 for the
+/// machine, 70 for an error in the program.
+pub fn run() -> ExitCode {
+    let given: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let outcome = Args::parse(given.iter().cloned()).map_err(|e| Refusal::new(Fault::Input, e)).and_then(|args| {
+        if args.help {
+            return say(&help());
+        }
+        if args.version {
+            return say(concat!("control_node ", env!("CARGO_PKG_VERSION"), "\n"));
+        }
+        log_to_stderr(args.log_level);
+        live(&args, &given)
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            for problem in &refusal.problems {
+                eprintln!("control_node: {problem}");
+            }
+            ExitCode::from(refusal.fault.exit_code())
+        }
+    }
+}
+
+/// To standard output; a reader that has seen enough is no error.
+fn say(text: &str) -> Result<(), Refusal> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Refusal::new(Fault::Machine, format!("cannot write to standard output: {e}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn help() -> String {
+    format!(
+        "control_node: real-time control of a robot with the pi0 policy\n\n\
+         Usage: control_node [--help] [--version] [--ros-args ROS-ARGUMENTS]\n\n\
+         ROS arguments most often used:\n\
+         \x20 --params-file FILE          parameters from a YAML file; config/defaults.yaml lists them all\n\
+         \x20 -p NAME:=VALUE              one parameter\n\
+         \x20 -r FROM:=TO                 remap a topic or service; __node:=NAME, __ns:=/NAMESPACE for the node itself\n\
+         \x20 --log-level LEVEL           debug, info, warn, error; RUST_LOG if not given\n\n\
+         The node never moves the robot because it started: call ~/enable for that, ~/stop to stop.\n\n\
+         Parameters:\n{}",
+        help_table()
+    )
+}
+
+fn log_to_stderr(level: Option<&str>) {
+    let filter = match level {
+        Some(level) => EnvFilter::new(level),
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+    };
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .init();
+}
+
+/// From the command line to the end of the process.
+fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
+    if let Some(problem) = args.unreadable_params_file() {
+        return Err(Refusal::new(Fault::Input, problem));
+    }
+    name_the_stop_node(args, given)?;
+    let mut signals = catch_signals()?;
+
+    let context = context()?;
+    let mut node = r2r::Node::create(context.clone(), NODE_NAME, "").map_err(|e| {
+        Refusal::new(Fault::Input, format!("the node cannot be created: {e}; check its name, namespace and remappings"))
+    })?;
+    let name = node.fully_qualified_name().map_err(middleware("reading the node's name"))?;
+    let params = read_parameters(&node, &name, args)?;
+    let settings = params.settings();
+    refuse_what_is_not_there(&settings)?;
+    let clock = NodeClock::new(settings.process.use_sim_time);
+    let shared_clock: Arc<dyn crate::clock::Clock> = Arc::new(clock.clone());
+
+    let outputs = RosOutputs::advertise(&mut node, &settings)?;
+    let status = StatusPublisher::advertise(&mut node, &name, shared_clock.clone())?;
+    let events = node
+        .create_publisher("/parameter_events", QosProfile::parameter_events())
+        .map_err(middleware("advertising '/parameter_events'"))?;
+
+    let core = Arc::new(Node::start(settings.clone(), shared_clock.clone(), Box::new(outputs))?);
+    let commands = core.commands();
+    stop_on_panic(commands.clone());
+    let (jobs, requests) = services::queue();
+    let prompts = jobs.clone();
+    let take_prompt = move |prompt| services::enqueue(&prompts, "~/prompt", Job::Prompt(prompt));
+    let mut drains = inputs::subscribe(&mut node, &settings, &clock, &core.inputs(), take_prompt)?;
+    services::offer(&mut node, &jobs, &mut drains)?;
+    let parameters = Parameters::new(params, name.clone());
+    let services = Services { core: core.clone(), commands: commands.clone(), parameters, events, clock: shared_clock };
+
+    let stop = serve_stop(&context, &name, commands)?;
+    let spinner = Spinner::start("ros-spin", node, drains)?;
+    let services = spawn("ros-services", move || services.run(&requests))?;
+    let (quit_status, quit) = crossbeam_channel::bounded(1);
+    let watched = core.clone();
+    let wake = signals.handle();
+    let status = spawn("ros-status", move || status.run(&watched, &quit, || wake.close()))?;
+    tracing::info!("{name} is up; unarmed until ~/enable");
+
+    match signals.forever().next() {
+        Some(SIGINT) => tracing::info!("SIGINT: stopping the robot, then leaving; a second signal leaves at once"),
+        Some(_) => tracing::info!("SIGTERM: stopping the robot, then leaving; a second signal leaves at once"),
+        None => tracing::error!("the node cannot go on: stopping the robot, then leaving"),
+    }
+    // No more commands and parameters; measurements still come in, so that the stop is a good one, and ~/stop answers.
+    let _ = jobs.send(Job::Quit);
+    let _ = services.join();
+    drop(quit_status);
+    let _ = status.join();
+    let failure = core.failure();
+    let ended = Arc::into_inner(core).map(Node::shutdown);
+    std::thread::sleep(FLUSH);
+    stop.end();
+    spinner.end();
+    match (failure, ended) {
+        (Some((fault, problem)), _) => return Err(Refusal::new(fault, problem)),
+        (None, Some(result)) => result?,
+        (None, None) => return Err(Refusal::new(Fault::Internal, "the node is still in use at its end")),
+    }
+    tracing::info!("done");
+    Ok(())
+}
+
+/// Time for the middleware to send the last message.
+const FLUSH: Duration = Duration::from_millis(100);
+
+/// The first signal is for the main thread; a second one of any kind ends the process at once.
+fn catch_signals() -> Result<Signals, Refusal> {
+    let error = |e: std::io::Error| Refusal::new(Fault::Machine, format!("cannot handle signals: {e}"));
+    let seen = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, seen.clone()).map_err(error)?;
+    }
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, seen.clone()).map_err(error)?;
+    }
+    Signals::new([SIGINT, SIGTERM]).map_err(error)
+}
+
+/// `-r __node:=NAME`, as launch files write it, renames every node of a process, and the hidden one must not have the
+/// same name. r2r reads the process's own arguments, so the program starts itself again with one rule more.
+fn name_the_stop_node(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
+    let Some(rule) = args.stop_node_rule() else { return Ok(()) };
+    let failed = |e: std::io::Error| Refusal::new(Fault::Machine, format!("cannot start again under a new name: {e}"));
+    let program = std::env::current_exe().map_err(failed)?;
+    let mut command = std::process::Command::new(program);
+    if let Some(arg0) = std::env::args_os().next() {
+        command.arg0(arg0);
+    }
+    Err(failed(command.args(rule).args(given).exec()))
+}
+
+/// r2r panics where rcl refuses the arguments: what it says becomes an error.
+fn context() -> Result<Context, Refusal> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let made = std::panic::catch_unwind(Context::create);
+    std::panic::set_hook(hook);
+    match made {
+        Ok(context) => context.map_err(middleware("starting ROS")),
+        Err(panic) => {
+            let said = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or(panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+                .unwrap_or_else(|| "no reason given".into());
+            Err(Refusal::new(Fault::Input, format!("the ROS arguments or a params file cannot be used: {said}")))
+        }
+    }
+}
+
+fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, Refusal> {
+    let overrides = parameters::overrides(node);
+    let nothing = overrides.is_empty() && !args.params_files.is_empty();
+    Params::from_overrides(overrides).map_err(|errors| {
+        let mut problems: Vec<String> = errors.iter().map(ParamError::to_string).collect();
+        if nothing {
+            problems.insert(0, format!("no params file has a section for this node; name it {name} or /**"));
+        }
+        Refusal { fault: Fault::Input, problems }
+    })
+}
+
+/// Settings that are valid but not there yet.
+fn refuse_what_is_not_there(settings: &Settings) -> Result<(), Refusal> {
+    let problems: Vec<String> = settings
+        .inputs
+        .cameras
+        .iter()
+        .filter(|c| c.transport == Transport::Compressed)
+        .map(|c| {
+            format!(
+                "parameter 'cameras.{}.transport': compressed images cannot be received yet; use raw, or republish \
+                 them with image_transport",
+                c.name
+            )
+        })
+        .collect();
+    if problems.is_empty() { Ok(()) } else { Err(Refusal { fault: Fault::Input, problems }) }
+}
+
+/// `~/stop` on a node and thread of its own, so that nothing else can delay it.
+fn serve_stop(context: &Context, name: &str, commands: Commands) -> Result<Spinner, Refusal> {
+    let mut node =
+        r2r::Node::create(context.clone(), STOP_NODE_NAME, "").map_err(middleware("creating the node of ~/stop"))?;
+    let requests = node
+        .create_service::<Trigger::Service>(&format!("{name}/stop"), QosProfile::services_default())
+        .map_err(middleware("offering '~/stop'"))?;
+    let answer = drain(requests, move |request| {
+        let (success, message) = outcome("~/stop", commands.stop());
+        respond("~/stop", request, Trigger::Response { success, message });
+    });
+    Spinner::start("ros-stop", node, vec![answer])
+}

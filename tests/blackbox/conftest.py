@@ -1,0 +1,82 @@
+"""Black-box tests: the real control_node on real topics, with a robot that follows perfectly played by the test.
+
+Nothing here depends on how fast the machine is: waits are long and end early, what is asserted is accounting, texts,
+modes and the content of messages.
+
+PI0_MPS_BIN is the folder with control_node and pi0; target/ros/release without it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import rclpy  # noqa: E402
+from rclpy.signals import SignalHandlerOptions  # noqa: E402
+
+from harness import claim_domain  # noqa: E402
+from node_under_test import NodeUnderTest  # noqa: E402
+from robot import IdealRobot  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def binaries() -> Path:
+    folder = Path(os.environ.get("PI0_MPS_BIN", ROOT / "target/ros/release"))
+    for name in ("control_node", "pi0"):
+        assert (folder / name).is_file(), f"{folder / name} is missing; run scripts/test, or set PI0_MPS_BIN"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(binaries: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random policy for the simulated arm."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    subprocess.run([binaries / "pi0", "new-checkpoint", "--preset", "tiny", "--seed", "1", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ros() -> Iterator[None]:
+    claim_domain()
+    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+    yield
+    rclpy.try_shutdown()
+
+
+@pytest.fixture
+def robot() -> Iterator[IdealRobot]:
+    """The robot; what the node sent it is checked after every test, whatever the test was about."""
+    robot = IdealRobot()
+    robot.start()
+    yield robot
+    robot.close()
+    robot.check_everything_received()
+
+
+@pytest.fixture
+def start_node(binaries: Path, checkpoint: Path, robot: IdealRobot, tmp_path: Path) -> Iterator[Callable[..., NodeUnderTest]]:
+    """Starts the node with parameters on top of config/robots/sim_arm.yaml; ends it with the test."""
+    started: list[NodeUnderTest] = []
+
+    def start(**parameters: str) -> NodeUnderTest:
+        command = [str(binaries / "control_node"), "--ros-args"]
+        command += ["--params-file", str(ROOT / "config/robots/sim_arm.yaml"), "-p", f"checkpoint:={checkpoint}"]
+        for name, value in parameters.items():
+            command += ["-p", f"{name}:={value}"]
+        started.append(NodeUnderTest(command, tmp_path / "control_node.log", robot))
+        return started[-1]
+
+    yield start
+    for node in started:
+        code = node.close()
+        assert code == 0, f"the node ended with {code}; its log:\n{node.process.tail()}"
+        node.check_accounting()

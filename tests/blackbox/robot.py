@@ -1,0 +1,174 @@
+"""A robot that follows its commands perfectly, with faults to be switched on."""
+
+from __future__ import annotations
+
+import array
+import math
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import yaml
+from rclpy.node import Node
+import rclpy
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image, JointState
+from trajectory_msgs.msg import JointTrajectory
+
+from harness import ROOT
+from trajectory import Trajectory, brakes, refusal, seconds
+
+PARAMETERS = yaml.safe_load((ROOT / "config/robots/sim_arm.yaml").read_text())["/**"]["ros__parameters"]
+JOINTS: list[str] = PARAMETERS["joint_names"]
+CAMERAS: list[str] = PARAMETERS["camera_names"]
+HOME = np.array([0.0, -0.1, 1.65, 1.1, 0.0, 0.0, 0.02])
+PERIOD_S = 0.02
+IMAGE_EVERY = 3  # periods
+
+
+def limits(kind: str) -> np.ndarray:
+    """A limit of every joint in the order of JOINTS; kind is `max_velocity` and the like."""
+    return np.array([PARAMETERS[f"limits.{joint}.{kind}"] for joint in JOINTS])
+
+
+@dataclass
+class Faults:
+    """What is wrong with the robot; the defaults are a healthy one."""
+
+    silent_cameras: set[str] = field(default_factory=set)
+    silent_joints: bool = False
+    joint_names: list[str] | None = None
+    nan_joint: str | None = None
+    encoding: str = "rgb8"
+    cut_image_to: int | None = None  # bytes
+
+
+class IdealRobot:
+    """Publishes images and joint states from a thread of its own; the pose is the newest trajectory, sampled."""
+
+    def __init__(self) -> None:
+        self.node: Node = rclpy.create_node("ideal_robot")
+        self.faults = Faults()
+        self.received: list[JointTrajectory] = []
+        self.refused: list[str] = []
+        self._trajectory = Trajectory.hold(HOME)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        self._images = {c: self.node.create_publisher(Image, f"camera/{c}/image_raw", newest) for c in CAMERAS}
+        self._states = self.node.create_publisher(JointState, "joint_states", 10)
+        self.node.create_subscription(JointTrajectory, "/pi0_mps/arm/joint_trajectory", self._on_trajectory, 50)
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self.node)
+        self._threads = [threading.Thread(target=self._spin), threading.Thread(target=self._publish)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._executor.wake()
+        for thread in self._threads:
+            thread.join()
+        self.node.destroy_node()
+
+    def now(self) -> float:
+        return self.node.get_clock().now().nanoseconds * 1e-9
+
+    def _spin(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._executor.spin_once(timeout_sec=0.1)
+            except ExternalShutdownException:
+                return
+
+    def _on_trajectory(self, msg: JointTrajectory) -> None:
+        # Not judged by arrival: on a busy machine a message may be late without any fault of the node.
+        reason = refusal(msg, JOINTS, seconds(msg.header.stamp))
+        with self._lock:
+            self.received.append(msg)
+            if reason:
+                self.refused.append(reason)
+            else:
+                start = seconds(msg.header.stamp) or self.now()
+                now = self.now()
+                state = self._trajectory.sample(now)
+                self._trajectory = Trajectory.from_message(msg, JOINTS, start).after(now, state)
+
+    def _publish(self) -> None:
+        count = 0
+        while not self._stop.wait(PERIOD_S):
+            if not self.faults.silent_joints:
+                self._publish_state()
+            if count % IMAGE_EVERY == 0:
+                for camera in set(CAMERAS) - self.faults.silent_cameras:
+                    self._publish_image(camera)
+            count += 1
+
+    def _publish_state(self) -> None:
+        with self._lock:
+            sample = self._trajectory.sample(self.now())
+        msg = JointState(name=self.faults.joint_names or JOINTS)
+        msg.header.stamp = self.node.get_clock().now().to_msg()
+        position = sample.position.tolist()
+        if self.faults.nan_joint:
+            position[JOINTS.index(self.faults.nan_joint)] = math.nan
+        msg.position, msg.velocity = position, sample.velocity.tolist()
+        self._states.publish(msg)
+
+    def _publish_image(self, camera: str) -> None:
+        msg = Image(height=224, width=224, step=3 * 224, encoding=self.faults.encoding)
+        msg.header.stamp = self.node.get_clock().now().to_msg()
+        # Never the same bytes twice: a still image is the fault "frozen camera".
+        data = random.randbytes(3 * 224) * 224
+        msg.data = array.array("B", data[: self.faults.cut_image_to])
+        self._images[camera].publish(msg)
+
+    def trajectories(self) -> list[Trajectory]:
+        """What was received, each on the time of its stamp."""
+        with self._lock:
+            messages = list(self.received)
+        return [Trajectory.from_message(m, JOINTS, seconds(m.header.stamp)) for m in messages]
+
+    def count(self) -> int:
+        with self._lock:
+            return len(self.received)
+
+    def wait_for(self, count: int, timeout: float = 30.0) -> None:
+        """Until `count` trajectories have come in all."""
+        end = time.monotonic() + timeout
+        while self.count() < count:
+            assert time.monotonic() < end, f"{self.count()} trajectories within {timeout} s, expected {count}"
+            time.sleep(0.05)
+
+    def wait_for_silence(self, quiet: float = 1.0, timeout: float = 30.0) -> None:
+        """Until no trajectory has come for `quiet` seconds."""
+        end = time.monotonic() + timeout
+        seen = -1
+        while seen != self.count():
+            assert time.monotonic() < end, f"trajectories still came after {timeout} s"
+            seen = self.count()
+            time.sleep(quiet)
+
+    def check_last_is_a_stop(self) -> None:
+        last = self.trajectories()[-1]
+        assert brakes(last), f"the last trajectory speeds up: {last.velocities}"
+        assert np.all(last.velocities[-1] == 0.0)
+
+    def check_everything_received(self) -> None:
+        """The rules of joint_trajectory_controller, the limits, and no jump from one trajectory to the next."""
+        assert not self.refused, self.refused[:3]
+        trajectories = self.trajectories()
+        low, high, speed = limits("min_position"), limits("max_position"), limits("max_velocity")
+        for trajectory in trajectories:
+            assert trajectory.velocities is not None, "a trajectory without velocities"
+            assert np.all(trajectory.positions >= low - 1e-6), (trajectory.positions - low).min(axis=0)
+            assert np.all(trajectory.positions <= high + 1e-6), (high - trajectory.positions).min(axis=0)
+            assert np.all(np.abs(trajectory.velocities) <= speed + 1e-6), np.abs(trajectory.velocities).max(axis=0)
+        for old, new in zip(trajectories, trajectories[1:]):
+            jump = np.abs(new.positions[0] - old.sample(float(new.times[0])).position)
+            assert np.all(jump <= speed * PERIOD_S + 1e-6), f"jump between trajectories: {jump}"

@@ -1,0 +1,72 @@
+"""Nothing moves without ~/enable; ~/stop and the end of the process brake."""
+
+from __future__ import annotations
+
+import signal
+
+import numpy as np
+
+
+def test_nothing_is_published_before_enable(start_node, robot):
+    node = start_node()
+    node.wait_for_mode("active")
+    ticks = int(node.status["ticks"])
+    node.wait(lambda: int(node.status["ticks"]) > ticks + 100, "two seconds of control ticks")
+    assert robot.count() == 0
+    assert node.status["published"] == "0"
+
+    node.run_armed(trajectories=50)
+    assert any(np.abs(t.velocities).max() > 1e-3 for t in robot.trajectories()), "the policy did not move the arm"
+
+
+def test_interrupt_ends_with_a_stop(start_node, robot):
+    node = start_node()
+    node.run_armed()
+    node.process.interrupt(signal.SIGINT)
+    assert node.process.wait(30.0) == 0, node.process.tail()
+    robot.wait_for_silence()
+    robot.check_last_is_a_stop()
+
+
+def test_terminate_ends_with_a_stop(start_node, robot):
+    node = start_node()
+    node.run_armed()
+    node.process.interrupt(signal.SIGTERM)
+    assert node.process.wait(30.0) == 0, node.process.tail()
+    robot.wait_for_silence()
+    robot.check_last_is_a_stop()
+
+
+def test_stop_latches_until_reset(start_node, robot):
+    node = start_node()
+    node.run_armed()
+    answer = node.stop()
+    assert answer.success, answer.message
+    node.wait_for_mode("stopped")
+    robot.wait_for_silence()
+    robot.check_last_is_a_stop()
+
+    refused = node.enable()
+    assert not refused.success
+    assert refused.message == "stopped: call ~/reset first"
+    before = robot.count()
+
+    answer = node.reset()
+    assert answer.success, answer.message
+    node.wait_for_mode("active")
+    ticks = int(node.status["ticks"])
+    node.wait(lambda: int(node.status["ticks"]) > ticks + 50, "a second of control ticks")
+    assert robot.count() == before, "reset armed the node"
+
+    node.run_armed()
+
+
+def test_disable_brakes(start_node, robot):
+    node = start_node()
+    node.run_armed()
+    answer = node.enable(False)
+    assert answer.success, answer.message
+    node.wait_for_text("disarmed by ~/enable")
+    node.wait_for_mode("active")
+    robot.wait_for_silence()
+    robot.check_last_is_a_stop()

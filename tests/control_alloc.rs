@@ -1,0 +1,185 @@
+//! The control thread allocates nothing and frees nothing after start; and how long a tick takes.
+
+mod control_common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use control_common::*;
+use pi0_mps::control::*;
+
+struct Counting;
+
+thread_local! {
+    static CALLS: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+fn count() {
+    // A thread that is being torn down has no counter; it is not the one under test.
+    let _ = CALLS.try_with(|c| c.set(c.get().map(|n| n + 1)));
+}
+
+// SAFETY: every call is passed on to the system allocator unchanged; counting touches a const-initialised thread-local
+// only, which does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises are those of the system allocator.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        count();
+        // SAFETY: as above; `ptr` came from `System.alloc`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn calls_during(f: impl FnOnce()) -> u64 {
+    CALLS.with(|c| c.set(Some(0)));
+    f();
+    CALLS.with(|c| c.take()).unwrap_or(0)
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(calls_during(|| drop(std::hint::black_box(vec![1u8; 100]))), 2);
+    assert_eq!(calls_during(|| ()), 0);
+}
+
+fn seven_joints() -> ControlConfig {
+    joints(7)
+}
+
+fn joints(n: usize) -> ControlConfig {
+    let mut c = ControlConfig::new((0..n).map(|j| format!("j{j}")), 0.02, 0.02, 50);
+    for joint in &mut c.joints {
+        joint.limits = limits(2.0, 8.0);
+    }
+    c.replan_steps = 10;
+    c
+}
+
+#[test]
+fn a_tick_allocates_and_frees_nothing_in_any_mode() {
+    let config = seven_joints();
+    let mut controller = Controller::new(config.clone()).unwrap();
+    // As a slot between threads has it: a clone.
+    let mut window = controller.window().clone();
+    let mut deadlines = Deadlines::new(0.0, config.period);
+    let mut seen = [false; 9];
+    let mut now = pi0_mps::clock::RosTime(1_000_000_000_000);
+    let mut measured = Measured { positions: JointVector::zeros(7), ages: JointVector::filled(7, 0.001) };
+    let mut sequence = 0;
+    for i in 0..4000u32 {
+        now = now.plus_seconds(if i % 500 == 499 { -0.3 } else { 0.02 });
+        sequence += 1;
+        let mut c = chunk(&config, sequence, now, |t, j| (0.3 * (t + j as f64 + f64::from(i) * 0.02)).sin());
+        c.epoch = controller.epoch();
+        if i % 97 == 0 {
+            c.positions[3] = f64::NAN;
+        }
+        let give = i % 200 > 80 && i % 5 == 0;
+        let lifecycle = match i {
+            0..10 => Lifecycle::Unconfigured,
+            10..20 => Lifecycle::Warmup,
+            3000..3010 => Lifecycle::Failed,
+            _ => Lifecycle::Ready,
+        };
+        if i % 700 == 650 {
+            measured.positions[2] += 1.0;
+        }
+        let input = TickInput {
+            ros_now: now,
+            mono_now: pi0_mps::clock::Monotonic(i64::from(i) * 20_000_000),
+            skipped: u64::from(i % 50 == 3),
+            measured,
+            inputs: InputHealth::Ok,
+            lifecycle,
+            chunk: give.then_some(&c),
+            requests: Requests {
+                enable: i % 7 == 0,
+                disable: i % 900 == 800,
+                stop: i % 400 == 350,
+                reset: i % 400 == 390,
+            },
+        };
+        let mut report = None;
+        let mut status = None;
+        let calls = calls_during(|| {
+            report = Some(controller.tick(&input, &mut window));
+            status = Some(controller.status());
+            deadlines.record(&TickTimes::default());
+        });
+        let report = report.unwrap();
+        assert_eq!(calls, 0, "tick {i} in mode {}", report.mode);
+        seen[report.mode as usize] = true;
+        if report.published {
+            measured.positions.copy_from_slice(window.sample(0.02).0.as_ref());
+        }
+    }
+    for (row, seen) in MODES.iter().zip(seen) {
+        assert!(seen, "mode {} was not reached", row.name);
+    }
+}
+
+/// Prints how long a tick takes here: `cargo test --release --test control_alloc -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn how_long_a_tick_takes() {
+    for (n, shape) in [(7, "smooth"), (16, "smooth"), (7, "scaled"), (16, "scaled")] {
+        let config = joints(n);
+        let mut w = World::new(config.clone());
+        let speed = if shape == "smooth" { 0.5 } else { 9.0 };
+        w.arm(|t, j| 0.5 * (speed * t + j as f64).sin() - 0.5 * (j as f64).sin());
+        let (mut controller, mut window) = (w.controller, w.window.clone());
+        let (mut now, t0) = (w.now, w.now);
+        let mut plain = pi0_mps::telemetry::Histogram::new();
+        let mut adopting = pi0_mps::telemetry::Histogram::new();
+        for i in 0..20_000u64 {
+            now = now.plus_seconds(0.02);
+            let at = now.seconds_since(t0);
+            let c = (i % 5 == 0).then(|| {
+                chunk(&config, 100 + i, now, |t, j| 0.5 * (speed * (at + t) + j as f64).sin() - 0.5 * (j as f64).sin())
+            });
+            let mut measured = Measured { positions: JointVector::zeros(n), ages: JointVector::filled(n, 0.001) };
+            measured.positions.copy_from_slice(window.sample(0.02).0.as_ref());
+            let input = TickInput {
+                ros_now: now,
+                mono_now: pi0_mps::clock::Monotonic(0),
+                skipped: 0,
+                measured,
+                inputs: InputHealth::Ok,
+                lifecycle: Lifecycle::Ready,
+                chunk: c.as_ref(),
+                requests: Requests::default(),
+            };
+            let start = pi0_mps::rt::monotonic_now();
+            let report = controller.tick(&input, &mut window);
+            let ns = (pi0_mps::rt::monotonic_now().0 - start.0) as u64;
+            assert!(report.published, "{report:?}");
+            if report.adoption.is_some() { adopting.record(ns) } else { plain.record(ns) }
+        }
+        let (p, a) = (plain.stats(), adopting.stats());
+        println!(
+            "{n:2} joints, 50 actions, {} points, {shape}: tick p50 {} ns p99 {} ns max {} ns; with adoption p50 {} ns p99 {} ns ({} of {})",
+            window.points(),
+            p.p50,
+            p.p99,
+            p.max,
+            a.p50,
+            a.p99,
+            a.count,
+            a.count + p.count
+        );
+    }
+}

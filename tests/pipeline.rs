@@ -1,0 +1,483 @@
+//! The stages on their threads: what comes out is what one thread would have computed, whatever overlaps.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pi0_mps::clock::{Clock, RosTime};
+use pi0_mps::control::PlanView;
+use pi0_mps::control::chunk::ActionChunk;
+use pi0_mps::engine::cpu::CpuEngine;
+use pi0_mps::engine::{
+    DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, GuidanceSchedule, KvCache, View,
+};
+use pi0_mps::model::synthetic::{self, JOINT_NAMES, MEAN_POSE};
+use pi0_mps::model::{Checkpoint, Dims, Frame, Policy, PolicyOptions};
+use pi0_mps::pipeline::inputs::InputSlots;
+use pi0_mps::pipeline::joint_map::JointBinding;
+use pi0_mps::pipeline::{CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode, RtcConfig};
+use pi0_mps::rt::SystemClock;
+use pi0_mps::rt::latest::{Writer, latest};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const MODES: [PipelineMode; 3] = [PipelineMode::Sequential, PipelineMode::Pipelined, PipelineMode::DualRate];
+const PATIENCE: Duration = Duration::from_secs(60);
+const SIZE: usize = 48;
+
+fn names() -> Vec<String> {
+    JOINT_NAMES.map(String::from).to_vec()
+}
+
+fn config(mode: PipelineMode) -> PipelineConfig {
+    let camera = |name: &str| CameraBinding { name: name.into(), model_key: format!("observation.images.{name}") };
+    PipelineConfig {
+        mode,
+        cameras: vec![camera("base"), camera("wrist")],
+        joint_names: names(),
+        joints: (0..7).map(|index| JointBinding { index, scale: 1.0, offset: 0.0 }).collect(),
+        dt: 1.0 / 30.0,
+        seed: 5,
+        cpus: [None; 2],
+        live: LiveConfig {
+            camera_max_age_ms: vec![60_000.0; 2],
+            drop_lost_views: false,
+            max_camera_skew_ms: 1.0,
+            max_joint_state_age_ms: 60_000.0,
+            hold_noise: true,
+            replan_steps: 10,
+            rtc: None,
+            steps: 10,
+            chunk_budget_ms: 0.0,
+        },
+    }
+}
+
+/// A pipeline with both its ends in the test's hands.
+struct Rig {
+    inputs: Arc<InputSlots>,
+    chunks: rtrb::Consumer<Arc<ActionChunk>>,
+    epoch: Arc<AtomicU64>,
+    plan: Writer<Option<PlanView>>,
+    pipeline: Pipeline,
+}
+
+impl Rig {
+    fn start<E: Engine>(engine: &E, policy: Arc<Policy>, config: PipelineConfig) -> Self {
+        let (inputs, _control) = InputSlots::new(2, &names(), "pick up the cube");
+        let inputs = Arc::new(inputs);
+        let (to_control, chunks) = rtrb::RingBuffer::new(4096);
+        let (_, retired) = rtrb::RingBuffer::new(1);
+        let (plan_writer, plan) = latest(None::<PlanView>);
+        let (tap, _) = crossbeam_channel::bounded(1);
+        let epoch = Arc::new(AtomicU64::new(0));
+        let io = PipelineIo {
+            inputs: inputs.clone(),
+            clock: Arc::new(SystemClock),
+            chunks: to_control,
+            retired,
+            plan,
+            epoch: epoch.clone(),
+            tap,
+        };
+        let pipeline = Pipeline::start(engine, policy, config, io).unwrap();
+        Self { inputs, chunks, epoch, plan: plan_writer, pipeline }
+    }
+
+    fn joints(&self, positions: &[f64; 7]) {
+        self.inputs.put_joints(&names(), positions, SystemClock.ros(), SystemClock.monotonic());
+    }
+
+    /// Both cameras send `frame`; the stamp tells the observation from all others.
+    fn observe(&self, frame: &Frame) -> RosTime {
+        let stamp = SystemClock.ros();
+        for camera in 0..2 {
+            self.inputs.put_frame(camera, frame.clone(), stamp, SystemClock.monotonic());
+        }
+        stamp
+    }
+
+    fn wait_for(&mut self, what: &str, mut wanted: impl FnMut(&ActionChunk) -> bool) -> Arc<ActionChunk> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.chunks.pop() {
+                Ok(chunk) if wanted(&chunk) => return chunk,
+                Ok(_) => {}
+                Err(_) => {
+                    assert!(Instant::now() < end, "no {what}; {:?}", self.pipeline.report().waiting_for);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+}
+
+fn frame(value: u8) -> Frame {
+    let mut rng = ChaCha8Rng::seed_from_u64(value.into());
+    let data: Vec<u8> = (0..SIZE * SIZE * 3).map(|i| if i < 3 { value } else { rng.random() }).collect();
+    Frame::new(SIZE, SIZE, SIZE * 3, "rgb8", data).unwrap()
+}
+
+fn synthetic_policy(dir: &Path) -> (Checkpoint, Arc<Policy>) {
+    synthetic::write(dir, 3).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let policy = Policy::open(&checkpoint, dir, &PolicyOptions::default()).unwrap();
+    (checkpoint, Arc::new(policy))
+}
+
+/// What one thread computes for this observation.
+fn alone(engine: &CpuEngine, policy: &Policy, frame: &Frame, state: &[f64; 7], noise: &[f32]) -> Vec<f64> {
+    let dims = *policy.dims();
+    let (mut encoder, mut decoder) = engine.stages().unwrap();
+    let mut cache = engine.cache(2, dims.max_tokens).unwrap();
+    let tokens = policy.tokens("pick up the cube", state).unwrap();
+    encoder.encode(&EncodeInput { views: &[View::Frame(frame); 2], tokens: &tokens }, &mut cache).unwrap();
+    let mut normalised = vec![0.0; dims.state_dim];
+    policy.normalize_state(state, &mut normalised).unwrap();
+    let mut actions = vec![0.0; noise.len()];
+    let input = DecodeInput { state: &normalised, noise, steps: 10, guidance: None };
+    decoder.decode(&cache, &input, &mut actions).unwrap();
+    let mut robot = vec![0.0; dims.horizon * policy.action_len()];
+    policy.to_robot(&actions, state, &mut robot).unwrap();
+    robot
+}
+
+#[test]
+fn overlapped_stages_compute_what_one_thread_computes_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let noise = {
+        use rand_distr::{Distribution, StandardNormal};
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        (0..policy.dims().horizon * policy.dims().action_dim)
+            .map(|_| StandardNormal.sample(&mut rng))
+            .collect::<Vec<f32>>()
+    };
+    for mode in MODES {
+        let mut rig = Rig::start(&engine, policy.clone(), config(mode));
+        rig.joints(&MEAN_POSE);
+        let mut sent = HashMap::new();
+        let mut checked = 0;
+        // Faster than the encoder: slots are displaced, and encode and decode overlap.
+        for value in 0..24 {
+            let f = frame(value);
+            sent.insert(rig.observe(&f), f);
+            std::thread::sleep(Duration::from_millis(15));
+        }
+        let last = *sent.keys().max().unwrap();
+        let mut seen = Vec::new();
+        rig.wait_for("chunk of the last observation", |c| {
+            seen.push((c.oldest_image_stamp, c.positions.clone()));
+            c.oldest_image_stamp == last
+        });
+        for (stamp, positions) in &seen {
+            let want = alone(&engine, &policy, &sent[stamp], &MEAN_POSE, &noise);
+            assert_eq!(positions, &want, "{mode:?}");
+            checked += 1;
+        }
+        let report = rig.pipeline.report();
+        assert!(checked > 0 && report.encode.errors + report.decode.errors == 0, "{mode:?}");
+        if mode == PipelineMode::Sequential {
+            assert_eq!(report.displaced, 0, "one slot cannot overtake itself");
+        }
+    }
+}
+
+#[test]
+fn dual_rate_decodes_each_joint_state_on_the_newest_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let mut rig = Rig::start(&engine, policy, config(PipelineMode::DualRate));
+    rig.joints(&MEAN_POSE);
+    let image = rig.observe(&frame(1));
+    let first = rig.wait_for("chunk", |_| true);
+    for _ in 0..3 {
+        let mut pose = MEAN_POSE;
+        pose[0] += 0.1;
+        rig.joints(&pose);
+        let stamp = rig.inputs.joints().stamps[0];
+        let next = rig.wait_for("chunk of the new state", |c| c.state_stamp == stamp);
+        assert_eq!(next.oldest_image_stamp, image);
+        assert_ne!(next.positions, first.positions);
+    }
+    assert_eq!(rig.pipeline.report().encode.runs, 1);
+}
+
+#[test]
+fn guidance_keeps_a_new_chunk_on_the_committed_steps_of_the_running_plan() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let mut config = config(PipelineMode::Pipelined);
+    config.live.replan_steps = 20;
+    let free = config.live.clone();
+    let dt = config.dt;
+    let mut rig = Rig::start(&engine, policy, config);
+    rig.joints(&MEAN_POSE);
+    rig.observe(&frame(1));
+    let old = rig.wait_for("first chunk", |_| true);
+
+    // The arm is not where the plan has it: on its own, the policy would start from here.
+    let mut pose = MEAN_POSE;
+    pose[0] += 0.15;
+    let mut chunk = |live: LiveConfig, plan: Option<PlanView>| {
+        rig.pipeline.set_live(live);
+        rig.plan.put(plan);
+        rig.joints(&pose);
+        let stamp = rig.observe(&frame(2));
+        let chunk = rig.wait_for("chunk", |c| c.oldest_image_stamp == stamp);
+        (chunk, rig.pipeline.report().guided)
+    };
+    let (unguided, none) = chunk(free.clone(), None);
+    let now = SystemClock.ros();
+    let origin = now.plus_seconds(-5.0 * dt);
+    let plan = PlanView {
+        sequence: old.sequence,
+        prompt_generation: 0,
+        state_stamp: old.state_stamp,
+        origin,
+        adopted_at: origin,
+        next_adoption: now.plus_seconds(8.0 * dt),
+        dt,
+        horizon: old.horizon,
+        lag: 0.0,
+        pace: 1.0,
+    };
+    let rtc = RtcConfig { schedule: GuidanceSchedule::Exp, execution_horizon: 20, max_weight: 10.0 };
+    let (guided, one) = chunk(LiveConfig { rtc: Some(rtc), ..free }, Some(plan));
+    assert_eq!((none, one), (0, 1));
+
+    let first = plan.index_at(guided.state_stamp);
+    let distance = |c: &ActionChunk| {
+        let mut largest = 0.0f64;
+        for i in 0..5 {
+            let u = first + i as f64;
+            let (below, part) = (u.floor() as usize, u.fract());
+            for j in 0..6 {
+                let planned = old.action(below)[j] * (1.0 - part) + old.action(below + 1)[j] * part;
+                largest = largest.max((c.action(i)[j] - planned).abs());
+            }
+        }
+        largest
+    };
+    let (with, without) = (distance(&guided), distance(&unguided));
+    assert!(without > 0.05 && with < 0.2 * without, "guided {with}, unguided {without}");
+}
+
+#[test]
+fn a_chunk_carries_the_epoch_in_which_it_was_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let mut rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
+    rig.joints(&MEAN_POSE);
+    rig.observe(&frame(1));
+    assert_eq!(rig.wait_for("chunk", |_| true).epoch, 0);
+    rig.epoch.store(4, Ordering::Release);
+    let stamp = rig.observe(&frame(2));
+    assert_eq!(rig.wait_for("chunk", |c| c.oldest_image_stamp == stamp).epoch, 4);
+}
+
+#[test]
+fn no_chunk_is_made_from_a_joint_state_that_is_garbage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let mut rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
+    let mut pose = MEAN_POSE;
+    pose[2] = f64::NAN;
+    rig.joints(&pose);
+    rig.observe(&frame(1));
+    let end = Instant::now() + PATIENCE;
+    while rig.pipeline.report().waiting_for.is_none_or(|w| !w.contains("joint 'elbow' has position NaN")) {
+        assert!(Instant::now() < end, "{:?}", rig.pipeline.report().waiting_for);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(rig.chunks.pop().is_err());
+    rig.joints(&MEAN_POSE);
+    rig.observe(&frame(2));
+    rig.wait_for("chunk once the state is good", |_| true);
+}
+
+/// An engine whose slots tell whether anybody else touched them: each word of a slot holds the first byte of the
+/// image it was filled from, written slowly; the decoder reads as slowly and answers with that byte.
+struct Canary {
+    dims: Dims,
+    /// Releases a slot's content before the decoder has read it, to prove that the canary fires.
+    planted: bool,
+    /// Every encode of an image whose first byte is in here fails.
+    poison: Vec<u8>,
+}
+
+struct Words(Arc<Vec<AtomicU64>>, usize);
+
+impl KvCache for Words {
+    fn len(&self) -> usize {
+        self.1
+    }
+}
+
+struct CanaryEncoder {
+    poison: Vec<u8>,
+    shared: Option<Arc<Vec<AtomicU64>>>,
+    rng: ChaCha8Rng,
+}
+
+struct CanaryDecoder(ChaCha8Rng);
+
+fn dawdle(rng: &mut ChaCha8Rng) {
+    std::thread::sleep(Duration::from_micros(rng.random_range(0..200)));
+}
+
+impl Engine for Canary {
+    type Cache = Words;
+    type Encoder = CanaryEncoder;
+    type Decoder = CanaryDecoder;
+
+    fn dims(&self) -> &Dims {
+        &self.dims
+    }
+
+    fn describe(&self) -> String {
+        "canary".into()
+    }
+
+    fn cache(&self, _views: usize, _tokens: usize) -> Result<Words, EngineError> {
+        Ok(Words(Arc::new((0..16).map(|_| AtomicU64::new(u64::MAX)).collect()), 0))
+    }
+
+    fn stages(&self) -> Result<(CanaryEncoder, CanaryDecoder), EngineError> {
+        let shared = self.planted.then(|| Arc::new((0..16).map(|_| AtomicU64::new(0)).collect()));
+        let encoder = CanaryEncoder { poison: self.poison.clone(), shared, rng: ChaCha8Rng::seed_from_u64(1) };
+        Ok((encoder, CanaryDecoder(ChaCha8Rng::seed_from_u64(2))))
+    }
+}
+
+impl Encoder for CanaryEncoder {
+    type Cache = Words;
+
+    fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut Words) -> Result<(), EngineError> {
+        let View::Frame(frame) = input.views[0] else {
+            cache.1 = 1;
+            return Ok(());
+        };
+        let value = frame.data()[0];
+        if self.poison.contains(&value) {
+            let found = format!("poison {value}");
+            return Err(EngineError::Shape { what: "image", expected: "no poison".into(), found });
+        }
+        if let Some(shared) = &self.shared {
+            // The fault this guards against: every slot is the same memory.
+            cache.0 = shared.clone();
+        }
+        for word in cache.0.iter() {
+            word.store(value.into(), Ordering::Relaxed);
+            dawdle(&mut self.rng);
+        }
+        cache.1 = 1;
+        Ok(())
+    }
+
+    fn encode_with_embeddings(&mut self, i: &EncodeInput<'_>, cache: &mut Words) -> Result<Vec<f32>, EngineError> {
+        self.encode(i, cache).map(|()| Vec::new())
+    }
+}
+
+impl Decoder for CanaryDecoder {
+    type Cache = Words;
+
+    fn decode(&mut self, cache: &Words, _: &DecodeInput<'_>, actions: &mut [f32]) -> Result<(), EngineError> {
+        let mut words = Vec::new();
+        for word in cache.0.iter() {
+            words.push(word.load(Ordering::Relaxed));
+            dawdle(&mut self.0);
+        }
+        let torn = words.iter().any(|w| *w != words[0]);
+        actions.fill(if torn { f32::NAN } else { words[0] as f32 });
+        Ok(())
+    }
+
+    fn decode_with_velocities(
+        &mut self,
+        cache: &Words,
+        input: &DecodeInput<'_>,
+        actions: &mut [f32],
+    ) -> Result<Vec<f32>, EngineError> {
+        self.decode(cache, input, actions).map(|()| Vec::new())
+    }
+}
+
+/// Runs observations past the canary engine; the chunks whose slot was written while it was read, or held another
+/// image than the chunk says.
+fn torn_chunks(mode: PipelineMode, planted: bool) -> (usize, usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    let mut zero = vec![0.0; 7];
+    let width = policy.dims().action_dim;
+    policy.to_robot(&vec![0.0; width], &MEAN_POSE, &mut zero).unwrap();
+    let mut one = vec![0.0; 7];
+    policy.to_robot(&vec![1.0; width], &MEAN_POSE, &mut one).unwrap();
+    let engine = Canary { dims: *policy.dims(), planted, poison: Vec::new() };
+    let mut rig = Rig::start(&engine, policy, config(mode));
+    rig.joints(&MEAN_POSE);
+    let mut sent = HashMap::new();
+    for value in 1..=200u8 {
+        sent.insert(rig.observe(&frame(value)), value);
+        if mode == PipelineMode::DualRate {
+            rig.joints(&MEAN_POSE);
+        }
+        std::thread::sleep(Duration::from_micros(700));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    let (mut chunks, mut torn) = (0, 0);
+    while let Ok(chunk) = rig.chunks.pop() {
+        let value = (chunk.positions[0] - zero[0]) / (one[0] - zero[0]);
+        chunks += 1;
+        torn += usize::from((value - f64::from(sent[&chunk.oldest_image_stamp])).abs() > 1e-3 || value.is_nan());
+    }
+    (torn, chunks)
+}
+
+#[test]
+fn no_slot_is_written_while_it_is_read() {
+    for mode in MODES {
+        let (torn, chunks) = torn_chunks(mode, false);
+        assert!(torn == 0 && chunks > 10, "{mode:?}: {torn} of {chunks}");
+    }
+}
+
+#[test]
+fn the_canary_fires_when_slots_share_memory() {
+    let (torn, chunks) = torn_chunks(PipelineMode::Pipelined, true);
+    assert!(torn > 0, "{torn} of {chunks}");
+}
+
+#[test]
+fn a_failed_encode_is_counted_and_the_next_observation_goes_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    for mode in MODES {
+        let engine = Canary { dims: *policy.dims(), planted: false, poison: vec![1, 2, 3, 4, 5] };
+        let mut rig = Rig::start(&engine, policy.clone(), config(mode));
+        rig.joints(&MEAN_POSE);
+        // More failures than slots: a slot that got lost would end it.
+        for value in 1..=5 {
+            rig.observe(&frame(value));
+            let end = Instant::now() + PATIENCE;
+            while rig.pipeline.report().encode.errors < value.into() {
+                assert!(Instant::now() < end);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let stamp = rig.observe(&frame(9));
+        rig.wait_for("chunk after the failures", |c| c.oldest_image_stamp == stamp);
+        let report = rig.pipeline.report();
+        assert_eq!(report.encode.errors, 5, "{mode:?}");
+        assert!(report.last_error.is_some_and(|e| e.contains("poison 5")), "{mode:?}");
+        rig.pipeline.stop();
+    }
+}
