@@ -42,6 +42,31 @@ impl CudaEngine {
     }
 }
 
+/// GPU times of an encode in milliseconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EncodeTimes {
+    /// Upload and conversion of the frames.
+    pub images: f32,
+    /// SigLIP and projector.
+    pub vision: f32,
+    /// Prefix trunk.
+    pub trunk: f32,
+}
+
+impl CudaEncoder {
+    /// Times of the last encode.
+    pub fn last_times(&self) -> Result<EncodeTimes, EngineError> {
+        match *self {}
+    }
+}
+
+impl CudaDecoder {
+    /// Milliseconds the last decode took on the GPU.
+    pub fn last_ms(&self) -> Result<f32, EngineError> {
+        match *self {}
+    }
+}
+
 impl KvCache for CudaCache {
     fn len(&self) -> usize {
         match *self {}

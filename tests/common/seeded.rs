@@ -67,7 +67,7 @@ pub fn write_checkpoint(dir: &Path, dims: &Dims, seed: u64) {
         at = end;
     }
     let mut header = serde_json::Value::Object(header).to_string();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     let mut file = std::io::BufWriter::new(std::fs::File::create(dir.join("model.safetensors")).unwrap());

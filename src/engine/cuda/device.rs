@@ -385,10 +385,6 @@ impl Stream {
         self.raw
     }
 
-    pub fn device(&self) -> &Arc<Device> {
-        &self.device
-    }
-
     /// Waits for everything queued.
     pub fn synchronize(&self) -> Result<(), EngineError> {
         // SAFETY: a live stream.
@@ -402,6 +398,23 @@ impl Stream {
         // SAFETY: both ranges are checked and live.
         let code =
             unsafe { sys::cuMemcpyHtoDAsync_v2(to.at(at), from.as_ptr().cast(), len * size_of::<T>(), self.raw) };
+        check(code, "copying to the GPU")
+    }
+
+    /// As [`upload`](Self::upload), for a range of elements that keep their places.
+    pub fn upload_part<T: Plain>(
+        &self,
+        from: &Pinned<T>,
+        part: std::ops::Range<usize>,
+        to: &Buffer<T>,
+    ) -> Result<(), EngineError> {
+        let bytes = size_of_val(&from.as_slice()[part.clone()]);
+        assert!(part.end <= to.len, "upload past a buffer");
+        // SAFETY: both ranges are checked and live.
+        let code = unsafe {
+            let source = from.as_ptr().add(part.start).cast();
+            sys::cuMemcpyHtoDAsync_v2(to.at(part.start), source, bytes, self.raw)
+        };
         check(code, "copying to the GPU")
     }
 

@@ -370,9 +370,9 @@ impl Encoder for CudaEncoder {
         input: &EncodeInput<'_>,
         cache: &mut CudaCache,
     ) -> Result<Vec<f32>, EngineError> {
-        let rows = self.begin(input, cache)?;
-        self.launch_vision(input.views.len())?;
+        let begun = self.begin(input, cache).and_then(|rows| self.launch_vision(input.views.len()).map(|()| rows));
         self.stream.synchronize()?;
+        let rows = begun?;
         let width = self.model.dims.trunk.width;
         let images = (rows - input.tokens.len()) * width;
         let mut embeddings = vec![0.0; rows * width];

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::device::{Buffer, Device, Pinned, Stream};
 use super::kernels::{ImageArgs, Kernels, Shape};
 use super::{check_finite, check_len};
@@ -13,8 +11,8 @@ use crate::model::{Encoding, Frame, ModelError, Resampler};
 /// Frame sizes whose tables are kept; a node has a handful of cameras.
 const KEPT_TABLES: usize = 8;
 
-/// Bytes of a frame one thread copies into pinned memory: one core alone takes 0.1 ms for 640×480.
-const COPY_PIECE: usize = 128 << 10;
+/// Bytes of a frame copied at a time.
+const COPY_PIECE: usize = 256 << 10;
 
 /// Where a resized frame lies in the square image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,11 +169,12 @@ impl Images {
                 // Only what the header promises: the buffer may be longer.
                 let needed = frame.step() * (frame.height() - 1) + frame.width() * pixel;
                 let slot = self.slot(index, needed)?;
-                slot.pinned.as_mut_slice()[..needed]
-                    .par_chunks_mut(COPY_PIECE)
-                    .zip(frame.data()[..needed].par_chunks(COPY_PIECE))
-                    .for_each(|(to, from)| to.copy_from_slice(from));
-                stream.upload(&slot.pinned, needed, &slot.bytes, 0)?;
+                // Piece by piece, so that the copy to the GPU runs behind the copy into pinned memory.
+                for at in (0..needed).step_by(COPY_PIECE) {
+                    let end = (at + COPY_PIECE).min(needed);
+                    slot.pinned.as_mut_slice()[at..end].copy_from_slice(&frame.data()[at..end]);
+                    stream.upload_part(&slot.pinned, at..end, &slot.bytes)?;
+                }
                 args.bytes = slot.bytes.pointer();
                 let t = &self.tables[tables];
                 let outputs = t.at.width + t.at.height;

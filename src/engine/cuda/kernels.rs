@@ -13,26 +13,6 @@ use crate::engine::EngineError;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// `EncodeParams` of common.cuh.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub(super) struct EncodeParams {
-    pub keys: u64,
-    pub values: u64,
-    pub layer_stride: i64,
-}
-
-/// `DecodeParams` of common.cuh.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub(super) struct DecodeParams {
-    pub keys: u64,
-    pub values: u64,
-    pub layer_stride: i64,
-    pub prefix: i32,
-    pub guided: i32,
-}
-
 /// `SkinnyArgs` of skinny.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]

@@ -49,7 +49,7 @@ pub(super) fn skinny(rows: usize, k: usize, token_tiles: usize, slice: usize) ->
     let steps = k / STEP_K;
     // The number of slices must divide the steps, so that all are equal.
     let wished = (k / slice.max(STEP_K)).max(1);
-    let cluster = CLUSTERS.into_iter().rev().find(|c| *c <= wished && steps % c == 0).unwrap_or(1);
+    let cluster = CLUSTERS.into_iter().rev().find(|c| *c <= wished && steps.is_multiple_of(*c)).unwrap_or(1);
     let slice = k / cluster;
     let own = slice / STEP_K;
     let stage = STEP_K / 8 * (8 * token_tiles + 2) * 16;
