@@ -61,19 +61,17 @@ fn stage_times() {
     }
     let mut engine = Some(engine);
     use Stage::*;
-    let prefetches: [&[(Stage, Stage)]; 5] = [
+    let prefetches: [&[(Stage, Stage)]; 2] =
+        [&[(Attention, GateUp)], &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)]];
+    let slices = [[512, 256, 512, 512], [512, 512, 512, 512], [256, 256, 1024, 512]];
+    let exclusives: [&[Stage]; 7] = [
         &[],
-        &[(Attention, GateUp)],
-        &[(Qkv, GateUp), (Out, Down)],
-        &[(Attention, GateUp), (GateUp, Qkv)],
-        &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)],
-    ];
-    let slices = [
-        [512, 256, 512, 512],
-        [256, 256, 512, 512],
-        [512, 512, 512, 512],
-        [256, 256, 1024, 512],
-        [512, 256, 512, 1024],
+        &[Attention],
+        &[Attention, Down],
+        &[Attention, Out, Down],
+        &[Qkv, Attention, Out, Down],
+        &[Qkv, Attention, Out, GateUp, Down],
+        &[Qkv, Out, Down],
     ];
     let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
     let mut base: Option<Vec<f32>> = None;
@@ -101,6 +99,11 @@ fn stage_times() {
     time("without dependent launch".into(), Tuning::default().dependent(false), true);
     for prefetch in prefetches {
         time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
+    }
+    for stages in exclusives {
+        time(format!("exclusive {stages:?}"), Tuning::default().exclusive(stages), true);
+        let fewer = Tuning::default().exclusive(stages).slices([512, 256, 512, 512]);
+        time(format!("exclusive {stages:?}, slices [512, 256, 512, 512]"), fewer, false);
     }
     for slices in slices {
         time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::device::{Buffer, Event, Graph, Pinned, Stream};
 use super::encoder::CudaCache;
 use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, Shape, Skinny, SkinnyArgs};
-use super::plan::{self, CLUSTERS, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
+use super::plan::{self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
 use super::time::Tables;
 use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
 use super::{Model, Tuning, check_finite, check_len};
@@ -178,16 +178,28 @@ impl CudaDecoder {
         (matrix.pointer(), matrix.len() as u64 * 2)
     }
 
+    /// Shared memory to ask for.
+    fn shared(&self, stage: Stage, needed: usize) -> u32 {
+        let least = if self.tuning.exclusive[stage as usize] { EXCLUSIVE_SHARED } else { 0 };
+        needed.max(least) as u32
+    }
+
     /// How often a kernel is launched: once, but for timing by difference.
     fn times(&self, stage: Stage) -> usize {
         1 + usize::from(self.tuning.twice == Some(stage))
     }
 
-    fn product(&self, kernels: &[Kernel<SkinnyArgs>; 4], p: &SkinnyPlan, args: &SkinnyArgs) -> Result<(), EngineError> {
+    fn product(
+        &self,
+        stage: Stage,
+        kernels: &[Kernel<SkinnyArgs>; 4],
+        p: &SkinnyPlan,
+        args: &SkinnyArgs,
+    ) -> Result<(), EngineError> {
         let shape = Shape {
             grid: [p.cluster as u32, p.tiles as u32, 1],
             threads: 128,
-            shared: p.shared as u32,
+            shared: self.shared(stage, p.shared),
             cluster: p.cluster as u32,
             dependent: self.tuning.dependent,
         };
@@ -212,7 +224,7 @@ impl CudaDecoder {
                     init: 1,
                     ..self.residual(&self.plans.time)
                 };
-                self.product(&self.skinny().residual, &self.plans.time, &args)?;
+                self.product(Stage::Out, &self.skinny().residual, &self.plans.time, &args)?;
             }
             for (l, layer) in self.weights.layers.iter().enumerate() {
                 self.layer(tables, key, step, rows, l, layer)?;
@@ -299,7 +311,7 @@ impl CudaDecoder {
             ..self.normalised(&self.plans.qkv, rows)
         };
         for _ in 0..self.times(Stage::Qkv) {
-            self.product(&self.skinny().qkv, &self.plans.qkv, &args)?;
+            self.product(Stage::Qkv, &self.skinny().qkv, &self.plans.qkv, &args)?;
         }
 
         let (variant, padded) = self.model.decode_head;
@@ -326,7 +338,7 @@ impl CudaDecoder {
         let shape = Shape {
             grid: [KEY_SPLITS as u32, (rows * e.heads).div_ceil(QUERY_ROWS) as u32, 1],
             threads: 256,
-            shared: shared as u32,
+            shared: self.shared(Stage::Attention, shared),
             cluster: KEY_SPLITS as u32,
             dependent: self.tuning.dependent,
         };
@@ -346,7 +358,7 @@ impl CudaDecoder {
             ..self.residual(&self.plans.out)
         };
         for _ in 0..self.times(Stage::Out) {
-            self.product(&self.skinny().residual, &self.plans.out, &args)?;
+            self.product(Stage::Out, &self.skinny().residual, &self.plans.out, &args)?;
         }
 
         let (next, next_bytes) = self.next(Stage::GateUp, l);
@@ -359,7 +371,7 @@ impl CudaDecoder {
             ..self.normalised(&self.plans.gate_up, rows)
         };
         for _ in 0..self.times(Stage::GateUp) {
-            self.product(&self.skinny().geglu, &self.plans.gate_up, &args)?;
+            self.product(Stage::GateUp, &self.skinny().geglu, &self.plans.gate_up, &args)?;
         }
 
         let (next, next_bytes) = self.next(Stage::Down, l);
@@ -375,7 +387,7 @@ impl CudaDecoder {
             ..self.residual(&self.plans.down)
         };
         for _ in 0..self.times(Stage::Down) {
-            self.product(&self.skinny().residual, &self.plans.down, &args)?;
+            self.product(Stage::Down, &self.skinny().residual, &self.plans.down, &args)?;
         }
         Ok(())
     }

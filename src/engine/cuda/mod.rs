@@ -64,13 +64,21 @@ pub struct Tuning {
     dependent: bool,
     /// Which kernel moves the weights of which later one into L2.
     prefetch: [Option<(Stage, Stage)>; 5],
+    /// Kernels of which an SM holds one block at most.
+    exclusive: [bool; 5],
     /// A kernel to launch twice: its time is the difference, its results are wrong.
     twice: Option<Stage>,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { slices: plan::SLICES, dependent: true, prefetch: plan::PREFETCH, twice: None }
+        Self {
+            slices: plan::SLICES,
+            dependent: true,
+            prefetch: plan::PREFETCH,
+            exclusive: plan::EXCLUSIVE,
+            twice: None,
+        }
     }
 }
 
@@ -84,6 +92,13 @@ impl Tuning {
     /// With or without dependent launch.
     pub fn dependent(mut self, on: bool) -> Self {
         self.dependent = on;
+        self
+    }
+
+    /// Only these kernels keep an SM from holding two of their blocks.
+    pub fn exclusive(mut self, stages: &[Stage]) -> Self {
+        self.exclusive = [false; 5];
+        stages.iter().for_each(|s| self.exclusive[*s as usize] = true);
         self
     }
 
