@@ -10,8 +10,9 @@ use serde_json::{Map, Value, json};
 
 use super::CliError;
 use crate::engine::cpu::CpuEngine;
+use crate::engine::cuda::CudaEngine;
 use crate::engine::{
-    DecodeInput, Decoder, Device, EncodeInput, Encoder, Engine, Guidance, GuidanceSchedule, KvCache, View,
+    DecodeInput, Decoder, Device, EncodeInput, Encoder, Engine, Guidance, GuidanceSchedule, KvCache, Resolved, View,
 };
 use crate::model::{Checkpoint, Resampler};
 use case::Case;
@@ -110,12 +111,23 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let device = args.device.parse::<Device>()?.resolve()?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let resampler = Resampler::from(checkpoint.origin());
+    match device.device {
+        Device::Cuda(index) => {
+            infer(args, &device, &checkpoint, &CudaEngine::load(&checkpoint, resampler, index as usize)?)
+        }
+        Device::Auto | Device::Cpu => {
+            infer(args, &device, &checkpoint, &CpuEngine::load(&checkpoint, resampler, threads)?)
+        }
+    }
+}
+
+fn infer<E: Engine>(args: &Args, device: &Resolved, checkpoint: &Checkpoint, engine: &E) -> Result<(), CliError> {
     let dims = *checkpoint.dims();
     let case = Case::read(&args.case, &dims)?;
     let rtc = args.rtc(dims.horizon, case.previous.as_ref().map(|p| p.len() / dims.action_dim))?;
     let steps = args.steps.or(checkpoint.config().num_inference_steps).unwrap_or(10);
 
-    let engine = CpuEngine::load(&checkpoint, Resampler::from(checkpoint.origin()), threads)?;
     let (mut encoder, mut decoder) = engine.stages()?;
     let mut cache = engine.cache(case.views.len(), case.tokens.len())?;
 

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 use crate::error::{Blame, Fault};
 
+pub mod bench;
 pub mod doctor;
 pub mod infer;
 pub mod new_checkpoint;
@@ -23,6 +24,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(bench::Args),
     Doctor(doctor::Args),
     Infer(infer::Args),
     NewCheckpoint(new_checkpoint::Args),
@@ -30,6 +32,7 @@ enum Command {
 
 fn run(command: Command) -> Result<(), CliError> {
     match command {
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Infer(args) => infer::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::EngineError;
+use super::{EngineError, cuda};
 
 /// A device as asked for: `auto`, `cpu` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -65,15 +65,12 @@ impl Device {
     /// The device to run on; a GPU that this build or machine lacks is [`EngineError::Unavailable`].
     pub fn resolve(self) -> Result<Resolved, EngineError> {
         match self {
-            Device::Auto => {
-                Ok(Resolved { device: Device::Cpu, reason: "this build has no CUDA engine, so auto is the CPU".into() })
-            }
-            Device::Cpu => Ok(Resolved { device: Device::Cpu, reason: "asked for".into() }),
-            Device::Cuda(_) => Err(EngineError::Unavailable {
-                device: self.to_string(),
-                reason: "this build has no CUDA engine".into(),
-                remedy: "Use cpu or auto".into(),
+            Device::Auto => Ok(match cuda::probe(0) {
+                Ok(gpu) => Resolved { device: Device::Cuda(0), reason: gpu },
+                Err(e) => Resolved { device: Device::Cpu, reason: format!("auto is the CPU: {e}") },
             }),
+            Device::Cpu => Ok(Resolved { device: Device::Cpu, reason: "asked for".into() }),
+            Device::Cuda(index) => Ok(Resolved { device: self, reason: cuda::probe(index as usize)? }),
         }
     }
 }
@@ -102,9 +99,10 @@ mod tests {
 
     #[test]
     fn a_device_that_is_not_there_says_so() {
-        assert_eq!(Device::Auto.resolve().unwrap().device, Device::Cpu);
         assert_eq!(Device::Cpu.resolve().unwrap().device, Device::Cpu);
-        let e = Device::Cuda(1).resolve().unwrap_err().to_string();
-        assert_eq!(e, "device 'cuda:1' is not available: this build has no CUDA engine. Use cpu or auto");
+        let auto = Device::Auto.resolve().unwrap();
+        assert_eq!(auto.device == Device::Cpu, cuda::probe(0).is_err(), "{auto:?}");
+        let e = Device::Cuda(99).resolve().unwrap_err().to_string();
+        assert!(e.starts_with("device 'cuda:99' is not available: "), "{e}");
     }
 }

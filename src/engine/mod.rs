@@ -5,6 +5,11 @@
 //! [`KvCache`] is a value that moves from one to the other and back, so both can work at the same time.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_stub.rs"]
+pub mod cuda;
 mod device;
 pub mod guidance;
 
@@ -168,6 +173,28 @@ pub enum EngineError {
         /// What to do.
         remedy: String,
     },
+    /// A call to the device failed; the engine cannot be used further.
+    #[error("GPU, {what}: {reason}. {remedy}")]
+    Device {
+        /// What was being done.
+        what: &'static str,
+        /// What the driver or library said.
+        reason: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// The device has too little free memory.
+    #[error(
+        "{device}: {needed} bytes of GPU memory are needed, {free} are free. Close what else uses the GPU (nvidia-smi)"
+    )]
+    Memory {
+        /// The device, by name.
+        device: String,
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes free.
+        free: usize,
+    },
 }
 
 impl Blame for EngineError {
@@ -175,7 +202,7 @@ impl Blame for EngineError {
         match self {
             EngineError::Model(e) => e.fault(),
             EngineError::Shape { .. } => Fault::Input,
-            EngineError::Unavailable { .. } => Fault::Machine,
+            EngineError::Unavailable { .. } | EngineError::Device { .. } | EngineError::Memory { .. } => Fault::Machine,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::control::chunk::ActionChunk;
 use crate::control::{Lifecycle, PlanView};
 use crate::engine::cpu::CpuEngine;
+use crate::engine::cuda::CudaEngine;
 use crate::engine::{Device, Engine};
 use crate::error::{Blame, Fault};
 use crate::model::{Checkpoint, Policy};
@@ -50,9 +51,14 @@ fn load(core: &Core, parts: Parts) -> Result<(), NodeError> {
     // Stages that work at the same time share the cores; one core is left to control and publishing.
     let stages = if settings.gpu.pipeline_mode == PipelineMode::Sequential { 1 } else { 2 };
     let threads = (cores.saturating_sub(1) / stages).max(1);
+    let resampler = parts.policy.origin().into();
     match resolved.device {
-        Device::Auto | Device::Cpu | Device::Cuda(_) => {
-            let engine = CpuEngine::load(&parts.checkpoint, parts.policy.origin().into(), threads)?;
+        Device::Cuda(index) => {
+            let engine = CudaEngine::load(&parts.checkpoint, resampler, index as usize)?;
+            start(core, &engine, parts)
+        }
+        Device::Auto | Device::Cpu => {
+            let engine = CpuEngine::load(&parts.checkpoint, resampler, threads)?;
             start(core, &engine, parts)
         }
     }

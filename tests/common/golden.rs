@@ -36,9 +36,15 @@ pub struct GoldenRtc {
 
 pub const SCHEDULES: [&str; 4] = ["linear", "exp", "ones", "zeros"];
 
+/// tests/fixtures, or where `PI0_FIXTURES` says they were carried to.
+pub fn fixtures() -> PathBuf {
+    std::env::var_os("PI0_FIXTURES")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from)
+}
+
 impl Golden {
     pub fn read(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden").join(name);
+        let dir = fixtures().join("golden").join(name);
         let bytes = std::fs::read(dir.join("case.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let words = |name: &str| file.tensor(name).unwrap().data().as_chunks::<4>().0.to_vec();

@@ -1,0 +1,576 @@
+//! The action expert: ten flow-matching steps as one graph.
+//!
+//! Five kernels a layer, each started early enough to fetch its weights while the one in front still runs
+//! (docs/performance.md). The state row of π0 rides along in the first step only: its keys and values depend on
+//! neither actions nor time.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::device::{Buffer, Event, Graph, Pinned, Stream};
+use super::encoder::CudaCache;
+use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, Shape, Skinny, SkinnyArgs};
+use super::plan::{self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
+use super::time::Tables;
+use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
+use super::{Model, Tuning, check_finite, check_len};
+use crate::engine::{DecodeInput, Decoder, EngineError, guidance};
+use crate::model::{Dims, Family};
+
+/// Most steps one decode may have.
+const MAX_STEPS: usize = 64;
+/// Floats that `DecodeParams` takes at the head of the input block.
+const HEAD: usize = 8;
+/// Graphs kept before all are dropped.
+const KEPT_GRAPHS: usize = 16;
+
+/// Where things lie in the input block, in floats after the head.
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    gains: usize,
+    weights: usize,
+    previous: usize,
+    noise: usize,
+    state: usize,
+    len: usize,
+}
+
+impl Block {
+    fn new(dims: &Dims) -> Self {
+        let chunk = dims.horizon * dims.action_dim;
+        let gains = HEAD;
+        let weights = gains + MAX_STEPS;
+        let previous = weights + dims.horizon;
+        let noise = previous + chunk;
+        let state = noise + chunk;
+        Self { gains, weights, previous, noise, state, len: state + dims.state_dim }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    steps: usize,
+    /// Keys a pass of the attention.
+    tile: usize,
+}
+
+struct Plans {
+    qkv: SkinnyPlan,
+    out: SkinnyPlan,
+    gate_up: SkinnyPlan,
+    down: SkinnyPlan,
+    time: SkinnyPlan,
+}
+
+/// The second stage on the GPU.
+pub struct CudaDecoder {
+    model: Arc<Model>,
+    weights: Arc<DecoderWeights>,
+    stream: Stream,
+    graphs: HashMap<Key, Graph>,
+    tables: HashMap<usize, Tables>,
+    tuning: Tuning,
+    sizes: ExpertSizes,
+    plans: Plans,
+    tokens: usize,
+    block: Block,
+    input: Pinned<f32>,
+    output: Pinned<f32>,
+    inputs: Buffer<f32>,
+    x: Buffer<f32>,
+    velocities: Buffer<f32>,
+    h: Buffer<f32>,
+    hb: Buffer<u16>,
+    u: Buffer<u16>,
+    attended: Buffer<u16>,
+    gated: Buffer<u16>,
+    q: Buffer<u16>,
+    suffix_keys: Buffer<u16>,
+    suffix_values: Buffer<u16>,
+    squares: Buffer<f32>,
+    events: [Event; 2],
+}
+
+impl CudaDecoder {
+    pub(super) fn new(model: Arc<Model>, weights: Arc<DecoderWeights>, tuning: Tuning) -> Result<Self, EngineError> {
+        let device = Arc::clone(&model.device);
+        let dims = model.dims;
+        let e = dims.expert;
+        let sizes = ExpertSizes::new(&e);
+        let suffix = plan::suffix_rows(&dims);
+        let tokens = plan::token_tiles(suffix).unwrap_or(TOKEN_TILES.len() - 1);
+        let tiles = TOKEN_TILES[tokens];
+        let stride = 8 * tiles + 2;
+        let s = tuning.slices;
+        let plans = Plans {
+            qkv: plan::skinny((e.heads + 2) * e.head_dim, e.width, tiles, s.qkv),
+            out: plan::skinny(e.width, e.heads * e.head_dim, tiles, s.out),
+            gate_up: plan::skinny(sizes.gate_up_rows, e.width, tiles, s.gate_up),
+            down: plan::skinny(e.width, e.mlp, tiles, s.down),
+            time: plan::skinny(e.width, e.width, tiles, s.out),
+        };
+        let chunk = dims.horizon * dims.action_dim;
+        let block = Block::new(&dims);
+        let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride * 8);
+        Ok(Self {
+            stream: Stream::new(&device)?,
+            graphs: HashMap::new(),
+            tables: HashMap::new(),
+            tokens,
+            block,
+            input: Pinned::zeroed(&device, block.len)?,
+            output: Pinned::zeroed(&device, chunk)?,
+            inputs: Buffer::zeroed(&device, block.len)?,
+            x: Buffer::zeroed(&device, chunk)?,
+            velocities: Buffer::zeroed(&device, MAX_STEPS * chunk)?,
+            h: Buffer::zeroed(&device, 64 * sizes.width)?,
+            hb: panel(sizes.width)?,
+            u: panel(sizes.width)?,
+            attended: panel(sizes.attention)?,
+            gated: panel(sizes.mlp)?,
+            q: Buffer::zeroed(&device, 64 * e.heads * e.head_dim)?,
+            suffix_keys: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
+            suffix_values: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
+            squares: Buffer::zeroed(&device, sizes.width_rows / TILE * 64)?,
+            events: [Event::new(&device)?, Event::new(&device)?],
+            sizes,
+            plans,
+            tuning,
+            model,
+            weights,
+        })
+    }
+
+    /// Milliseconds the last decode took on the GPU, upload and download included.
+    pub fn last_ms(&self) -> Result<f32, EngineError> {
+        self.model.device.bind()?;
+        self.events[1].ms_since(&self.events[0])
+    }
+
+    /// Overwrites every working buffer with NaN patterns, so that a test sees a value nobody wrote.
+    pub fn poison(&self) -> Result<(), EngineError> {
+        self.x.fill(0xff)?;
+        self.velocities.fill(0xff)?;
+        self.q.fill(0xff)?;
+        self.suffix_keys.fill(0xff)?;
+        self.suffix_values.fill(0xff)?;
+        self.squares.fill(0xff)
+    }
+
+    fn has_state(&self) -> usize {
+        usize::from(self.model.dims.family == Family::Pi0)
+    }
+
+    /// Weights that kernel `from` of layer `layer` moves into L2 for a later one.
+    fn next(&self, from: Stage, layer: usize) -> (u64, u64) {
+        let Some((_, to)) = self.tuning.prefetch.iter().flatten().find(|(f, _)| *f == from) else { return (0, 0) };
+        // A stage at or before this one means that of the next layer; after the last layer the first one follows.
+        let layers = &self.weights.layers;
+        let at = if (*to as usize) <= (from as usize) { (layer + 1) % layers.len() } else { layer };
+        let Some(l) = layers.get(at) else { return (0, 0) };
+        let matrix: &Buffer<u16> = match to {
+            Stage::Qkv => &l.qkv,
+            Stage::Attention => return (0, 0),
+            Stage::Out => &l.out,
+            Stage::GateUp => &l.gate_up,
+            Stage::Down => &l.down,
+        };
+        (matrix.pointer(), matrix.len() as u64 * 2)
+    }
+
+    /// Shared memory to ask for.
+    fn shared(&self, stage: Stage, needed: usize) -> u32 {
+        let least = if self.tuning.exclusive[stage as usize] { EXCLUSIVE_SHARED } else { 0 };
+        needed.max(least) as u32
+    }
+
+    /// How often a kernel is launched: once, but for timing by difference.
+    fn times(&self, stage: Stage) -> usize {
+        1 + usize::from(self.tuning.twice == Some(stage))
+    }
+
+    fn product(
+        &self,
+        stage: Stage,
+        kernels: &[Kernel<SkinnyArgs>; 4],
+        p: &SkinnyPlan,
+        args: &SkinnyArgs,
+    ) -> Result<(), EngineError> {
+        let shape = Shape {
+            grid: [p.cluster as u32, p.tiles as u32, 1],
+            threads: 128,
+            shared: self.shared(stage, p.shared),
+            cluster: p.cluster as u32,
+            dependent: self.tuning.dependent,
+        };
+        let variant = CLUSTERS.iter().position(|c| *c == p.cluster).unwrap_or(0);
+        kernels[variant].launch(&self.stream, shape, args)
+    }
+
+    /// Queues everything between input block and actions.
+    fn queue(&self, tables: &Tables, key: Key) -> Result<(), EngineError> {
+        let dims = &self.model.dims;
+        let steps = tables.times.len();
+        self.flow(tables, None)?;
+        for step in 0..steps {
+            let rows = dims.horizon + if step == 0 { self.has_state() } else { 0 };
+            if let Suffix::Pi0 { out, out_bias, .. } = &self.weights.suffix {
+                let args = SkinnyArgs {
+                    w: out.pointer(),
+                    x: self.u.pointer(),
+                    bias: out_bias.pointer(),
+                    rows: dims.horizon as i32,
+                    scale: tables.scale(&self.weights.layers[0].norm1, step, 0),
+                    init: 1,
+                    ..self.residual(&self.plans.time)
+                };
+                self.product(Stage::Out, &self.skinny().residual, &self.plans.time, &args)?;
+            }
+            for (l, layer) in self.weights.layers.iter().enumerate() {
+                self.layer(tables, key, step, rows, l, layer)?;
+            }
+            self.flow(tables, Some(step))?;
+        }
+        Ok(())
+    }
+
+    fn skinny(&self) -> &Skinny {
+        &self.model.device.kernels().skinny[self.tokens]
+    }
+
+    fn stride(&self) -> i32 {
+        8 * TOKEN_TILES[self.tokens] as i32 + 2
+    }
+
+    fn square_tiles(&self) -> i32 {
+        (self.sizes.width_rows / TILE) as i32
+    }
+
+    /// The output side of a product that adds to the residual.
+    fn residual(&self, p: &SkinnyPlan) -> SkinnyArgs {
+        SkinnyArgs {
+            k: p.k as i32,
+            slice: p.slice as i32,
+            inv_width: 1.0 / self.model.dims.expert.width as f32,
+            h: self.h.pointer(),
+            hb: self.hb.pointer(),
+            squares_out: self.squares.pointer(),
+            h_stride: self.sizes.width as i32,
+            ..SkinnyArgs::default()
+        }
+    }
+
+    /// The input side of a product over the normalised residual.
+    fn normalised(&self, p: &SkinnyPlan, rows: usize) -> SkinnyArgs {
+        SkinnyArgs {
+            x: self.hb.pointer(),
+            squares: self.squares.pointer(),
+            square_tiles: self.square_tiles(),
+            inv_width: 1.0 / self.model.dims.expert.width as f32,
+            rows: rows as i32,
+            k: p.k as i32,
+            slice: p.slice as i32,
+            ..SkinnyArgs::default()
+        }
+    }
+
+    fn layer(
+        &self,
+        tables: &Tables,
+        key: Key,
+        step: usize,
+        rows: usize,
+        l: usize,
+        layer: &ExpertLayer,
+    ) -> Result<(), EngineError> {
+        let e = &self.model.dims.expert;
+        let suffix = plan::suffix_rows(&self.model.dims);
+        let (qkv_bias, gate_up_bias) = tables.biases(step, l);
+        let suffix_at = l * suffix * e.head_dim;
+        let (suffix_keys, suffix_values) = (self.suffix_keys.at(suffix_at), self.suffix_values.at(suffix_at));
+        let params = self.inputs.pointer();
+        let horizon = self.model.dims.horizon as i32;
+        let q_stride = (e.heads * e.head_dim) as i32;
+
+        let (next, next_bytes) = self.next(Stage::Qkv, l);
+        let args = SkinnyArgs {
+            w: layer.qkv.pointer(),
+            bias: qkv_bias,
+            next,
+            next_bytes,
+            q: self.q.pointer(),
+            suffix_keys,
+            suffix_values,
+            rope: self.model.rope.pointer(),
+            params,
+            q_stride,
+            heads: e.heads as i32,
+            head_dim: e.head_dim as i32,
+            horizon,
+            has_state: self.has_state() as i32,
+            ..self.normalised(&self.plans.qkv, rows)
+        };
+        for _ in 0..self.times(Stage::Qkv) {
+            self.product(Stage::Qkv, &self.skinny().qkv, &self.plans.qkv, &args)?;
+        }
+
+        let (variant, padded) = self.model.decode_head;
+        let (_, shared) = plan::decode_attention(key.tile * KEY_SPLITS, padded);
+        let (next, next_bytes) = self.next(Stage::Attention, l);
+        let args = DecodeAttentionArgs {
+            q: self.q.pointer(),
+            suffix_keys,
+            suffix_values,
+            out: self.attended.pointer(),
+            params,
+            next,
+            next_bytes,
+            scale: std::f32::consts::LOG2_E / (e.head_dim as f32).sqrt(),
+            layer: l as i32,
+            heads: e.heads as i32,
+            head_dim: e.head_dim as i32,
+            rows: (rows * e.heads) as i32,
+            suffix: suffix as i32,
+            horizon,
+            stride: self.stride(),
+            tile: key.tile as i32,
+        };
+        let shape = Shape {
+            grid: [KEY_SPLITS as u32, (rows * e.heads).div_ceil(QUERY_ROWS) as u32, 1],
+            threads: 256,
+            shared: self.shared(Stage::Attention, shared),
+            cluster: KEY_SPLITS as u32,
+            dependent: self.tuning.dependent,
+        };
+        for _ in 0..self.times(Stage::Attention) {
+            self.model.device.kernels().decode_attention[variant].launch(&self.stream, shape, &args)?;
+        }
+
+        let (next, next_bytes) = self.next(Stage::Out, l);
+        let args = SkinnyArgs {
+            w: layer.out.pointer(),
+            x: self.attended.pointer(),
+            next,
+            next_bytes,
+            rows: rows as i32,
+            scale: tables.scale(&layer.norm2, step, 2 * l + 1),
+            gate: tables.gate(step, 2 * l),
+            ..self.residual(&self.plans.out)
+        };
+        for _ in 0..self.times(Stage::Out) {
+            self.product(Stage::Out, &self.skinny().residual, &self.plans.out, &args)?;
+        }
+
+        let (next, next_bytes) = self.next(Stage::GateUp, l);
+        let args = SkinnyArgs {
+            w: layer.gate_up.pointer(),
+            bias: gate_up_bias,
+            next,
+            next_bytes,
+            y: self.gated.pointer(),
+            ..self.normalised(&self.plans.gate_up, rows)
+        };
+        for _ in 0..self.times(Stage::GateUp) {
+            self.product(Stage::GateUp, &self.skinny().geglu, &self.plans.gate_up, &args)?;
+        }
+
+        let (next, next_bytes) = self.next(Stage::Down, l);
+        let after = self.weights.layers.get(l + 1).map_or(&self.weights.final_norm, |n| &n.norm1);
+        let args = SkinnyArgs {
+            w: layer.down.pointer(),
+            x: self.gated.pointer(),
+            next,
+            next_bytes,
+            rows: rows as i32,
+            scale: tables.scale(after, step, 2 * l + 2),
+            gate: tables.gate(step, 2 * l + 1),
+            ..self.residual(&self.plans.down)
+        };
+        for _ in 0..self.times(Stage::Down) {
+            self.product(Stage::Down, &self.skinny().residual, &self.plans.down, &args)?;
+        }
+        Ok(())
+    }
+
+    /// Queues what lies between two steps: before the first (`done` is none), after step `done`.
+    fn flow(&self, tables: &Tables, done: Option<usize>) -> Result<(), EngineError> {
+        let dims = &self.model.dims;
+        let steps = tables.times.len();
+        let next = done.map_or(0, |s| s + 1);
+        let step = done.unwrap_or(0);
+        let at = |offset: usize| self.inputs.at(offset);
+        let final_index = 2 * self.weights.layers.len();
+        let mut args = FlowArgs {
+            x: self.x.pointer(),
+            velocities: self.velocities.at(step * dims.horizon * dims.action_dim),
+            noise: at(self.block.noise),
+            previous: at(self.block.previous),
+            weights: at(self.block.weights),
+            gains: at(self.block.gains),
+            state: at(self.block.state),
+            params: at(0),
+            h: self.h.pointer(),
+            hb: self.hb.pointer(),
+            u: self.u.pointer(),
+            squares: self.squares.pointer(),
+            out_w: self.weights.out.pointer(),
+            out_b: tables.out_bias(step),
+            out_scale: tables.scale(&self.weights.final_norm, step, final_index),
+            inv_width: 1.0 / dims.expert.width as f32,
+            time: tables.times[step] as f32,
+            dt: (-1.0 / steps as f64) as f32,
+            width: self.sizes.width as i32,
+            horizon: dims.horizon as i32,
+            action_dim: dims.action_dim as i32,
+            state_dim: dims.state_dim as i32,
+            stride: self.stride(),
+            square_tiles: self.square_tiles(),
+            step: done.map_or(-1, |s| s as i32),
+            last: i32::from(next == steps),
+            ..FlowArgs::default()
+        };
+        if next < steps {
+            args.in_b = tables.in_bias(next);
+            args.scale = tables.scale(&self.weights.layers[0].norm1, next, 0);
+            match &self.weights.suffix {
+                Suffix::Pi0 { fold, state, state_bias, .. } => {
+                    args.in_w = fold.pointer();
+                    args.state_w = state.pointer();
+                    args.state_b = state_bias.pointer();
+                }
+                Suffix::Pi05 { action, .. } => {
+                    args.in_w = action.pointer();
+                    args.direct = 1;
+                }
+            }
+        }
+        let rows = dims.horizon + if done.is_none() { self.has_state() } else { 0 };
+        let shape = Shape {
+            shared: (self.sizes.width * 4) as u32,
+            dependent: self.tuning.dependent && done.is_some(),
+            ..Shape::blocks(rows, 256)
+        };
+        self.model.device.kernels().flow.launch(&self.stream, shape, &args)
+    }
+
+    /// Fills the pinned input block.
+    fn write_inputs(&mut self, cache: &CudaCache, input: &DecodeInput<'_>) -> Result<(), EngineError> {
+        let dims = self.model.dims;
+        let chunk = dims.horizon * dims.action_dim;
+        check_len("noise", input.noise, chunk)?;
+        check_finite("noise", input.noise)?;
+        if dims.family == Family::Pi0 {
+            check_len("joint state", input.state, dims.state_dim)?;
+            check_finite("joint state", input.state)?;
+        }
+        let b = self.block;
+        let block = self.input.as_mut_slice();
+        let head: &mut [u32] = bytemuck::cast_slice_mut(&mut block[..HEAD]);
+        let mut word = |at: usize, v: u32| head[at] = v;
+        for (i, v) in [cache.keys(), cache.values(), cache.layer_stride() as u64].into_iter().enumerate() {
+            word(2 * i, v as u32);
+            word(2 * i + 1, (v >> 32) as u32);
+        }
+        word(6, cache.rows as u32);
+        word(7, u32::from(input.guidance.is_some()));
+        block[b.gains..b.noise].fill(0.0);
+        block[b.noise..b.state].copy_from_slice(input.noise);
+        if dims.family == Family::Pi0 {
+            block[b.state..].copy_from_slice(input.state);
+        }
+        let Some(g) = &input.guidance else { return Ok(()) };
+        if g.previous.len() % dims.action_dim != 0 {
+            return Err(EngineError::Shape {
+                what: "previous chunk",
+                expected: format!("rows of {} values", dims.action_dim),
+                found: format!("{} values", g.previous.len()),
+            });
+        }
+        check_finite("previous chunk", g.previous)?;
+        let kept = g.previous.len().min(chunk);
+        block[b.previous..b.previous + kept].copy_from_slice(&g.previous[..kept]);
+        let weights = &mut block[b.weights..b.previous];
+        guidance::row_weights(g.schedule, g.inference_delay, g.execution_horizon, kept / dims.action_dim, weights);
+        for k in 0..input.steps {
+            let t = 1.0 - k as f64 / input.steps as f64;
+            block[b.gains + k] = guidance::gain(t, g.max_weight);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, cache: &CudaCache, input: &DecodeInput<'_>, actions: &mut [f32]) -> Result<(), EngineError> {
+        self.model.device.bind()?;
+        let dims = self.model.dims;
+        check_len("actions", actions, dims.horizon * dims.action_dim)?;
+        if input.steps == 0 || input.steps > MAX_STEPS {
+            return Err(EngineError::Shape {
+                what: "flow-matching steps",
+                expected: format!("1 to {MAX_STEPS}"),
+                found: input.steps.to_string(),
+            });
+        }
+        if cache.rows == 0 {
+            return Err(EngineError::Shape {
+                what: "cache slot",
+                expected: "an encoded prefix".into(),
+                found: "nothing".into(),
+            });
+        }
+        let keys = cache.rows + plan::suffix_rows(&dims);
+        if keys > self.model.positions {
+            return Err(EngineError::Shape {
+                what: "cache slot",
+                expected: format!("at most {} positions with the suffix", self.model.positions),
+                found: keys.to_string(),
+            });
+        }
+        self.write_inputs(cache, input)?;
+        let (tile, _) = plan::decode_attention(keys, self.model.decode_head.1);
+        let key = Key { steps: input.steps, tile };
+        if !self.tables.contains_key(&input.steps) {
+            let tables = Tables::new(&self.model.device, &dims, &self.weights, input.steps)?;
+            self.tables.insert(input.steps, tables);
+        }
+        if !self.graphs.contains_key(&key) {
+            if self.graphs.len() >= KEPT_GRAPHS {
+                self.graphs.clear();
+            }
+            if let Some(tables) = self.tables.get(&input.steps) {
+                let graph = self.stream.capture(|| {
+                    self.stream.upload(&self.input, self.block.len, &self.inputs, 0)?;
+                    self.queue(tables, key)?;
+                    self.stream.download(&self.x, actions.len(), &self.output)
+                })?;
+                self.graphs.insert(key, graph);
+            }
+        }
+        if let Some(graph) = self.graphs.get(&key) {
+            self.stream.record(&self.events[0])?;
+            self.stream.launch_graph(graph)?;
+            self.stream.record(&self.events[1])?;
+        }
+        self.stream.synchronize()?;
+        actions.copy_from_slice(self.output.as_slice());
+        Ok(())
+    }
+}
+
+impl Decoder for CudaDecoder {
+    type Cache = CudaCache;
+
+    fn decode(&mut self, cache: &CudaCache, input: &DecodeInput<'_>, actions: &mut [f32]) -> Result<(), EngineError> {
+        self.run(cache, input, actions)
+    }
+
+    fn decode_with_velocities(
+        &mut self,
+        cache: &CudaCache,
+        input: &DecodeInput<'_>,
+        actions: &mut [f32],
+    ) -> Result<Vec<f32>, EngineError> {
+        self.run(cache, input, actions)?;
+        let mut velocities = vec![0.0; input.steps * actions.len()];
+        self.velocities.read(0, &mut velocities)?;
+        Ok(velocities)
+    }
+}

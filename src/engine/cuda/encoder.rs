@@ -1,0 +1,628 @@
+//! Images and prompt to keys and values: SigLIP over all views at once, then the prefix trunk.
+//!
+//! Large products go to cuBLASLt, the rest is attention.cu and pointwise.cu. The residual streams stay in float32.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Model;
+use super::device::{Buffer, Device, Event, Graph, Pinned, Stream};
+use super::images::Images;
+use super::kernels::{AttentionArgs, GegluArgs, NormArgs, RopeArgs, Shape};
+use super::lt::{Epilogue, Key, Lt, Operands};
+use super::plan::{self, HEAD_DIMS};
+use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS};
+use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
+use crate::model::Dims;
+
+/// Graphs kept before all are dropped.
+const KEPT_GRAPHS: usize = 32;
+
+/// Keys and values of one prefix on the device, `[layers, capacity, head_dim]` each.
+pub struct CudaCache {
+    keys: Buffer<u16>,
+    values: Buffer<u16>,
+    capacity: usize,
+    head_dim: usize,
+    pub(super) rows: usize,
+}
+
+impl CudaCache {
+    pub(super) fn new(device: &Arc<Device>, dims: &Dims, capacity: usize) -> Result<Self, EngineError> {
+        let len = dims.trunk.layers * capacity * dims.trunk.head_dim;
+        Ok(Self {
+            keys: Buffer::zeroed(device, len)?,
+            values: Buffer::zeroed(device, len)?,
+            capacity,
+            head_dim: dims.trunk.head_dim,
+            rows: 0,
+        })
+    }
+
+    pub(super) fn keys(&self) -> u64 {
+        self.keys.pointer()
+    }
+
+    pub(super) fn values(&self) -> u64 {
+        self.values.pointer()
+    }
+
+    /// Elements between layers.
+    pub(super) fn layer_stride(&self) -> usize {
+        self.capacity * self.head_dim
+    }
+
+    /// Overwrites keys and values with NaN patterns: what a test expects to be written again.
+    pub fn poison(&mut self) -> Result<(), EngineError> {
+        self.rows = 0;
+        self.keys.fill(0xff)?;
+        self.values.fill(0xff)
+    }
+
+    /// A planted fault: key `row` of every layer becomes that of the row before it.
+    pub fn drop_key(&mut self, row: usize) -> Result<(), EngineError> {
+        let mut line = vec![0u16; self.head_dim];
+        for start in (0..self.keys.len()).step_by(self.layer_stride()) {
+            for buffer in [&self.keys, &self.values] {
+                buffer.read(start + (row - 1) * self.head_dim, &mut line)?;
+                buffer.write(start + row * self.head_dim, &line)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A planted fault: pretends the prefix had `rows` rows.
+    pub fn set_rows(&mut self, rows: usize) {
+        self.rows = rows;
+    }
+}
+
+impl KvCache for CudaCache {
+    fn len(&self) -> usize {
+        self.rows
+    }
+}
+
+/// Activations for up to `views` views and `rows` prefix rows.
+struct Workspace {
+    views: usize,
+    rows: usize,
+    patches: Buffer<u16>,
+    vision: Buffer<f32>,
+    vision_normed: Buffer<u16>,
+    vision_qkv: Buffer<u16>,
+    vision_attended: Buffer<u16>,
+    vision_mlp: Buffer<u16>,
+    x: Buffer<f32>,
+    normed: Buffer<u16>,
+    qkv: Buffer<u16>,
+    attended: Buffer<u16>,
+    gate_up: Buffer<u16>,
+    mlp: Buffer<u16>,
+}
+
+impl Workspace {
+    fn new(device: &Arc<Device>, dims: &Dims, views: usize, rows: usize) -> Result<Self, EngineError> {
+        let (v, t) = (&dims.vision, &dims.trunk);
+        let tokens = views * v.tokens();
+        let half = |n: usize| Buffer::<u16>::zeroed(device, n);
+        Ok(Self {
+            views,
+            rows,
+            patches: half(tokens * plan::patch_stride(dims))?,
+            vision: Buffer::zeroed(device, tokens * v.width)?,
+            vision_normed: half(tokens * v.width)?,
+            vision_qkv: half(tokens * 3 * v.width)?,
+            vision_attended: half(tokens * v.width)?,
+            vision_mlp: half(tokens * v.mlp)?,
+            x: Buffer::zeroed(device, rows * t.width)?,
+            normed: half(rows * t.width)?,
+            qkv: half(rows * (t.heads + 2) * t.head_dim)?,
+            attended: half(rows * t.heads * t.head_dim)?,
+            gate_up: half(rows * 2 * t.mlp)?,
+            mlp: half(rows * t.mlp)?,
+        })
+    }
+}
+
+/// GPU times of the last encode in milliseconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EncodeTimes {
+    /// Upload and conversion of the frames.
+    pub images: f32,
+    /// SigLIP and projector.
+    pub vision: f32,
+    /// Prefix trunk.
+    pub trunk: f32,
+}
+
+/// The first stage on the GPU.
+pub struct CudaEncoder {
+    model: Arc<Model>,
+    weights: Arc<EncoderWeights>,
+    stream: Stream,
+    lt: Lt,
+    images: Images,
+    workspace: Option<Workspace>,
+    vision_graphs: HashMap<usize, Graph>,
+    trunk_graphs: HashMap<(usize, usize), Graph>,
+    params: (Pinned<u64>, Buffer<u64>),
+    prompt: Vec<u32>,
+    prompt_rows: (Pinned<f32>, Buffer<f32>),
+    events: [Event; 4],
+}
+
+impl CudaEncoder {
+    pub(super) fn new(model: Arc<Model>, weights: Arc<EncoderWeights>) -> Result<Self, EngineError> {
+        let device = Arc::clone(&model.device);
+        let v = &model.dims.vision;
+        let images = Images::new(&device, v.image, v.patch, plan::patch_stride(&model.dims), model.resampler);
+        let event = || Event::new(&device);
+        Ok(Self {
+            stream: Stream::new(&device)?,
+            lt: Lt::new(&device)?,
+            images,
+            workspace: None,
+            vision_graphs: HashMap::new(),
+            trunk_graphs: HashMap::new(),
+            params: (Pinned::zeroed(&device, 3)?, Buffer::zeroed(&device, 3)?),
+            prompt: Vec::new(),
+            prompt_rows: (Pinned::zeroed(&device, 0)?, Buffer::zeroed(&device, 0)?),
+            events: [event()?, event()?, event()?, event()?],
+            model,
+            weights,
+        })
+    }
+
+    /// Times of the last encode.
+    pub fn last_times(&self) -> Result<EncodeTimes, EngineError> {
+        self.model.device.bind()?;
+        let [start, images, vision, trunk] = &self.events;
+        Ok(EncodeTimes {
+            images: images.ms_since(start)?,
+            vision: vision.ms_since(images)?,
+            trunk: trunk.ms_since(vision)?,
+        })
+    }
+
+    /// Overwrites every working buffer with NaN patterns, so that a test sees a value nobody wrote.
+    pub fn poison(&mut self) -> Result<(), EngineError> {
+        let Some(w) = &self.workspace else { return Ok(()) };
+        for b in [
+            &w.vision_normed,
+            &w.vision_qkv,
+            &w.vision_attended,
+            &w.vision_mlp,
+            &w.normed,
+            &w.qkv,
+            &w.attended,
+            &w.gate_up,
+            &w.mlp,
+        ] {
+            b.fill(0xff)?;
+        }
+        w.vision.fill(0xff)?;
+        w.x.fill(0xff)
+    }
+
+    /// The patches of the last encode as bf16 bits, `[views · tokens, patch_stride]`: for tests of the image kernel.
+    pub fn patches(&self, views: usize) -> Result<(Vec<u16>, usize), EngineError> {
+        let stride = plan::patch_stride(&self.model.dims);
+        let mut out = vec![0; views * self.model.dims.vision.tokens() * stride];
+        if let Some(w) = &self.workspace {
+            w.patches.read(0, &mut out)?;
+        }
+        Ok((out, stride))
+    }
+
+    fn check(&self, input: &EncodeInput<'_>, cache: &CudaCache) -> Result<usize, EngineError> {
+        let dims = &self.model.dims;
+        let wrong =
+            |what, expected: String, found: usize| EngineError::Shape { what, expected, found: found.to_string() };
+        if input.views.is_empty() || input.views.len() > MAX_VIEWS {
+            return Err(wrong("views", format!("1 to {MAX_VIEWS}"), input.views.len()));
+        }
+        if input.tokens.is_empty() {
+            return Err(wrong("prompt tokens", "at least 1".into(), 0));
+        }
+        if let Some(t) = input.tokens.iter().find(|t| **t as usize >= dims.vocab) {
+            return Err(wrong("prompt token", format!("below the vocabulary of {}", dims.vocab), *t as usize));
+        }
+        let rows = input.views.len() * dims.vision.tokens() + input.tokens.len();
+        if rows > cache.capacity {
+            return Err(wrong("prefix rows", format!("at most {} in this cache slot", cache.capacity), rows));
+        }
+        if rows > self.model.positions {
+            return Err(wrong("prefix rows", format!("at most {}", self.model.positions), rows));
+        }
+        Ok(rows)
+    }
+
+    /// Grows the buffers; graphs that point into the old ones go with them.
+    fn reserve(&mut self, views: usize, rows: usize) -> Result<(), EngineError> {
+        if self.workspace.as_ref().is_some_and(|w| w.views >= views && w.rows >= rows) {
+            return Ok(());
+        }
+        self.stream.synchronize()?;
+        self.vision_graphs.clear();
+        self.trunk_graphs.clear();
+        let (views, rows) = self.workspace.as_ref().map_or((views, rows), |w| (w.views.max(views), w.rows.max(rows)));
+        self.workspace = None;
+        self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, views, rows)?);
+        Ok(())
+    }
+
+    /// Embeds the prompt if it is not the one already there.
+    fn embed(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
+        if self.prompt == tokens {
+            return Ok(());
+        }
+        let width = self.model.dims.trunk.width;
+        let needed = tokens.len() * width;
+        self.prompt.clear();
+        if self.prompt_rows.1.len() < needed {
+            self.stream.synchronize()?;
+            self.trunk_graphs.clear();
+            let device = &self.model.device;
+            self.prompt_rows = (Pinned::zeroed(device, needed)?, Buffer::zeroed(device, needed)?);
+        }
+        for (token, row) in tokens.iter().zip(self.prompt_rows.0.as_mut_slice().chunks_exact_mut(width)) {
+            self.weights.tokens.embed(*token, row)?;
+        }
+        self.stream.upload(&self.prompt_rows.0, needed, &self.prompt_rows.1, 0)?;
+        self.stream.synchronize()?;
+        self.prompt.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Makes graphs for a shape that has none.
+    fn capture(&mut self, views: usize, tokens: usize) -> Result<(), EngineError> {
+        if self.vision_graphs.len() + self.trunk_graphs.len() > KEPT_GRAPHS {
+            self.vision_graphs.clear();
+            self.trunk_graphs.clear();
+        }
+        let model = Arc::clone(&self.model);
+        let weights = Arc::clone(&self.weights);
+        if !self.vision_graphs.contains_key(&views)
+            && let Some(w) = &self.workspace
+        {
+            let mut queue =
+                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params: 0 };
+            queue.prepare_vision(views)?;
+            let graph = self.stream.capture(|| queue.vision(views))?;
+            self.vision_graphs.insert(views, graph);
+        }
+        if !self.trunk_graphs.contains_key(&(views, tokens))
+            && let Some(w) = &self.workspace
+        {
+            let params = self.params.1.pointer();
+            let mut queue =
+                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params };
+            let rows = views * model.dims.vision.tokens() + tokens;
+            queue.prepare_trunk(rows)?;
+            let prompt = &self.prompt_rows.1;
+            let graph = self.stream.capture(|| {
+                queue.prompt(prompt, rows, tokens)?;
+                queue.trunk(rows)
+            })?;
+            self.trunk_graphs.insert((views, tokens), graph);
+        }
+        Ok(())
+    }
+
+    /// Everything up to the launch of the graphs; returns the prefix rows.
+    fn begin(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<usize, EngineError> {
+        self.model.device.bind()?;
+        let rows = self.check(input, cache)?;
+        cache.rows = 0;
+        let (views, tokens) = (input.views.len(), input.tokens.len());
+        self.reserve(views, rows)?;
+        self.embed(input.tokens)?;
+        self.capture(views, tokens)?;
+        let words = [cache.keys(), cache.values(), cache.layer_stride() as u64];
+        self.params.0.as_mut_slice().copy_from_slice(&words);
+        self.stream.record(&self.events[0])?;
+        self.stream.upload(&self.params.0, 3, &self.params.1, 0)?;
+        let model = Arc::clone(&self.model);
+        let view_patches = model.dims.vision.tokens() * plan::patch_stride(&model.dims);
+        if let Some(w) = &self.workspace {
+            for (i, view) in input.views.iter().enumerate() {
+                self.images.queue(&self.stream, model.device.kernels(), i, view, w.patches.at(i * view_patches))?;
+            }
+        }
+        self.stream.record(&self.events[1])?;
+        Ok(rows)
+    }
+
+    fn launch_vision(&self, views: usize) -> Result<(), EngineError> {
+        if let Some(graph) = self.vision_graphs.get(&views) {
+            self.stream.launch_graph(graph)?;
+        }
+        self.stream.record(&self.events[2])
+    }
+
+    fn launch_trunk(&self, views: usize, tokens: usize) -> Result<(), EngineError> {
+        if let Some(graph) = self.trunk_graphs.get(&(views, tokens)) {
+            self.stream.launch_graph(graph)?;
+        }
+        self.stream.record(&self.events[3])
+    }
+}
+
+impl Encoder for CudaEncoder {
+    type Cache = CudaCache;
+
+    fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<(), EngineError> {
+        let begun = self.begin(input, cache);
+        let launched = begun.and_then(|rows| {
+            self.launch_vision(input.views.len())?;
+            self.launch_trunk(input.views.len(), input.tokens.len())?;
+            Ok(rows)
+        });
+        // Also after an error: nothing may still read the pinned memory when this returns.
+        self.stream.synchronize()?;
+        cache.rows = launched?;
+        Ok(())
+    }
+
+    fn encode_with_embeddings(
+        &mut self,
+        input: &EncodeInput<'_>,
+        cache: &mut CudaCache,
+    ) -> Result<Vec<f32>, EngineError> {
+        let begun = self.begin(input, cache).and_then(|rows| self.launch_vision(input.views.len()).map(|()| rows));
+        self.stream.synchronize()?;
+        let rows = begun?;
+        let width = self.model.dims.trunk.width;
+        let images = (rows - input.tokens.len()) * width;
+        let mut embeddings = vec![0.0; rows * width];
+        let (from_images, from_prompt) = embeddings.split_at_mut(images);
+        if let Some(w) = &self.workspace {
+            w.x.read(0, from_images)?;
+        }
+        self.prompt_rows.1.read(0, from_prompt)?;
+        self.launch_trunk(input.views.len(), input.tokens.len())?;
+        self.stream.synchronize()?;
+        cache.rows = rows;
+        Ok(embeddings)
+    }
+}
+
+/// Queues the stage's kernels on a stream, captured or not.
+struct Queue<'a> {
+    model: &'a Model,
+    weights: &'a EncoderWeights,
+    stream: &'a Stream,
+    lt: &'a mut Lt,
+    w: &'a Workspace,
+    params: u64,
+}
+
+impl Queue<'_> {
+    fn product(
+        &mut self,
+        rows: usize,
+        outputs: usize,
+        k: usize,
+        epilogue: Epilogue,
+        o: Operands,
+    ) -> Result<(), EngineError> {
+        self.lt.run(self.stream, Key { rows, outputs, k, epilogue }, o)
+    }
+
+    /// Plans for every product of the tower: the library may not be asked during a capture.
+    fn prepare_vision(&mut self, views: usize) -> Result<(), EngineError> {
+        let v = &self.model.dims.vision;
+        let rows = views * v.tokens();
+        for (outputs, k, epilogue) in [
+            (v.width, plan::patch_stride(&self.model.dims), Epilogue::Add),
+            (3 * v.width, v.width, Epilogue::Bias),
+            (v.width, v.width, Epilogue::AddBias),
+            (v.mlp, v.width, Epilogue::BiasGelu),
+            (v.width, v.mlp, Epilogue::AddBias),
+            (self.model.dims.trunk.width, v.width, Epilogue::WideBias),
+        ] {
+            self.lt.prepare(Key { rows, outputs, k, epilogue })?;
+        }
+        Ok(())
+    }
+
+    fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
+        let t = &self.model.dims.trunk;
+        let attention = t.heads * t.head_dim;
+        for (outputs, k, epilogue) in [
+            (attention + 2 * t.head_dim, t.width, Epilogue::Store),
+            (2 * t.head_dim, t.width, Epilogue::Store),
+            (t.width, attention, Epilogue::Add),
+            (2 * t.mlp, t.width, Epilogue::Store),
+            (t.width, t.mlp, Epilogue::Add),
+        ] {
+            self.lt.prepare(Key { rows, outputs, k, epilogue })?;
+        }
+        Ok(())
+    }
+
+    fn layer_norm(
+        &self,
+        x: &Buffer<f32>,
+        y: &Buffer<u16>,
+        norm: &LayerNorm,
+        rows: usize,
+        width: usize,
+    ) -> Result<(), EngineError> {
+        let args = NormArgs {
+            x: x.pointer(),
+            y: y.pointer(),
+            scale: norm.scale.pointer(),
+            shift: norm.shift.pointer(),
+            width: width as i32,
+            inv_width: 1.0 / width as f32,
+            eps: 1e-6,
+        };
+        self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+    }
+
+    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
+        let width = self.model.dims.trunk.width;
+        let args = NormArgs {
+            x: self.w.x.pointer(),
+            y: self.w.normed.pointer(),
+            scale: scale.pointer(),
+            shift: 0,
+            width: width as i32,
+            inv_width: 1.0 / width as f32,
+            eps: 1e-6,
+        };
+        self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+    }
+
+    fn attention(
+        &self,
+        heads: usize,
+        batch: usize,
+        variant: (usize, usize),
+        args: &AttentionArgs,
+    ) -> Result<(), EngineError> {
+        let shape = Shape {
+            grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
+            threads: 256,
+            shared: plan::attention_shared(variant.1) as u32,
+            cluster: 1,
+            dependent: true,
+        };
+        self.model.device.kernels().attention[variant.0].launch(self.stream, shape, args)
+    }
+
+    /// Patches to the first rows of x.
+    fn vision(&mut self, views: usize) -> Result<(), EngineError> {
+        let dims = self.model.dims;
+        let v = dims.vision;
+        let w = self.w;
+        let (tokens, rows) = (v.tokens(), views * v.tokens());
+        let weights = self.weights;
+        let h = w.vision.pointer();
+        let patch = Operands {
+            w: weights.patch.pointer(),
+            x: w.patches.pointer(),
+            bias: 0,
+            c: weights.position.pointer(),
+            d: h,
+        };
+        self.product(rows, v.width, plan::patch_stride(&dims), Epilogue::Add, patch)?;
+        let head_dim = v.width / v.heads;
+        for layer in &weights.vision {
+            self.layer_norm(&w.vision, &w.vision_normed, &layer.norm1, rows, v.width)?;
+            let normed = w.vision_normed.pointer();
+            let qkv = w.vision_qkv.pointer();
+            let o = Operands { w: layer.qkv.pointer(), x: normed, bias: layer.qkv_bias.pointer(), c: qkv, d: qkv };
+            self.product(rows, 3 * v.width, v.width, Epilogue::Bias, o)?;
+            let args = AttentionArgs {
+                q: qkv,
+                k: w.vision_qkv.at(v.width),
+                v: w.vision_qkv.at(2 * v.width),
+                out: w.vision_attended.pointer(),
+                q_batch: (tokens * 3 * v.width) as i64,
+                kv_batch: (tokens * 3 * v.width) as i64,
+                out_batch: (tokens * v.width) as i64,
+                q_row: 3 * v.width as i32,
+                kv_row: 3 * v.width as i32,
+                kv_head: head_dim as i32,
+                out_row: v.width as i32,
+                rows: tokens as i32,
+                keys: tokens as i32,
+                head_dim: head_dim as i32,
+                scale: std::f32::consts::LOG2_E / (head_dim as f32).sqrt(),
+                ..AttentionArgs::default()
+            };
+            self.attention(v.heads, views, self.model.vision_head, &args)?;
+            let o = Operands {
+                w: layer.out.pointer(),
+                x: w.vision_attended.pointer(),
+                bias: layer.out_bias.pointer(),
+                c: h,
+                d: h,
+            };
+            self.product(rows, v.width, v.width, Epilogue::AddBias, o)?;
+            self.layer_norm(&w.vision, &w.vision_normed, &layer.norm2, rows, v.width)?;
+            let mlp = w.vision_mlp.pointer();
+            let o = Operands { w: layer.fc1.pointer(), x: normed, bias: layer.fc1_bias.pointer(), c: mlp, d: mlp };
+            self.product(rows, v.mlp, v.width, Epilogue::BiasGelu, o)?;
+            let o = Operands { w: layer.fc2.pointer(), x: mlp, bias: layer.fc2_bias.pointer(), c: h, d: h };
+            self.product(rows, v.width, v.mlp, Epilogue::AddBias, o)?;
+        }
+        self.layer_norm(&w.vision, &w.vision_normed, &weights.post_norm, rows, v.width)?;
+        let x = w.x.pointer();
+        let o = Operands {
+            w: weights.projector.pointer(),
+            x: w.vision_normed.pointer(),
+            bias: weights.projector_bias.pointer(),
+            c: x,
+            d: x,
+        };
+        self.product(rows, dims.trunk.width, v.width, Epilogue::WideBias, o)
+    }
+
+    /// The prompt's rows behind those of the images.
+    fn prompt(&self, prompt: &Buffer<f32>, rows: usize, tokens: usize) -> Result<(), EngineError> {
+        let width = self.model.dims.trunk.width;
+        self.stream.copy(prompt, tokens * width, &self.w.x, (rows - tokens) * width)
+    }
+
+    /// x to keys and values of every layer.
+    fn trunk(&mut self, rows: usize) -> Result<(), EngineError> {
+        let t = self.model.dims.trunk;
+        let w = self.w;
+        let weights = self.weights;
+        let (x, normed, qkv) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer());
+        let attention = t.heads * t.head_dim;
+        for (l, layer) in weights.trunk.iter().enumerate() {
+            self.rms_norm(&layer.norm1, rows)?;
+            let heads = if layer.rest.is_some() { t.heads } else { 0 };
+            let o = Operands { w: layer.qkv.pointer(), x: normed, bias: 0, c: qkv, d: qkv };
+            self.product(rows, (heads + 2) * t.head_dim, t.width, Epilogue::Store, o)?;
+            let rope = RopeArgs {
+                qkv,
+                rope: self.model.rope.pointer(),
+                params: self.params,
+                rows: rows as i32,
+                heads: heads as i32,
+                head_dim: t.head_dim as i32,
+                layer: l as i32,
+            };
+            let items = rows * (heads + 2) * (t.head_dim / 8);
+            self.model.device.kernels().rope.launch(self.stream, Shape::items(items, 256), &rope)?;
+            let Some(rest) = &layer.rest else { break };
+            let args = AttentionArgs {
+                q: qkv,
+                out: w.attended.pointer(),
+                params: self.params,
+                q_row: (attention + 2 * t.head_dim) as i32,
+                kv_row: t.head_dim as i32,
+                out_row: attention as i32,
+                rows: rows as i32,
+                keys: rows as i32,
+                head_dim: t.head_dim as i32,
+                layer: l as i32,
+                scale: std::f32::consts::LOG2_E / (t.head_dim as f32).sqrt(),
+                ..AttentionArgs::default()
+            };
+            self.attention(t.heads, 1, self.model.trunk_head, &args)?;
+            let o = Operands { w: rest.out.pointer(), x: w.attended.pointer(), bias: 0, c: x, d: x };
+            self.product(rows, t.width, attention, Epilogue::Add, o)?;
+            self.rms_norm(&rest.norm2, rows)?;
+            let gate_up = w.gate_up.pointer();
+            let o = Operands { w: rest.gate_up.pointer(), x: normed, bias: 0, c: gate_up, d: gate_up };
+            self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
+            let geglu = GegluArgs { gate_up, y: w.mlp.pointer(), rows: rows as i32, mlp: t.mlp as i32 };
+            self.model.device.kernels().geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
+            let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
+            self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
+        }
+        Ok(())
+    }
+}
+
+/// Head dimensions the encoder's attention is compiled for, looked up once.
+pub(super) fn head_variant(head_dim: usize) -> Option<(usize, usize)> {
+    plan::head_dim(&HEAD_DIMS, head_dim)
+}

@@ -1,0 +1,473 @@
+//! The kernels of `kernels/*.cu`: their argument blocks, and how each is launched.
+//!
+//! Every block mirrors the C struct of the same name; its size is compared with the compiled kernel's when it is
+//! loaded. Addresses are device addresses, 0 for null.
+
+use std::ffi::{CString, c_void};
+use std::marker::PhantomData;
+
+use cudarc::driver::sys;
+
+use super::device::{Stream, check};
+use crate::engine::EngineError;
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// `SkinnyArgs` of skinny.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SkinnyArgs {
+    pub w: u64,
+    pub x: u64,
+    pub squares: u64,
+    pub bias: u64,
+    pub next: u64,
+    pub next_bytes: u64,
+    pub square_tiles: i32,
+    pub inv_width: f32,
+    pub rows: i32,
+    pub k: i32,
+    pub slice: i32,
+    pub q: u64,
+    pub suffix_keys: u64,
+    pub suffix_values: u64,
+    pub rope: u64,
+    pub params: u64,
+    pub q_stride: i32,
+    pub heads: i32,
+    pub head_dim: i32,
+    pub horizon: i32,
+    pub has_state: i32,
+    pub y: u64,
+    pub h: u64,
+    pub hb: u64,
+    pub scale: u64,
+    pub gate: u64,
+    pub squares_out: u64,
+    pub h_stride: i32,
+    pub init: i32,
+}
+
+/// `DecodeAttentionArgs` of decode_attention.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DecodeAttentionArgs {
+    pub q: u64,
+    pub suffix_keys: u64,
+    pub suffix_values: u64,
+    pub out: u64,
+    pub params: u64,
+    pub next: u64,
+    pub next_bytes: u64,
+    pub scale: f32,
+    pub layer: i32,
+    pub heads: i32,
+    pub head_dim: i32,
+    pub rows: i32,
+    pub suffix: i32,
+    pub horizon: i32,
+    pub stride: i32,
+    pub tile: i32,
+}
+
+/// `FlowArgs` of flow.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct FlowArgs {
+    pub x: u64,
+    pub velocities: u64,
+    pub noise: u64,
+    pub previous: u64,
+    pub weights: u64,
+    pub gains: u64,
+    pub state: u64,
+    pub params: u64,
+    pub h: u64,
+    pub hb: u64,
+    pub u: u64,
+    pub squares: u64,
+    pub out_w: u64,
+    pub out_b: u64,
+    pub out_scale: u64,
+    pub in_w: u64,
+    pub in_b: u64,
+    pub state_w: u64,
+    pub state_b: u64,
+    pub scale: u64,
+    pub inv_width: f32,
+    pub time: f32,
+    pub dt: f32,
+    pub width: i32,
+    pub horizon: i32,
+    pub action_dim: i32,
+    pub state_dim: i32,
+    pub stride: i32,
+    pub square_tiles: i32,
+    pub step: i32,
+    pub last: i32,
+    pub direct: i32,
+}
+
+/// `AttentionArgs` of attention.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct AttentionArgs {
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub out: u64,
+    pub params: u64,
+    pub q_batch: i64,
+    pub kv_batch: i64,
+    pub out_batch: i64,
+    pub q_row: i32,
+    pub kv_row: i32,
+    pub kv_head: i32,
+    pub out_row: i32,
+    pub rows: i32,
+    pub keys: i32,
+    pub head_dim: i32,
+    pub layer: i32,
+    pub scale: f32,
+}
+
+/// `NormArgs` of pointwise.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct NormArgs {
+    pub x: u64,
+    pub y: u64,
+    pub scale: u64,
+    pub shift: u64,
+    pub width: i32,
+    pub inv_width: f32,
+    pub eps: f32,
+}
+
+/// `RopeArgs` of pointwise.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct RopeArgs {
+    pub qkv: u64,
+    pub rope: u64,
+    pub params: u64,
+    pub rows: i32,
+    pub heads: i32,
+    pub head_dim: i32,
+    pub layer: i32,
+}
+
+/// `GegluArgs` of pointwise.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct GegluArgs {
+    pub gate_up: u64,
+    pub y: u64,
+    pub rows: i32,
+    pub mlp: i32,
+}
+
+/// `ImageArgs` of image.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ImageArgs {
+    pub bytes: u64,
+    pub first: u64,
+    pub count: u64,
+    pub weights: u64,
+    pub patches: u64,
+    pub planes: u64,
+    pub width: i32,
+    pub height: i32,
+    pub step: i32,
+    pub pixel: i32,
+    pub red: i32,
+    pub green: i32,
+    pub blue: i32,
+    pub size: i32,
+    pub resized_w: i32,
+    pub resized_h: i32,
+    pub left: i32,
+    pub top: i32,
+    pub patch: i32,
+    pub patch_stride: i32,
+    pub taps: i32,
+    pub resampler: i32,
+}
+
+/// `CopyArgs` of load.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct CopyArgs {
+    pub from: u64,
+    pub to: u64,
+    pub rows: i64,
+    pub cols: i64,
+    pub stride: i64,
+    pub dtype: i32,
+    pub to_f32: i32,
+    pub transpose: i32,
+    pub add: f32,
+    pub factor: f32,
+}
+
+/// `PackArgs` of load.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PackArgs {
+    pub from: u64,
+    pub to: u64,
+    pub rows: i64,
+    pub cols: i64,
+    pub padded_k: i64,
+    pub dtype: i32,
+    pub order: i32,
+    pub first: i32,
+    pub head_dim: i32,
+}
+
+/// `ProductArgs` of load.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ProductArgs {
+    pub w: u64,
+    pub x: u64,
+    pub bias: u64,
+    pub y: u64,
+    pub rows: i64,
+    pub k: i64,
+    pub padded_k: i64,
+    pub x_stride: i64,
+    pub y_stride: i64,
+    pub dtype: i32,
+    pub count: i32,
+    pub silu: i32,
+    pub add: f32,
+}
+
+/// `RandomArgs` of load.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct RandomArgs {
+    pub to: u64,
+    pub count: i64,
+    pub seed: u64,
+    pub deviation: f32,
+    pub to_f32: i32,
+}
+
+/// Grid, block, shared memory and cluster of one launch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub grid: [u32; 3],
+    pub threads: u32,
+    pub shared: u32,
+    /// Blocks along x that form a cluster; 1 for none.
+    pub cluster: u32,
+    /// Whether it may start before the kernel in front of it ends; such a kernel waits by itself.
+    pub dependent: bool,
+}
+
+impl Shape {
+    pub fn blocks(count: usize, threads: u32) -> Self {
+        let grid = [u32::try_from(count).unwrap_or(u32::MAX), 1, 1];
+        Self { grid, threads, shared: 0, cluster: 1, dependent: true }
+    }
+
+    /// Enough blocks of `threads` for one thread per item.
+    pub fn items(count: usize, threads: u32) -> Self {
+        Self::blocks(count.div_ceil(threads as usize), threads)
+    }
+}
+
+/// A kernel that takes one argument block `A`.
+pub(super) struct Kernel<A> {
+    function: sys::CUfunction,
+    name: Box<str>,
+    takes: PhantomData<fn(A)>,
+}
+
+// SAFETY: a driver handle that lives as long as its module, which `Kernels` owns beside it.
+unsafe impl<A> Send for Kernel<A> {}
+// SAFETY: as above.
+unsafe impl<A> Sync for Kernel<A> {}
+
+impl<A: Copy> Kernel<A> {
+    /// Queues one launch. What `args` points at must be live and large enough until it has run: the launchers in
+    /// encoder.rs and decoder.rs compute both from the same dimensions.
+    pub fn launch(&self, stream: &Stream, shape: Shape, args: &A) -> Result<(), EngineError> {
+        let mut args = *args;
+        let mut parameters = [(&raw mut args).cast::<c_void>()];
+        let mut attributes = Vec::with_capacity(2);
+        // SAFETY: all-zero is a valid launch attribute (IGNORE).
+        let blank: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        if shape.cluster > 1 {
+            let mut a = blank;
+            a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            a.value.clusterDim.x = shape.cluster;
+            a.value.clusterDim.y = 1;
+            a.value.clusterDim.z = 1;
+            attributes.push(a);
+        }
+        if shape.dependent {
+            let mut a = blank;
+            a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            a.value.programmaticStreamSerializationAllowed = 1;
+            attributes.push(a);
+        }
+        let config = sys::CUlaunchConfig {
+            gridDimX: shape.grid[0],
+            gridDimY: shape.grid[1],
+            gridDimZ: shape.grid[2],
+            blockDimX: shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared,
+            hStream: stream.raw(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
+        // SAFETY: the function is loaded, its one parameter has this type's size (checked at load), and the driver
+        // copies parameters and attributes before it returns.
+        let code =
+            unsafe { sys::cuLaunchKernelEx(&config, self.function, parameters.as_mut_ptr(), std::ptr::null_mut()) };
+        check(code, "launching a kernel").map_err(|e| match e {
+            EngineError::Device { what, reason, remedy } => {
+                EngineError::Device { what, reason: format!("{}: {reason}", self.name), remedy }
+            }
+            other => other,
+        })
+    }
+}
+
+struct Module(sys::CUmodule);
+
+impl Module {
+    fn load(image: &[u8]) -> Result<Self, EngineError> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a whole fat binary made by nvcc; it carries its own length.
+        check(unsafe { sys::cuModuleLoadData(&mut raw, image.as_ptr().cast()) }, "loading kernels")?;
+        Ok(Self(raw))
+    }
+
+    /// The kernel `name`, allowed to use `shared` bytes of dynamic shared memory.
+    fn kernel<A>(&self, name: &str, shared: usize) -> Result<Kernel<A>, EngineError> {
+        let internal = |reason: String| EngineError::Device {
+            what: "loading kernels",
+            reason: format!("{name}: {reason}"),
+            remedy: "rebuild: the kernels and the program do not belong together".into(),
+        };
+        let symbol = CString::new(name).map_err(|e| internal(e.to_string()))?;
+        let mut function = std::ptr::null_mut();
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: a loaded module, a C string and out-parameters on this stack.
+        unsafe {
+            check(sys::cuModuleGetFunction(&mut function, self.0, symbol.as_ptr()), "finding a kernel")?;
+            check(sys::cuFuncGetParamInfo(function, 0, &mut offset, &mut size), "reading a kernel's parameters")?;
+        }
+        if size != size_of::<A>() {
+            return Err(internal(format!("takes {size} bytes, the program gives {}", size_of::<A>())));
+        }
+        if shared > 48 * 1024 {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a loaded function.
+            let set = unsafe { sys::cuFuncSetAttribute(function, attribute, shared as i32) };
+            check(set, "raising a kernel's shared memory")?;
+        }
+        // The same split of L1 and shared memory for every kernel: a change of it would drain the SMs in between.
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: a loaded function; 100 asks for as much shared memory as there is.
+        let set = unsafe { sys::cuFuncSetAttribute(function, carveout, 100) };
+        check(set, "choosing a kernel's shared memory")?;
+        Ok(Kernel { function, name: name.into(), takes: PhantomData })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: loaded once; its kernels are gone with `Kernels`.
+        unsafe { sys::cuModuleUnload(self.0) };
+    }
+}
+
+/// Dynamic shared memory of one block on sm_90 and sm_100, less what kernels declare themselves.
+const MAX_SHARED: usize = 224 * 1024;
+
+/// The three products of skinny.cu for one number of token tiles, each by cluster size ([`super::plan::CLUSTERS`]).
+pub(super) struct Skinny {
+    pub qkv: [Kernel<SkinnyArgs>; 4],
+    pub geglu: [Kernel<SkinnyArgs>; 4],
+    pub residual: [Kernel<SkinnyArgs>; 4],
+}
+
+/// Every kernel, loaded.
+pub(super) struct Kernels {
+    /// By token tiles, see [`super::plan::TOKEN_TILES`].
+    pub skinny: [Skinny; 4],
+    /// By padded head dimension, see [`super::plan::DECODE_HEAD_DIMS`].
+    pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
+    /// By padded head dimension, see [`super::plan::HEAD_DIMS`].
+    pub attention: [Kernel<AttentionArgs>; 4],
+    pub flow: Kernel<FlowArgs>,
+    pub norm: Kernel<NormArgs>,
+    pub rope: Kernel<RopeArgs>,
+    pub geglu: Kernel<GegluArgs>,
+    pub image: Kernel<ImageArgs>,
+    pub copy: Kernel<CopyArgs>,
+    pub pack: Kernel<PackArgs>,
+    pub product: Kernel<ProductArgs>,
+    pub random: Kernel<RandomArgs>,
+    _modules: Vec<Module>,
+}
+
+impl Kernels {
+    /// Loads every image into the current context.
+    pub fn load() -> Result<Self, EngineError> {
+        let mut modules = Vec::new();
+        let mut open = |name: &'static str| -> Result<usize, EngineError> {
+            let image = IMAGES.iter().find(|(n, _)| *n == name).ok_or(EngineError::Device {
+                what: "loading kernels",
+                reason: format!("kernels/{name}.cu is not embedded"),
+                remedy: "rebuild with the feature 'cuda'".into(),
+            })?;
+            modules.push(Module::load(image.1)?);
+            Ok(modules.len() - 1)
+        };
+        let (skinny, decode, attention) = (open("skinny")?, open("decode_attention")?, open("attention")?);
+        let (flow, pointwise, image, load) = (open("flow")?, open("pointwise")?, open("image")?, open("load")?);
+        let family = |tiles: usize| -> Result<Skinny, EngineError> {
+            let by_cluster = |kind: &str| -> Result<[Kernel<SkinnyArgs>; 4], EngineError> {
+                let kernel = |c: usize| modules[skinny].kernel(&format!("skinny_{kind}_{tiles}_{c}"), MAX_SHARED);
+                let [a, b, c, d] = super::plan::CLUSTERS;
+                Ok([kernel(a)?, kernel(b)?, kernel(c)?, kernel(d)?])
+            };
+            Ok(Skinny { qkv: by_cluster("qkv")?, geglu: by_cluster("geglu")?, residual: by_cluster("residual")? })
+        };
+        let [t0, t1, t2, t3] = super::plan::TOKEN_TILES;
+        Ok(Self {
+            skinny: [family(t0)?, family(t1)?, family(t2)?, family(t3)?],
+            decode_attention: [
+                modules[decode].kernel("decode_attention_32", MAX_SHARED)?,
+                modules[decode].kernel("decode_attention_64", MAX_SHARED)?,
+                modules[decode].kernel("decode_attention_128", MAX_SHARED)?,
+                modules[decode].kernel("decode_attention_256", MAX_SHARED)?,
+            ],
+            attention: [
+                modules[attention].kernel("attention_32", MAX_SHARED)?,
+                modules[attention].kernel("attention_80", MAX_SHARED)?,
+                modules[attention].kernel("attention_128", MAX_SHARED)?,
+                modules[attention].kernel("attention_256", MAX_SHARED)?,
+            ],
+            flow: modules[flow].kernel("flow_step", 0)?,
+            norm: modules[pointwise].kernel("row_norm", 0)?,
+            rope: modules[pointwise].kernel("rope_cache", 0)?,
+            geglu: modules[pointwise].kernel("geglu", 0)?,
+            image: modules[image].kernel("image_patches", 0)?,
+            copy: modules[load].kernel("load_copy", 0)?,
+            pack: modules[load].kernel("load_pack", 0)?,
+            product: modules[load].kernel("load_product", 0)?,
+            random: modules[load].kernel("load_random", 0)?,
+            _modules: modules,
+        })
+    }
+}

@@ -1,0 +1,237 @@
+//! π0 and π0.5 on an NVIDIA GPU: bf16 weights, float32 sums and residuals.
+//!
+//! Data flow: `images` (bytes to patches) → `encoder` (SigLIP and trunk, fills the cache) → `decoder` (action expert,
+//! one graph of all steps). `device` owns driver objects, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix
+//! products, `plan` every choice of kernel and shape, `load` and `weights` the way from a file to the layouts above,
+//! `time` what depends on flow time alone.
+//!
+//! A captured graph holds addresses of its stage's own buffers only; cache slots, lengths and guidance are read from a
+//! block uploaded before each run. Results are bitwise repeatable: no float atomics, every sum in one order.
+
+mod decoder;
+mod device;
+mod encoder;
+mod images;
+mod kernels;
+mod load;
+mod lt;
+mod plan;
+mod rope;
+mod time;
+mod weights;
+
+use std::sync::Arc;
+
+pub use decoder::CudaDecoder;
+pub use device::{Capability, Device as Gpu};
+pub use encoder::{CudaCache, CudaEncoder, EncodeTimes};
+pub use plan::Stage;
+
+use super::{Engine, EngineError};
+use crate::model::{Checkpoint, Dims, Resampler};
+use device::Buffer;
+use load::Source;
+use weights::{DecoderWeights, EncoderWeights, MAX_VIEWS};
+
+/// The GPU's name and what it offers, or why it cannot be used.
+pub fn probe(ordinal: usize) -> Result<String, EngineError> {
+    let gpu = Gpu::open(ordinal)?;
+    let (free, total) = gpu.memory()?;
+    let (major, minor) = gpu.capability();
+    let gib = |n: usize| n as f64 / f64::from(1 << 30);
+    Ok(format!("{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)", gpu.name(), gpu.sms(), gib(free), gib(total)))
+}
+
+/// What the stages share beside their weights.
+struct Model {
+    dims: Dims,
+    resampler: Resampler,
+    /// Index and padded size of the attention kernels.
+    vision_head: (usize, usize),
+    trunk_head: (usize, usize),
+    decode_head: (usize, usize),
+    /// Rows of the rotation table.
+    positions: usize,
+    rope: Buffer<f32>,
+    device: Arc<Gpu>,
+}
+
+/// Knobs of the decoder that change its speed but not its results, except `slices`, which fixes the order of sums.
+#[derive(Debug, Clone, Copy)]
+pub struct Tuning {
+    slices: plan::Slices,
+    /// Whether kernels start before the one in front has ended.
+    dependent: bool,
+    /// Which kernel moves the weights of which later one into L2.
+    prefetch: [Option<(Stage, Stage)>; 5],
+    /// Kernels of which an SM holds one block at most.
+    exclusive: [bool; 5],
+    /// A kernel to launch twice: its time is the difference, its results are wrong.
+    twice: Option<Stage>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            slices: plan::SLICES,
+            dependent: true,
+            prefetch: plan::PREFETCH,
+            exclusive: plan::EXCLUSIVE,
+            twice: None,
+        }
+    }
+}
+
+impl Tuning {
+    /// These K slices for the products QKV, O, gate/up and down.
+    pub fn slices(mut self, [qkv, out, gate_up, down]: [usize; 4]) -> Self {
+        self.slices = plan::Slices { qkv, out, gate_up, down };
+        self
+    }
+
+    /// With or without dependent launch.
+    pub fn dependent(mut self, on: bool) -> Self {
+        self.dependent = on;
+        self
+    }
+
+    /// Only these kernels keep an SM from holding two of their blocks.
+    pub fn exclusive(mut self, stages: &[Stage]) -> Self {
+        self.exclusive = [false; 5];
+        stages.iter().for_each(|s| self.exclusive[*s as usize] = true);
+        self
+    }
+
+    /// Launches this kernel twice: what one costs where it stands is the difference in time. Results are wrong.
+    pub fn twice(mut self, stage: Stage) -> Self {
+        self.twice = Some(stage);
+        self
+    }
+
+    /// These prefetches into L2, at most five.
+    pub fn prefetch(mut self, pairs: &[(Stage, Stage)]) -> Self {
+        self.prefetch = [None; 5];
+        for (slot, pair) in self.prefetch.iter_mut().zip(pairs) {
+            *slot = Some(*pair);
+        }
+        self
+    }
+}
+
+/// A checkpoint on one GPU.
+pub struct CudaEngine {
+    model: Arc<Model>,
+    encoder: Arc<EncoderWeights>,
+    decoder: Arc<DecoderWeights>,
+    tuning: Tuning,
+}
+
+impl CudaEngine {
+    /// Brings the weights of `checkpoint` to GPU `ordinal`. `resampler` brings camera frames to the model's size.
+    ///
+    /// Errors: no such GPU, driver or library; too little memory; dimensions the kernels cannot run.
+    pub fn load(checkpoint: &Checkpoint, resampler: Resampler, ordinal: usize) -> Result<Self, EngineError> {
+        Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal)
+    }
+
+    /// A model of these dimensions with weights drawn from `seed` on the GPU: for benchmarks.
+    pub fn random(dims: &Dims, resampler: Resampler, ordinal: usize, seed: u64) -> Result<Self, EngineError> {
+        Self::new(*dims, Source::Random(seed), resampler, ordinal)
+    }
+
+    fn new(dims: Dims, source: Source<'_>, resampler: Resampler, ordinal: usize) -> Result<Self, EngineError> {
+        plan::check(&dims)?;
+        let device = Gpu::open(ordinal)?;
+        let variant = |found: Option<(usize, usize)>, d: usize| {
+            found.ok_or_else(|| EngineError::Shape {
+                what: "head dimension",
+                expected: "at most 256".into(),
+                found: d.to_string(),
+            })
+        };
+        let vision_head = dims.vision.width / dims.vision.heads;
+        let head = dims.trunk.head_dim;
+        let positions = MAX_VIEWS * dims.vision.tokens() + dims.max_tokens.max(256) + 64;
+        let (encoder, decoder) = weights::load(&device, &dims, source)?;
+        let model = Model {
+            dims,
+            resampler,
+            vision_head: variant(encoder::head_variant(vision_head), vision_head)?,
+            trunk_head: variant(encoder::head_variant(head), head)?,
+            decode_head: variant(plan::head_dim(&plan::DECODE_HEAD_DIMS, head), head)?,
+            positions,
+            rope: rope::table(&device, positions, head)?,
+            device,
+        };
+        Ok(Self {
+            model: Arc::new(model),
+            encoder: Arc::new(encoder),
+            decoder: Arc::new(decoder),
+            tuning: Tuning::default(),
+        })
+    }
+
+    /// The same engine with other knobs for the stages made from now on.
+    pub fn tuned(mut self, tuning: Tuning) -> Self {
+        self.tuning = tuning;
+        self
+    }
+
+    /// The GPU it runs on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.model.device
+    }
+}
+
+impl Engine for CudaEngine {
+    type Cache = CudaCache;
+    type Encoder = CudaEncoder;
+    type Decoder = CudaDecoder;
+
+    fn dims(&self) -> &Dims {
+        &self.model.dims
+    }
+
+    fn describe(&self) -> String {
+        let gpu = &self.model.device;
+        let (major, minor) = gpu.capability();
+        format!("cuda:{}, {} (sm_{major}{minor}), bf16, {} SMs", gpu.ordinal(), gpu.name(), gpu.sms())
+    }
+
+    fn cache(&self, views: usize, tokens: usize) -> Result<CudaCache, EngineError> {
+        let rows = views.saturating_mul(self.model.dims.vision.tokens()).saturating_add(tokens);
+        if rows == 0 || rows > self.model.positions {
+            return Err(EngineError::Shape {
+                what: "cache slot",
+                expected: format!("1 to {} rows", self.model.positions),
+                found: format!("{rows} ({views} views and {tokens} prompt tokens)"),
+            });
+        }
+        CudaCache::new(&self.model.device, &self.model.dims, rows)
+    }
+
+    fn stages(&self) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
+        Ok((
+            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder))?,
+            CudaDecoder::new(Arc::clone(&self.model), Arc::clone(&self.decoder), self.tuning)?,
+        ))
+    }
+}
+
+fn check_len(what: &'static str, values: &[f32], expected: usize) -> Result<(), EngineError> {
+    if values.len() == expected {
+        return Ok(());
+    }
+    Err(EngineError::Shape { what, expected: format!("{expected} values"), found: values.len().to_string() })
+}
+
+fn check_finite(what: &'static str, values: &[f32]) -> Result<(), EngineError> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(EngineError::Shape {
+            what,
+            expected: "finite values".into(),
+            found: format!("{} at index {at}", values[at]),
+        }),
+    }
+}

@@ -1,0 +1,235 @@
+//! Which kernel, how many blocks and how much shared memory: pure functions of the dimensions, tested without a GPU.
+//!
+//! Nothing here depends on the number of SMs: slices of K and the order of their sums are fixed by the shape, so
+//! results are bitwise equal whatever share of the GPU runs them.
+
+use crate::engine::EngineError;
+use crate::model::{Dims, Family, StackDims};
+
+/// Weight rows a block of the skinny product owns.
+pub(super) const TILE: usize = 64;
+/// K of one step of it.
+pub(super) const STEP_K: usize = 128;
+/// Token tiles of 8 rows it is compiled for.
+pub(super) const TOKEN_TILES: [usize; 4] = [2, 4, 7, 8];
+/// Padded head dimensions the decoder's attention is compiled for.
+pub(super) const DECODE_HEAD_DIMS: [usize; 4] = [32, 64, 128, 256];
+/// Padded head dimensions the encoder's attention is compiled for.
+pub(super) const HEAD_DIMS: [usize; 4] = [32, 80, 128, 256];
+/// Blocks over which the decoder's attention splits the keys.
+pub(super) const KEY_SPLITS: usize = 8;
+/// Query rows of one block of it.
+pub(super) const QUERY_ROWS: usize = 32;
+/// Most keys one pass of it holds.
+const MAX_KEY_TILE: usize = 128;
+/// Cluster sizes the skinny product is compiled for; every chip schedules up to 8.
+pub(super) const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
+/// Bytes of sums in shared memory: 68 floats a token row.
+const SUMS_PER_ROW: usize = 68 * 4;
+
+/// `n` rounded up to a multiple of `to`.
+pub(super) fn pad(n: usize, to: usize) -> usize {
+    n.div_ceil(to) * to
+}
+
+/// One skinny product: `tiles` of 64 weight rows by `cluster` slices of K.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SkinnyPlan {
+    pub tiles: usize,
+    pub k: usize,
+    pub slice: usize,
+    pub cluster: usize,
+    pub shared: usize,
+}
+
+/// The plan of a product of `rows` weight rows over `k`, with `token_tiles` tiles of 8 tokens. `slice` is the K of one
+/// block wished for; it grows until the slices of one tile fit a cluster.
+pub(super) fn skinny(rows: usize, k: usize, token_tiles: usize, slice: usize) -> SkinnyPlan {
+    let k = pad(k, STEP_K);
+    let steps = k / STEP_K;
+    // The number of slices must divide the steps, so that all are equal.
+    let wished = (k / slice.max(STEP_K)).max(1);
+    let cluster = CLUSTERS.into_iter().rev().find(|c| *c <= wished && steps.is_multiple_of(*c)).unwrap_or(1);
+    let slice = k / cluster;
+    let own = slice / STEP_K;
+    let stage = STEP_K / 8 * (8 * token_tiles + 2) * 16;
+    let ring = own * TILE * STEP_K * 2 + stage * own.min(3);
+    // Partial sums, and behind them what the peers send: 64 floats a token row and slice.
+    let rows_in = 8 * token_tiles;
+    let sums = SUMS_PER_ROW * rows_in + cluster * rows_in.div_ceil(cluster) * TILE * 4;
+    SkinnyPlan { tiles: rows.div_ceil(TILE), k, slice, cluster, shared: ring.max(sums) }
+}
+
+/// Index into [`TOKEN_TILES`] for `rows` tokens.
+pub(super) fn token_tiles(rows: usize) -> Option<usize> {
+    TOKEN_TILES.iter().position(|t| 8 * t >= rows)
+}
+
+/// Token rows of the largest step: the actions and, for π0, the state.
+pub(super) fn suffix_rows(dims: &Dims) -> usize {
+    dims.horizon + usize::from(dims.family == Family::Pi0)
+}
+
+/// Keys a pass of the decoder's attention and its shared memory, for `keys` in all.
+pub(super) fn decode_attention(keys: usize, head_dim: usize) -> (usize, usize) {
+    let tile = pad(keys.div_ceil(KEY_SPLITS), 16).clamp(16, MAX_KEY_TILE);
+    let row = (head_dim + 8) * 2;
+    let queries = QUERY_ROWS * row;
+    // What the other ranks send lies over the keys.
+    let inbox = QUERY_ROWS * head_dim * 4;
+    let scores = QUERY_ROWS * (tile + 4) * 4;
+    (tile, queries + inbox.max(tile * row) + tile * row + scores)
+}
+
+/// Shared memory of the encoder's attention: queries, and two stages of keys and values.
+pub(super) fn attention_shared(head_dim: usize) -> usize {
+    5 * 64 * (head_dim + 8) * 2
+}
+
+/// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
+pub(super) fn head_dim(compiled: &[usize], head_dim: usize) -> Option<(usize, usize)> {
+    compiled.iter().position(|d| *d >= head_dim).map(|i| (i, compiled[i]))
+}
+
+/// Patch columns as the tower's first product wants them: 16-byte rows.
+pub(super) fn patch_stride(dims: &Dims) -> usize {
+    pad(3 * dims.vision.patch * dims.vision.patch, 8)
+}
+
+/// K slices of the decoder's products, chosen on an H200 (docs/performance.md).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slices {
+    pub qkv: usize,
+    pub out: usize,
+    pub gate_up: usize,
+    pub down: usize,
+}
+
+/// The default of [`Slices`].
+pub(super) const SLICES: Slices = Slices { qkv: 256, out: 256, gate_up: 512, down: 512 };
+
+/// The kernels of one layer, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Norm and attention projections.
+    Qkv,
+    /// Attention.
+    Attention,
+    /// Output projection of the attention.
+    Out,
+    /// Norm, gate and up projections.
+    GateUp,
+    /// Down projection.
+    Down,
+}
+
+/// Which kernel moves the weights of which later one into L2, chosen with [`SLICES`].
+pub(super) const PREFETCH: [Option<(Stage, Stage)>; 5] = [None; 5];
+
+/// Kernels that ask for so much shared memory that an SM holds one of their blocks at most. A kernel that starts early
+/// goes wherever there is room, and two of its blocks on one SM while others stand empty cost more than prefetching
+/// saves. In the order of [`Stage`]; chosen with [`SLICES`].
+pub(super) const EXCLUSIVE: [bool; 5] = [false, true, false, false, false];
+/// More than half of what an SM has.
+pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
+
+/// Refuses dimensions the kernels cannot run, by name.
+pub(super) fn check(dims: &Dims) -> Result<(), EngineError> {
+    let refuse = |what: &'static str, expected: &str, found: usize| {
+        Err(EngineError::Shape {
+            what,
+            expected: format!("{expected} on the GPU (device:=cpu has no such limit)"),
+            found: found.to_string(),
+        })
+    };
+    let v = &dims.vision;
+    let vision_head = v.width / v.heads.max(1);
+    if token_tiles(suffix_rows(dims)).is_none() {
+        return refuse("action horizon", "at most 63", dims.horizon);
+    }
+    for (what, d) in [("vision head dimension", vision_head), ("head dimension", dims.trunk.head_dim)] {
+        if d % 8 != 0 || d > 256 {
+            return refuse(what, "a multiple of 8, at most 256", d);
+        }
+    }
+    let even = |s: &StackDims| [s.width, s.mlp];
+    for n in even(&dims.trunk).into_iter().chain(even(&dims.expert)).chain([v.width, v.mlp]) {
+        if n % 8 != 0 {
+            return refuse("model width", "a multiple of 8", n);
+        }
+    }
+    for n in [v.width, dims.trunk.width] {
+        if n > 4096 {
+            return refuse("model width", "at most 4096", n);
+        }
+    }
+    for (what, n) in [("action dimension", dims.action_dim), ("state dimension", dims.state_dim)] {
+        if n > 128 {
+            return refuse(what, "at most 128", n);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_cover_k_exactly_and_fit_a_cluster() {
+        for (rows, k, slice) in [
+            (2560, 1024, 512),
+            (1024, 2048, 256),
+            (8192, 1024, 512),
+            (1024, 4096, 512),
+            (64, 16, 512),
+            (100, 33, 128),
+            (1024, 1152, 256),
+        ] {
+            for tiles in TOKEN_TILES {
+                let p = skinny(rows, k, tiles, slice);
+                assert_eq!(p.slice * p.cluster, p.k, "{p:?}");
+                assert!(p.k >= k && p.k - k < STEP_K && p.slice % STEP_K == 0 && p.cluster <= 8, "{p:?}");
+                assert!(p.tiles * TILE >= rows && (p.tiles - 1) * TILE < rows);
+                assert!(p.shared <= 224 * 1024, "{p:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_full_size_decoder_leaves_room_for_a_second_block() {
+        for (rows, k, slice) in [
+            (2560, 1024, SLICES.qkv),
+            (1024, 2048, SLICES.out),
+            (8192, 1024, SLICES.gate_up),
+            (1024, 4096, SLICES.down),
+        ] {
+            let p = skinny(rows, k, 7, slice);
+            assert!(
+                2 * (p.shared + 1536) <= 227 * 1024,
+                "prefetch under the kernel in front needs two blocks an SM: {p:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn attention_variants_are_the_smallest_that_fit() {
+        assert_eq!(head_dim(&HEAD_DIMS, 72), Some((1, 80)));
+        assert_eq!(head_dim(&HEAD_DIMS, 256), Some((3, 256)));
+        assert_eq!(head_dim(&HEAD_DIMS, 8), Some((0, 32)));
+        assert_eq!(head_dim(&HEAD_DIMS, 264), None);
+        assert_eq!(token_tiles(51), Some(2));
+        assert_eq!(token_tiles(9), Some(0));
+        assert_eq!(token_tiles(65), None);
+    }
+
+    #[test]
+    fn keys_are_split_in_tiles_that_fit_shared_memory() {
+        for keys in [9, 49, 327, 583, 839, 1100, 3000] {
+            let (tile, shared) = decode_attention(keys, 256);
+            assert!(tile % 16 == 0 && shared <= 224 * 1024, "{keys}: {tile} {shared}");
+            assert!(tile == 128 || tile * KEY_SPLITS >= keys);
+        }
+        assert!(attention_shared(256) <= 224 * 1024);
+    }
+}

@@ -1,0 +1,498 @@
+//! A checkpoint on the device: bf16 matrices in the layouts the kernels want, norms and biases in float32.
+
+use std::sync::Arc;
+
+use super::device::{Buffer, Device, Stream};
+use super::kernels::{CopyArgs, PackArgs};
+use super::load::{Loader, Source};
+use super::plan::{self, STEP_K, TILE, pad};
+use crate::engine::EngineError;
+use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
+
+/// Views one encode may hold.
+pub(super) const MAX_VIEWS: usize = 8;
+
+/// Scale and shift of a LayerNorm, `[width]` each.
+pub(super) struct LayerNorm {
+    pub scale: Buffer<f32>,
+    pub shift: Buffer<f32>,
+}
+
+/// One SigLIP layer. Matrices are `[outputs, inputs]`.
+pub(super) struct VisionLayer {
+    pub norm1: LayerNorm,
+    pub qkv: Buffer<u16>,
+    pub qkv_bias: Buffer<u16>,
+    pub out: Buffer<u16>,
+    pub out_bias: Buffer<f32>,
+    pub norm2: LayerNorm,
+    pub fc1: Buffer<u16>,
+    pub fc1_bias: Buffer<u16>,
+    pub fc2: Buffer<u16>,
+    pub fc2_bias: Buffer<f32>,
+}
+
+/// The part of a trunk layer after its keys and values; the last layer has none.
+pub(super) struct TrunkRest {
+    pub out: Buffer<u16>,
+    pub norm2: Buffer<f32>,
+    pub gate_up: Buffer<u16>,
+    pub down: Buffer<u16>,
+}
+
+/// One trunk layer. Norms hold 1 + weight.
+pub(super) struct TrunkLayer {
+    pub norm1: Buffer<f32>,
+    /// Queries, keys, values; only keys and values in the last layer.
+    pub qkv: Buffer<u16>,
+    pub rest: Option<TrunkRest>,
+}
+
+/// Everything the encoder reads.
+pub(super) struct EncoderWeights {
+    /// `[width, patch_stride]`.
+    pub patch: Buffer<u16>,
+    /// Position embedding plus patch bias, once per view: `[MAX_VIEWS, tokens, width]`.
+    pub position: Buffer<f32>,
+    pub vision: Vec<VisionLayer>,
+    pub post_norm: LayerNorm,
+    pub projector: Buffer<u16>,
+    pub projector_bias: Buffer<f32>,
+    pub trunk: Vec<TrunkLayer>,
+    pub tokens: TokenTable,
+}
+
+/// Where prompt embeddings come from: the table stays on the host, a prompt needs a few rows of it.
+pub(super) enum TokenTable {
+    File(Tensor),
+    Random(u64),
+}
+
+impl TokenTable {
+    /// Writes row `token` of the table into `out`, scaled by √width (spec section 3).
+    pub fn embed(&self, token: u32, out: &mut [f32]) -> Result<(), EngineError> {
+        match self {
+            TokenTable::File(table) => table.row_f32(token as usize, out)?,
+            TokenTable::Random(seed) => Source::random_host(seed ^ u64::from(token), 1.0, out),
+        }
+        let scale = (out.len() as f32).sqrt();
+        out.iter_mut().for_each(|v| *v *= scale);
+        Ok(())
+    }
+}
+
+/// A norm of the expert.
+pub(super) enum ExpertNorm {
+    /// 1 + weight, `[padded width]`.
+    Plain(Buffer<f32>),
+    /// The dense layer `[3·width, width]` as the file has it, its element type, and its bias.
+    Adaptive { weight: Buffer<u8>, dtype: i32, bias: Buffer<f32> },
+}
+
+/// One expert layer; matrices are packed for skinny.cu.
+pub(super) struct ExpertLayer {
+    pub norm1: ExpertNorm,
+    pub qkv: Buffer<u16>,
+    pub out: Buffer<u16>,
+    pub norm2: ExpertNorm,
+    pub gate_up: Buffer<u16>,
+    pub down: Buffer<u16>,
+}
+
+/// How actions become tokens, folded where that is exact (spec section 5). Host values, float32.
+pub(super) enum Suffix {
+    /// token = out·SiLU(fold·x + bias(t)) + out_bias.
+    Pi0 {
+        /// Action half of the first time layer times the action projection, `[action_dim, padded width]`.
+        fold: Buffer<f32>,
+        /// What of the first layer's bias does not depend on time, `[width]`.
+        constant: Vec<f32>,
+        /// Time half of the first layer, `[width, width]`.
+        time: Vec<f32>,
+        out: Buffer<u16>,
+        out_bias: Buffer<f32>,
+        /// `[state_dim, padded width]`.
+        state: Buffer<f32>,
+        state_bias: Buffer<f32>,
+    },
+    /// token = action·x + bias; time acts through the norms.
+    Pi05 {
+        action: Buffer<f32>,
+        action_bias: Buffer<f32>,
+        /// Weight and bias of the two layers of the condition.
+        mlp: [(Vec<f32>, Vec<f32>); 2],
+    },
+}
+
+/// Everything the decoder reads.
+pub(super) struct DecoderWeights {
+    pub layers: Vec<ExpertLayer>,
+    pub final_norm: ExpertNorm,
+    pub suffix: Suffix,
+    /// `[action_dim, padded width]` and `[action_dim]`.
+    pub out: Buffer<f32>,
+    pub out_bias: Vec<f32>,
+}
+
+/// Sizes of the decoder's padded matrices.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExpertSizes {
+    /// Width padded to a step of K; also the row stride of the residual.
+    pub width: usize,
+    pub attention: usize,
+    pub mlp: usize,
+    /// Rows of each packed matrix, padded to whole tiles.
+    pub qkv_rows: usize,
+    pub gate_up_rows: usize,
+    pub width_rows: usize,
+}
+
+impl ExpertSizes {
+    pub fn new(s: &StackDims) -> Self {
+        Self {
+            width: pad(s.width, STEP_K),
+            attention: pad(s.heads * s.head_dim, STEP_K),
+            mlp: pad(s.mlp, STEP_K),
+            qkv_rows: pad((s.heads + 2) * s.head_dim, TILE),
+            gate_up_rows: pad(s.mlp, TILE / 2) * 2,
+            width_rows: pad(s.width, TILE),
+        }
+    }
+}
+
+/// Bytes the weights take on the device, for a check before anything is allocated.
+pub(super) fn weight_bytes(dims: &Dims) -> usize {
+    let (v, t, e) = (&dims.vision, &dims.trunk, &dims.expert);
+    let vision =
+        v.layers * (4 * v.width * v.width + 2 * v.width * v.mlp) + v.width * (plan::patch_stride(dims) + t.width);
+    let stack = |s: &StackDims| (2 * s.heads + 2) * s.head_dim * s.width + 3 * s.width * s.mlp;
+    let adaptive = if dims.family == Family::Pi05 { (2 * e.layers + 1) * 3 * e.width * e.width } else { 0 };
+    let matrices = vision + t.layers.saturating_sub(1) * stack(t) + e.layers * stack(e) + e.width * e.width + adaptive;
+    2 * matrices + MAX_VIEWS * v.tokens() * v.width * 4
+}
+
+/// What a matrix row becomes in packed order; the numbers are those of load.cu.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    Natural,
+    /// Pairs of the rotation, from that head on.
+    Heads(usize),
+    Gate,
+    Up,
+}
+
+/// Reads tensors through the loader into buffers.
+struct Reader<'a, 'b> {
+    loader: &'a mut Loader<'b>,
+    device: Arc<Device>,
+}
+
+impl Reader<'_, '_> {
+    fn stream(&self) -> &Stream {
+        self.loader.stream()
+    }
+
+    /// Converts tensor `name` `[rows, cols]` into `to` from element `at` on, rows `stride` apart.
+    fn place<T: super::device::Plain>(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        to: &Buffer<T>,
+        at: usize,
+        stride: usize,
+        add: f32,
+    ) -> Result<(), EngineError> {
+        let (from, dtype) = self.loader.stage(name, shape)?;
+        let cols: usize = shape.iter().skip(1).product();
+        let (rows, cols) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], cols) };
+        let args = CopyArgs {
+            from,
+            to: to.at(at),
+            rows: rows as i64,
+            cols: cols as i64,
+            stride: stride as i64,
+            dtype,
+            to_f32: i32::from(size_of::<T>() == 4),
+            transpose: 0,
+            add,
+            factor: 1.0,
+        };
+        self.loader.convert(&self.device.kernels().copy, rows * cols, &args)
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<Buffer<u16>, EngineError> {
+        let to = Buffer::zeroed(&self.device, rows * cols)?;
+        self.place(name, &[rows, cols], &to, 0, cols, 0.0)?;
+        Ok(to)
+    }
+
+    /// Several matrices of `cols` columns, one below the other.
+    fn stacked(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Buffer<u16>, EngineError> {
+        let to = Buffer::zeroed(&self.device, parts.iter().map(|p| p.1).sum::<usize>() * cols)?;
+        let mut at = 0;
+        for (name, rows) in parts {
+            self.place(name, &[*rows, cols], &to, at * cols, cols, 0.0)?;
+            at += rows;
+        }
+        Ok(to)
+    }
+
+    fn vector<T: super::device::Plain>(
+        &mut self,
+        name: &str,
+        len: usize,
+        padded: usize,
+        add: f32,
+    ) -> Result<Buffer<T>, EngineError> {
+        let to = Buffer::zeroed(&self.device, padded)?;
+        self.place(name, &[len], &to, 0, len, add)?;
+        Ok(to)
+    }
+
+    fn layer_norm(&mut self, name: &str, len: usize) -> Result<LayerNorm, EngineError> {
+        Ok(LayerNorm {
+            scale: self.vector(&format!("{name}.weight"), len, len, 0.0)?,
+            shift: self.vector(&format!("{name}.bias"), len, len, 0.0)?,
+        })
+    }
+
+    fn pack(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        order: Order,
+        head_dim: usize,
+        to: &Buffer<u16>,
+    ) -> Result<(), EngineError> {
+        let (from, dtype) = self.loader.stage(name, &[rows, cols])?;
+        let (order, first) = match order {
+            Order::Natural => (0, 0),
+            Order::Heads(h) => (1, h),
+            Order::Gate => (2, 0),
+            Order::Up => (3, 0),
+        };
+        let args = PackArgs {
+            from,
+            to: to.pointer(),
+            rows: rows as i64,
+            cols: cols as i64,
+            padded_k: pad(cols, STEP_K) as i64,
+            dtype,
+            order,
+            first: first as i32,
+            head_dim: head_dim as i32,
+        };
+        self.loader.convert(&self.device.kernels().pack, rows * cols, &args)
+    }
+
+    fn expert_norm(&mut self, name: &str, dims: &Dims) -> Result<ExpertNorm, EngineError> {
+        let (width, padded) = (dims.expert.width, pad(dims.expert.width, STEP_K));
+        match dims.family {
+            Family::Pi0 => Ok(ExpertNorm::Plain(self.vector(&format!("{name}.weight"), width, padded, 1.0)?)),
+            Family::Pi05 => {
+                let (weight, dtype) = self.loader.keep(&format!("{name}.dense.weight"), &[3 * width, width])?;
+                let bias = self.vector(&format!("{name}.dense.bias"), 3 * width, 3 * width, 0.0)?;
+                Ok(ExpertNorm::Adaptive { weight, dtype, bias })
+            }
+        }
+    }
+
+    fn expert_layer(&mut self, i: usize, dims: &Dims) -> Result<ExpertLayer, EngineError> {
+        let (e, n) = (&dims.expert, ExpertSizes::new(&dims.expert));
+        let layer = format!("{EXPERT}.layers.{i}");
+        let name = |module: &str| format!("{layer}.{module}_proj.weight");
+        let device = Arc::clone(&self.device);
+        let packed = |rows: usize, k: usize| Buffer::<u16>::zeroed(&device, rows * k);
+        let qkv = packed(n.qkv_rows, n.width)?;
+        self.pack(&name("self_attn.q"), e.heads * e.head_dim, e.width, Order::Heads(0), e.head_dim, &qkv)?;
+        self.pack(&name("self_attn.k"), e.head_dim, e.width, Order::Heads(e.heads), e.head_dim, &qkv)?;
+        self.pack(&name("self_attn.v"), e.head_dim, e.width, Order::Heads(e.heads + 1), e.head_dim, &qkv)?;
+        let out = packed(n.width_rows, n.attention)?;
+        self.pack(&name("self_attn.o"), e.width, e.heads * e.head_dim, Order::Natural, 2, &out)?;
+        let gate_up = packed(n.gate_up_rows, n.width)?;
+        self.pack(&name("mlp.gate"), e.mlp, e.width, Order::Gate, 2, &gate_up)?;
+        self.pack(&name("mlp.up"), e.mlp, e.width, Order::Up, 2, &gate_up)?;
+        let down = packed(n.width_rows, n.mlp)?;
+        self.pack(&name("mlp.down"), e.width, e.mlp, Order::Natural, 2, &down)?;
+        let norm1 = self.expert_norm(&format!("{layer}.input_layernorm"), dims)?;
+        let norm2 = self.expert_norm(&format!("{layer}.post_attention_layernorm"), dims)?;
+        Ok(ExpertLayer { norm1, qkv, out, norm2, gate_up, down })
+    }
+
+    /// `[rows, cols]` host values as the float32 matrix `[cols, padded rows]`.
+    fn transposed(&self, values: &[f32], rows: usize, cols: usize, padded: usize) -> Result<Buffer<f32>, EngineError> {
+        let mut t = vec![0.0; cols * padded];
+        for (r, row) in values.chunks_exact(cols).enumerate() {
+            for (c, v) in row.iter().enumerate() {
+                t[c * padded + r] = *v;
+            }
+        }
+        debug_assert_eq!(values.len(), rows * cols);
+        Buffer::from_slice(&self.device, &t)
+    }
+
+    fn padded(&self, values: &[f32], len: usize) -> Result<Buffer<f32>, EngineError> {
+        let to = Buffer::zeroed(&self.device, len)?;
+        to.write(0, values)?;
+        Ok(to)
+    }
+
+    fn suffix(&mut self, dims: &Dims) -> Result<Suffix, EngineError> {
+        let (w, a) = (dims.expert.width, dims.action_dim);
+        let n = ExpertSizes::new(&dims.expert);
+        let action = self.loader.host("action_in_proj.weight", &[w, a])?;
+        let action_bias = self.loader.host("action_in_proj.bias", &[w])?;
+        if dims.family == Family::Pi05 {
+            let mut layer = |name: &str| -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+                Ok((
+                    self.loader.host(&format!("{name}.weight"), &[w, w])?,
+                    self.loader.host(&format!("{name}.bias"), &[w])?,
+                ))
+            };
+            let mlp = [layer("time_mlp_in")?, layer("time_mlp_out")?];
+            return Ok(Suffix::Pi05 {
+                action: self.transposed(&action, w, a, n.width)?,
+                action_bias: self.padded(&action_bias, n.width)?,
+                mlp,
+            });
+        }
+        let first = self.loader.host("action_time_mlp_in.weight", &[w, 2 * w])?;
+        let mut constant = self.loader.host("action_time_mlp_in.bias", &[w])?;
+        let mut fold = vec![0.0; w * a];
+        let mut time = vec![0.0; w * w];
+        for (r, row) in first.chunks_exact(2 * w).enumerate() {
+            let (on_action, on_time) = row.split_at(w);
+            time[r * w..(r + 1) * w].copy_from_slice(on_time);
+            let mut sums = vec![0.0f64; a];
+            let mut bias = f64::from(constant[r]);
+            for ((weight, projection), b) in on_action.iter().zip(action.chunks_exact(a)).zip(&action_bias) {
+                for (s, p) in sums.iter_mut().zip(projection) {
+                    *s += f64::from(*weight) * f64::from(*p);
+                }
+                bias += f64::from(*weight) * f64::from(*b);
+            }
+            for (f, s) in fold[r * a..(r + 1) * a].iter_mut().zip(&sums) {
+                *f = *s as f32;
+            }
+            constant[r] = bias as f32;
+        }
+        let out = Buffer::zeroed(&self.device, n.width_rows * n.width)?;
+        self.pack("action_time_mlp_out.weight", w, w, Order::Natural, 2, &out)?;
+        let out_bias = self.vector("action_time_mlp_out.bias", w, n.width, 0.0)?;
+        let state = self.loader.host("state_proj.weight", &[w, dims.state_dim])?;
+        let state_bias = self.loader.host("state_proj.bias", &[w])?;
+        Ok(Suffix::Pi0 {
+            fold: self.transposed(&fold, w, a, n.width)?,
+            constant,
+            time,
+            out,
+            out_bias,
+            state: self.transposed(&state, w, dims.state_dim, n.width)?,
+            state_bias: self.padded(&state_bias, n.width)?,
+        })
+    }
+
+    fn vision_layer(&mut self, i: usize, dims: &Dims) -> Result<VisionLayer, EngineError> {
+        let v = &dims.vision;
+        let layer = format!("{VISION}.encoder.layers.{i}");
+        let attention = |part: &str, kind: &str| format!("{layer}.self_attn.{part}_proj.{kind}");
+        let parts = ["q", "k", "v"];
+        let qkv = self.stacked(&parts.map(|p| (attention(p, "weight"), v.width)), v.width)?;
+        let qkv_bias = Buffer::zeroed(&self.device, 3 * v.width)?;
+        for (at, p) in parts.iter().enumerate() {
+            self.place(&attention(p, "bias"), &[v.width], &qkv_bias, at * v.width, v.width, 0.0)?;
+        }
+        Ok(VisionLayer {
+            norm1: self.layer_norm(&format!("{layer}.layer_norm1"), v.width)?,
+            qkv,
+            qkv_bias,
+            out: self.matrix(&attention("out", "weight"), v.width, v.width)?,
+            out_bias: self.vector(&attention("out", "bias"), v.width, v.width, 0.0)?,
+            norm2: self.layer_norm(&format!("{layer}.layer_norm2"), v.width)?,
+            fc1: self.matrix(&format!("{layer}.mlp.fc1.weight"), v.mlp, v.width)?,
+            fc1_bias: self.vector(&format!("{layer}.mlp.fc1.bias"), v.mlp, v.mlp, 0.0)?,
+            fc2: self.matrix(&format!("{layer}.mlp.fc2.weight"), v.width, v.mlp)?,
+            fc2_bias: self.vector(&format!("{layer}.mlp.fc2.bias"), v.width, v.width, 0.0)?,
+        })
+    }
+
+    fn trunk_layer(&mut self, i: usize, dims: &Dims) -> Result<TrunkLayer, EngineError> {
+        let t = &dims.trunk;
+        let layer = format!("{TRUNK}.layers.{i}");
+        let name = |module: &str| format!("{layer}.{module}_proj.weight");
+        let last = i + 1 == t.layers;
+        let mut parts = vec![(name("self_attn.k"), t.head_dim), (name("self_attn.v"), t.head_dim)];
+        if !last {
+            parts.insert(0, (name("self_attn.q"), t.heads * t.head_dim));
+        }
+        let norm1 = self.vector(&format!("{layer}.input_layernorm.weight"), t.width, t.width, 1.0)?;
+        let qkv = self.stacked(&parts, t.width)?;
+        let rest = if last {
+            None
+        } else {
+            Some(TrunkRest {
+                out: self.matrix(&name("self_attn.o"), t.width, t.heads * t.head_dim)?,
+                norm2: self.vector(&format!("{layer}.post_attention_layernorm.weight"), t.width, t.width, 1.0)?,
+                gate_up: self.stacked(&[(name("mlp.gate"), t.mlp), (name("mlp.up"), t.mlp)], t.width)?,
+                down: self.matrix(&name("mlp.down"), t.width, t.mlp)?,
+            })
+        };
+        Ok(TrunkLayer { norm1, qkv, rest })
+    }
+
+    fn encoder(&mut self, dims: &Dims) -> Result<EncoderWeights, EngineError> {
+        let v = &dims.vision;
+        let (stride, tokens) = (plan::patch_stride(dims), v.tokens());
+        let patch = Buffer::zeroed(&self.device, v.width * stride)?;
+        let embeddings = format!("{VISION}.embeddings");
+        let shape = [v.width, 3, v.patch, v.patch];
+        self.place(&format!("{embeddings}.patch_embedding.weight"), &shape, &patch, 0, stride, 0.0)?;
+        let bias = self.loader.host(&format!("{embeddings}.patch_embedding.bias"), &[v.width])?;
+        let mut position = self.loader.host(&format!("{embeddings}.position_embedding.weight"), &[tokens, v.width])?;
+        for row in position.chunks_exact_mut(v.width) {
+            row.iter_mut().zip(&bias).for_each(|(p, b)| *p += b);
+        }
+        Ok(EncoderWeights {
+            patch,
+            position: Buffer::from_slice(&self.device, &position.repeat(MAX_VIEWS))?,
+            vision: (0..v.layers).map(|i| self.vision_layer(i, dims)).collect::<Result<_, _>>()?,
+            post_norm: self.layer_norm(&format!("{VISION}.post_layernorm"), v.width)?,
+            projector: self.matrix(&format!("{PROJECTOR}.weight"), dims.trunk.width, v.width)?,
+            projector_bias: self.vector(&format!("{PROJECTOR}.bias"), dims.trunk.width, dims.trunk.width, 0.0)?,
+            trunk: (0..dims.trunk.layers).map(|i| self.trunk_layer(i, dims)).collect::<Result<_, _>>()?,
+            tokens: self.loader.token_table()?,
+        })
+    }
+
+    fn decoder(&mut self, dims: &Dims) -> Result<DecoderWeights, EngineError> {
+        let padded = pad(dims.expert.width, STEP_K);
+        let to = Buffer::zeroed(&self.device, dims.action_dim * padded)?;
+        self.place("action_out_proj.weight", &[dims.action_dim, dims.expert.width], &to, 0, padded, 0.0)?;
+        Ok(DecoderWeights {
+            layers: (0..dims.expert.layers).map(|i| self.expert_layer(i, dims)).collect::<Result<_, _>>()?,
+            final_norm: self.expert_norm(&format!("{EXPERT}.norm"), dims)?,
+            suffix: self.suffix(dims)?,
+            out: to,
+            out_bias: self.loader.host("action_out_proj.bias", &[dims.action_dim])?,
+        })
+    }
+}
+
+/// Brings all weights of `source` to `device`.
+pub(super) fn load(
+    device: &Arc<Device>,
+    dims: &Dims,
+    source: Source<'_>,
+) -> Result<(EncoderWeights, DecoderWeights), EngineError> {
+    let needed = weight_bytes(dims);
+    let (free, _) = device.memory()?;
+    if needed > free {
+        return Err(EngineError::Memory { device: device.name().into(), needed, free });
+    }
+    let mut loader = Loader::new(device, source)?;
+    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device) };
+    let weights = (reader.encoder(dims)?, reader.decoder(dims)?);
+    reader.stream().synchronize()?;
+    Ok(weights)
+}

@@ -1,0 +1,114 @@
+//! Times of the two stages at full size on random weights, over the decoder's knobs. Prints tables, asserts nothing
+//! about speed. Needs a GPU: `scripts/gpu-check`.
+
+#[allow(dead_code)]
+#[path = "common/seeded.rs"]
+mod seeded;
+
+use pi0_mps::engine::cuda::{CudaEngine, Stage, Tuning};
+use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
+use pi0_mps::model::{Dims, Family, Frame, Resampler};
+use seeded::{full_width, normals};
+
+fn median(mut v: Vec<f32>) -> (f32, f32, f32) {
+    v.sort_by(f32::total_cmp);
+    (v[v.len() / 2], v[v.len() / 20], v[v.len() * 95 / 100])
+}
+
+fn dims() -> Dims {
+    let mut dims = full_width(Family::Pi0, 18);
+    dims.vision.layers = 27;
+    dims.vocab = 257_152;
+    dims
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn stage_times() {
+    let dims = dims();
+    let start = std::time::Instant::now();
+    let engine = CudaEngine::random(&dims, Resampler::OpenPi, 0, 1).unwrap();
+    println!("{} loaded in {:.1} s", engine.describe(), start.elapsed().as_secs_f32());
+    let bytes: Vec<u8> = normals(3, 640 * 480 * 3).iter().map(|x| (128.0 + 60.0 * x) as u8).collect();
+    let frame = Frame::new(640, 480, 640 * 3, "rgb8", bytes).unwrap();
+    let tokens: Vec<u32> = (2..22).collect();
+    let (state, noise) = (normals(4, 32), normals(5, 50 * 32));
+    let mut cache = engine.cache(3, 48).unwrap();
+    {
+        let (mut encoder, _) = engine.stages().unwrap();
+        for views in [1, 2, 3] {
+            let views = vec![View::Frame(&frame); views];
+            let mut parts: [Vec<f32>; 4] = Default::default();
+            for run in 0..60 {
+                let start = std::time::Instant::now();
+                encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+                let host = start.elapsed().as_secs_f32() * 1e3;
+                let t = encoder.last_times().unwrap();
+                if run >= 10 {
+                    for (p, v) in parts.iter_mut().zip([host, t.images, t.vision, t.trunk]) {
+                        p.push(v);
+                    }
+                }
+            }
+            let [host, images, vision, trunk] = parts.map(|p| median(p).0);
+            println!(
+                "encode {} views: host {host:.3} ms; images {images:.3}, vision {vision:.3}, trunk {trunk:.3}",
+                views.len()
+            );
+        }
+        let views = [View::Frame(&frame), View::Frame(&frame)];
+        encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+    }
+    let mut engine = Some(engine);
+    use Stage::*;
+    let prefetches: [&[(Stage, Stage)]; 2] =
+        [&[(Attention, GateUp)], &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)]];
+    let slices = [[512, 256, 512, 512], [512, 512, 512, 512], [256, 256, 1024, 512]];
+    let exclusives: [&[Stage]; 7] = [
+        &[],
+        &[Attention],
+        &[Attention, Down],
+        &[Attention, Out, Down],
+        &[Qkv, Attention, Out, Down],
+        &[Qkv, Attention, Out, GateUp, Down],
+        &[Qkv, Out, Down],
+    ];
+    let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
+    let mut base: Option<Vec<f32>> = None;
+    let mut time = |label: String, tuning: Tuning, same: bool| {
+        let mut taken = engine.take().unwrap();
+        taken = taken.tuned(tuning);
+        let (_, mut decoder) = taken.stages().unwrap();
+        engine = Some(taken);
+        let mut actions = vec![0.0; noise.len()];
+        let mut times = Vec::new();
+        for run in 0..120 {
+            decoder.decode(&cache, &input, &mut actions).unwrap();
+            if run >= 20 {
+                times.push(decoder.last_ms().unwrap());
+            }
+        }
+        let (mid, low, high) = median(times);
+        println!("decode {label}: {mid:.3} ms ({low:.3} to {high:.3})");
+        if same {
+            assert!(actions.iter().all(|a| a.is_finite()));
+            assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
+        }
+    };
+    time("default".into(), Tuning::default(), true);
+    time("without dependent launch".into(), Tuning::default().dependent(false), true);
+    for prefetch in prefetches {
+        time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
+    }
+    for stages in exclusives {
+        time(format!("exclusive {stages:?}"), Tuning::default().exclusive(stages), true);
+        let fewer = Tuning::default().exclusive(stages).slices([512, 256, 512, 512]);
+        time(format!("exclusive {stages:?}, slices [512, 256, 512, 512]"), fewer, false);
+    }
+    for slices in slices {
+        time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
+    }
+    for stage in [Qkv, Attention, Out, GateUp, Down] {
+        time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
+    }
+}
