@@ -197,6 +197,13 @@ pub enum EngineError {
     },
 }
 
+impl EngineError {
+    /// Whether the engine is lost: a CUDA error is sticky, and every later call would fail too.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, EngineError::Device { .. })
+    }
+}
+
 impl Blame for EngineError {
     fn fault(&self) -> Fault {
         match self {

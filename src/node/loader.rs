@@ -92,10 +92,10 @@ fn watch(core: &Core) {
     core.signals.set_lifecycle(Lifecycle::Ready);
     while !stopping() {
         if let Some(fault) = lock(&core.pipeline).as_ref().and_then(Pipeline::fault) {
-            tracing::error!("{fault}");
+            tracing::error!("{}", fault.1);
             core.signals.inference_failed.store(true, Ordering::Release);
             core.signals.set_lifecycle(Lifecycle::Failed);
-            *lock(&core.failure) = Some((Fault::Internal, fault));
+            *lock(&core.failure) = Some(fault);
             return;
         }
         std::thread::sleep(LOOK);

@@ -253,7 +253,7 @@ fn inference(f: &Facts<'_>) -> Diagnostic {
         values.push(pair(format!("chunks_refused_{}", ChunkRefusal::NAMES[i]), n));
     }
     let mut problems = Vec::new();
-    if let Some(fault) = &r.fault {
+    if let Some((_, fault)) = &r.fault {
         problems.push((Level::Error, fault.clone()));
     }
     if let Some(why) = &r.waiting_for {

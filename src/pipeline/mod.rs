@@ -300,7 +300,8 @@ impl Pipeline {
                 shared.report(|r| r.rights.push((format!("{name}.cpu"), granted.to_string())));
             }
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err() {
-                shared.report(|r| r.fault = Some(format!("the {name} thread panicked: see the log; restart the node")));
+                let what = format!("the {name} thread panicked: see the log; restart the node");
+                shared.report(|r| r.fault = Some((Fault::Internal, what)));
             }
         };
         let thread = std::thread::Builder::new()
@@ -316,8 +317,8 @@ impl Pipeline {
         self.shared.report(|r| r.clone())
     }
 
-    /// Why the pipeline cannot go on, if it cannot.
-    pub fn fault(&self) -> Option<String> {
+    /// Why the pipeline cannot go on, if it cannot, and who has to act.
+    pub fn fault(&self) -> Option<(Fault, String)> {
         self.shared.report(|r| r.fault.clone())
     }
 

@@ -1,5 +1,6 @@
 //! What the stages have done: counters, times, the newest complaint and a fault that ends it all.
 
+use crate::error::Fault;
 use crate::telemetry::Histogram;
 
 /// One stage.
@@ -40,6 +41,6 @@ pub struct PipelineReport {
     pub last_error: Option<String>,
     /// Rights the stage threads asked for and what came of it.
     pub rights: Vec<(String, String)>,
-    /// The pipeline cannot go on.
-    pub fault: Option<String>,
+    /// Why the pipeline cannot go on, and who has to act.
+    pub fault: Option<(Fault, String)>,
 }

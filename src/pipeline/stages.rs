@@ -15,6 +15,7 @@ use crate::clock::{Monotonic, RosTime};
 use crate::control::chunk::{ActionChunk, ChunkTiming};
 use crate::control::{MAX_JOINTS, PlanView};
 use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, View};
+use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
 use crate::rt::latest::Reader;
 
@@ -174,6 +175,7 @@ impl<E: Encoder> EncodeStage<E> {
                     self.shared.report(|r| {
                         r.encode.errors += 1;
                         r.last_error = Some(format!("encode: {e}"));
+                        r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
                     });
                     let _ = self.give_back.send(slot);
                 }
@@ -368,9 +370,11 @@ impl<D: Decoder> DecodeStage<D> {
             Ok(None) => {}
             Err(e) => {
                 tracing::error!("decode: {e}");
+                let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
                 self.shared.report(|r| {
                     r.decode.errors += 1;
                     r.last_error = Some(format!("decode: {e}"));
+                    r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
                 });
             }
         }

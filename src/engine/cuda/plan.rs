@@ -189,7 +189,7 @@ mod tests {
             for tiles in TOKEN_TILES {
                 let p = skinny(rows, k, tiles, slice);
                 assert_eq!(p.slice * p.cluster, p.k, "{p:?}");
-                assert!(p.k >= k && p.k - k < STEP_K && p.slice % STEP_K == 0 && p.cluster <= 8, "{p:?}");
+                assert!(p.k >= k && p.k - k < STEP_K && p.slice.is_multiple_of(STEP_K) && p.cluster <= 8, "{p:?}");
                 assert!(p.tiles * TILE >= rows && (p.tiles - 1) * TILE < rows);
                 assert!(p.shared <= 224 * 1024, "{p:?}");
             }
