@@ -1,9 +1,9 @@
 //! Softmax attention in blocks of query rows.
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
 use rayon::prelude::*;
 
-use super::math::softmax;
+use super::math::softmax_rows;
 use super::matrix::{Into, Mat, MatMut, matmul};
 
 /// Query rows one task takes; its scores stay in the cache of one core.
@@ -41,7 +41,7 @@ pub(super) fn attention(
     let block_scores = BLOCK_ROWS * keys;
     let blocks = match threads {
         Parallelism::None => 1,
-        Parallelism::Rayon(_) => q.len().div_ceil(block),
+        Parallelism::Rayon => q.len().div_ceil(block),
     };
     super::grow(scores, blocks * block_scores);
     match threads {
@@ -50,7 +50,7 @@ pub(super) fn attention(
                 attend_block(heads, q, segments, keys, out, scores);
             }
         }
-        Parallelism::Rayon(_) => q
+        Parallelism::Rayon => q
             .par_chunks(block)
             .zip(out.par_chunks_mut(block))
             .zip(scores.par_chunks_mut(block_scores))
@@ -79,7 +79,7 @@ fn attend_block(heads: Heads, q: &[f32], segments: &[KeyValues<'_>], keys: usize
             );
             at += n;
         }
-        scores.chunks_exact_mut(keys).for_each(softmax);
+        softmax_rows(scores, keys);
         let (mut at, mut into) = (0, Into::Set);
         for segment in segments {
             let n = segment.keys.len() / width;
@@ -127,7 +127,7 @@ mod tests {
             vec![KeyValues { keys: &k, values: &v }],
             vec![KeyValues { keys: &k[..cut], values: &v[..cut] }, KeyValues { keys: &k[cut..], values: &v[cut..] }],
         ] {
-            for threads in [Parallelism::None, Parallelism::Rayon(2)] {
+            for threads in [Parallelism::None, Parallelism::Rayon] {
                 let (mut out, mut scores) = (vec![f32::NAN; rows * width], Vec::new());
                 attention(threads, heads, &q, &segments, &mut out, &mut scores);
                 let worst = out.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
 
 use super::flow::{TimeTable, euler};
 use super::gemma::{LayerKv, Rows, Scratch};

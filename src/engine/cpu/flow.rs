@@ -2,7 +2,7 @@
 //!
 //! Time runs from 1 (noise) to 0 (data); the velocity estimates noise − data, so x ← x + dt·v with dt = −1/steps.
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
 
 use super::math::silu_all;
 use super::matrix::{Into, Mat, MatMut, matmul};

@@ -1,6 +1,6 @@
 //! One Gemma layer over some rows: the same for the prefix trunk and the action expert.
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
 
 use super::attention::{Heads, KeyValues, attention};
 use super::grow;

@@ -1,8 +1,11 @@
 //! Norms, activations, softmax and rotary positions, over rows of plain slices.
 //!
 //! Sums run over [`LANES`] partial sums and `exp` has no branches, so that the compiler makes vector code of them.
+//! Softmax, which weighs most, takes the widest vectors that the machine has (`pulp`); the bits stay the same, for
+//! nothing is fused or reordered.
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
+use pulp::{Arch, NullaryFnOnce};
 use rayon::prelude::*;
 
 const LANES: usize = 16;
@@ -20,12 +23,13 @@ const TASK_ROWS: usize = 32;
 pub(super) fn for_rows(threads: Parallelism, data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     match threads {
         Parallelism::None => f(0, data),
-        Parallelism::Rayon(_) => {
+        Parallelism::Rayon => {
             data.par_chunks_mut(TASK_ROWS * width).enumerate().for_each(|(i, rows)| f(i * TASK_ROWS, rows));
         }
     }
 }
 
+#[inline(always)]
 fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let chunks = x.chunks_exact(LANES);
@@ -150,8 +154,30 @@ pub(super) fn gelu_times(threads: Parallelism, gate: &mut [f32], up: &[f32], wid
     });
 }
 
-/// Softmax of one row, in place.
-pub(super) fn softmax(row: &mut [f32]) {
+/// Softmax of each row of `width` values, in place.
+pub(super) fn softmax_rows(rows: &mut [f32], width: usize) {
+    Arch::new().dispatch(SoftmaxRows { rows, width });
+}
+
+/// A closure that is sure to be inlined where the vector instructions are enabled.
+struct SoftmaxRows<'a> {
+    rows: &'a mut [f32],
+    width: usize,
+}
+
+impl NullaryFnOnce for SoftmaxRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for row in self.rows.chunks_exact_mut(self.width) {
+            softmax(row);
+        }
+    }
+}
+
+#[inline(always)]
+fn softmax(row: &mut [f32]) {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = row.chunks_exact(LANES);
     let tail = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, v| if *v > m { *v } else { m });

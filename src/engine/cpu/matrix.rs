@@ -1,16 +1,17 @@
-//! Matrix views and the one product everything is made of, over the crate `gemm`.
+//! Matrix views and the one product everything is made of, over `faer`.
 
-use gemm::Parallelism;
+use faer::linalg::matmul;
+use faer::{Accum, MatRef, Par};
 
-/// A matrix in borrowed memory: entry (r, c) is `data[r · row_stride + c · col_stride]`.
+use super::workers::Parallelism;
+
+/// Columns, or rows where there are more of them, that one task takes. A product is cut the same way for every number
+/// of threads, so that its bits do not depend on it.
+const BLOCK: usize = 192;
+
+/// A matrix in borrowed memory.
 #[derive(Clone, Copy)]
-pub(super) struct Mat<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
+pub(super) struct Mat<'a>(MatRef<'a, f32>);
 
 impl<'a> Mat<'a> {
     /// The first `rows · cols` values, row after row.
@@ -21,22 +22,17 @@ impl<'a> Mat<'a> {
     /// Rows that start `row_stride` values apart: some columns of a wider matrix.
     pub(super) fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         check_extent(data.len(), rows, cols, row_stride);
-        Self { data, rows, cols, row_stride, col_stride: 1 }
+        Self(MatRef::from_row_major_slice_with_stride(data, rows, cols, row_stride))
     }
 
     /// The transpose; nothing moves.
     pub(super) fn t(self) -> Self {
-        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+        Self(self.0.transpose())
     }
 }
 
-/// A matrix to write into; rows are `row_stride` values apart.
-pub(super) struct MatMut<'a> {
-    data: &'a mut [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-}
+/// A matrix to write into.
+pub(super) struct MatMut<'a>(faer::MatMut<'a, f32>);
 
 impl<'a> MatMut<'a> {
     /// The first `rows · cols` values, row after row.
@@ -47,7 +43,8 @@ impl<'a> MatMut<'a> {
     /// Rows that start `row_stride` values apart.
     pub(super) fn strided(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         check_extent(data.len(), rows, cols, row_stride);
-        Self { data, rows, cols, row_stride }
+        // The row-major constructor of faer 0.24.4 takes the stride for that of the columns.
+        Self(faer::MatMut::from_column_major_slice_with_stride_mut(data, cols, rows, row_stride).transpose_mut())
     }
 }
 
@@ -68,45 +65,49 @@ pub(super) enum Into {
     Add,
 }
 
-/// `dst = scale · a · b`, or `dst += scale · a · b`. Each entry is one sum over k in a fixed order, whatever the
-/// number of threads.
+/// `dst = scale · a · b`, or `dst += scale · a · b`, with the same bits for every number of threads.
 pub(super) fn matmul(dst: MatMut<'_>, into: Into, scale: f32, a: Mat<'_>, b: Mat<'_>, threads: Parallelism) {
+    let (dst, a, b) = (dst.0, a.0, b.0);
     assert!(
-        dst.rows == a.rows && dst.cols == b.cols && a.cols == b.rows,
+        dst.nrows() == a.nrows() && dst.ncols() == b.ncols() && a.ncols() == b.nrows(),
         "[{}, {}] is not the product of [{}, {}] and [{}, {}]",
-        dst.rows,
-        dst.cols,
-        a.rows,
-        a.cols,
-        b.rows,
-        b.cols
+        dst.nrows(),
+        dst.ncols(),
+        a.nrows(),
+        a.ncols(),
+        b.nrows(),
+        b.ncols()
     );
-    let add = into == Into::Add;
-    // SAFETY: the extents of the three views were checked against their slices when they were made, the shapes agree
-    // (asserted above), `dst` is exclusively borrowed and its rows do not overlap.
-    unsafe {
-        gemm::gemm(
-            dst.rows,
-            dst.cols,
-            a.cols,
-            dst.data.as_mut_ptr(),
-            1,
-            dst.row_stride as isize,
-            add,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            if add { 1.0 } else { 0.0 },
-            scale,
-            false,
-            false,
-            false,
-            threads,
-        );
+    let accum = match into {
+        Into::Set => Accum::Replace,
+        Into::Add => Accum::Add,
+    };
+    // A product is the transpose of the transposes' product: cut along the columns, whichever those are.
+    let (dst, a, b) =
+        if dst.nrows() > dst.ncols() { (dst.transpose_mut(), b.transpose(), a.transpose()) } else { (dst, a, b) };
+    in_blocks(dst, accum, scale, a, b, threads);
+}
+
+fn in_blocks(
+    dst: faer::MatMut<'_, f32>,
+    accum: Accum,
+    scale: f32,
+    a: MatRef<'_, f32>,
+    b: MatRef<'_, f32>,
+    threads: Parallelism,
+) {
+    if dst.ncols() <= BLOCK {
+        return matmul::matmul(dst, accum, a, b, scale, Par::Seq);
     }
+    let middle = dst.ncols().div_ceil(2).next_multiple_of(BLOCK);
+    let (left, right) = dst.split_at_col_mut(middle);
+    let (b_left, b_right) = b.split_at_col(middle);
+    let left = || in_blocks(left, accum, scale, a, b_left, threads);
+    let right = || in_blocks(right, accum, scale, a, b_right, threads);
+    match threads {
+        Parallelism::None => (left(), right()),
+        Parallelism::Rayon => rayon::join(left, right),
+    };
 }
 
 #[cfg(test)]
@@ -153,19 +154,21 @@ mod tests {
 
     #[test]
     fn products_do_not_depend_on_the_number_of_threads() {
-        // Large enough for every way `gemm` shares out its work, with edges that fill no tile.
+        // Cut along columns and along rows, into one block and into several, with edges that fill no tile.
         for (m, n, k) in [(533, 259, 131), (50, 1030, 1500), (1, 2050, 700), (700, 3, 900)] {
             let a: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.37).sin()).collect();
             let w: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.71).cos()).collect();
-            let product = |threads| {
+            let product = |threads: Parallelism| {
                 let mut c = vec![f32::NAN; m * n];
                 let (a, w) = (Mat::new(&a, m, k), Mat::new(&w, n, k).t());
                 matmul(MatMut::new(&mut c, m, n), Into::Set, 1.0, a, w, threads);
                 c
             };
             let one = product(Parallelism::None);
-            for threads in [2, 3, 8] {
-                assert!(product(Parallelism::Rayon(threads)) == one, "[{m}, {k}] x [{k}, {n}] on {threads} threads");
+            for threads in [1, 2, 3, 8] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let many = pool.install(|| product(Parallelism::Rayon));
+                assert!(many == one, "[{m}, {k}] x [{k}, {n}] on {threads} threads");
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The SigLIP tower: all views at once, attention within each view only.
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
 
 use super::attention::{Heads, KeyValues, attention};
 use super::grow;

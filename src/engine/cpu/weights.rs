@@ -1,6 +1,6 @@
 //! The weights both stages read, shared by reference count; F32 weights stay in the mapped file.
 
-use gemm::Parallelism;
+use super::workers::Parallelism;
 
 use super::math::{Adaptive, Modulation};
 use super::matrix::{Into, Mat, MatMut, matmul};

@@ -1,8 +1,15 @@
 //! The threads of one stage. Each stage has its own, so that neither waits for the other's work.
 
-use gemm::Parallelism;
-
 use crate::engine::EngineError;
+
+/// Who does the work of one call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Parallelism {
+    /// The calling thread alone.
+    None,
+    /// The threads of the rayon pool it is called in.
+    Rayon,
+}
 
 /// One thread (the caller's) or a pool.
 pub(super) struct Workers {
@@ -30,7 +37,7 @@ impl Workers {
     pub(super) fn run(&self, work: impl FnOnce(Parallelism) + Send) {
         match &self.pool {
             None => work(Parallelism::None),
-            Some(pool) => pool.install(|| work(Parallelism::Rayon(pool.current_num_threads()))),
+            Some(pool) => pool.install(|| work(Parallelism::Rayon)),
         }
     }
 }
