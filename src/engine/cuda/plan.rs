@@ -227,7 +227,7 @@ mod tests {
     fn keys_are_split_in_tiles_that_fit_shared_memory() {
         for keys in [9, 49, 327, 583, 839, 1100, 3000] {
             let (tile, shared) = decode_attention(keys, 256);
-            assert!(tile % 16 == 0 && shared <= 224 * 1024, "{keys}: {tile} {shared}");
+            assert!(tile.is_multiple_of(16) && shared <= 224 * 1024, "{keys}: {tile} {shared}");
             assert!(tile == 128 || tile * KEY_SPLITS >= keys);
         }
         assert!(attention_shared(256) <= 224 * 1024);
