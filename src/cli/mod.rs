@@ -11,6 +11,7 @@ use crate::error::{Blame, Fault};
 
 pub mod doctor;
 pub mod infer;
+pub mod jitter;
 pub mod new_checkpoint;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
@@ -25,6 +26,7 @@ struct Cli {
 enum Command {
     Doctor(doctor::Args),
     Infer(infer::Args),
+    Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
 }
 
@@ -32,6 +34,7 @@ fn run(command: Command) -> Result<(), CliError> {
     match command {
         Command::Doctor(args) => doctor::run(&args),
         Command::Infer(args) => infer::run(&args),
+        Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
     }
 }
