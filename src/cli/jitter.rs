@@ -120,6 +120,9 @@ struct Phase {
     skipped: u64,
 }
 
+/// Rights asked for, by name, and what came of it.
+type Rights = Vec<(&'static str, Right)>;
+
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
     let cpus: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().iter().map(|c| c.id).collect();
@@ -169,7 +172,7 @@ fn no_thread(e: std::io::Error) -> CliError {
 }
 
 /// One phase, with a progress bar while it lasts, and the rights its thread got.
-fn measure(plan: &Plan, name: &'static str, loaded: bool) -> Result<(Phase, Vec<(&'static str, Right)>), CliError> {
+fn measure(plan: &Plan, name: &'static str, loaded: bool) -> Result<(Phase, Rights), CliError> {
     let load = loaded.then(Load::start).transpose().map_err(no_thread)?;
     let passed = AtomicU64::new(0);
     let bar = progress_bar(plan.periods(), name);
@@ -196,8 +199,8 @@ fn progress_bar(periods: u64, name: &'static str) -> ProgressBar {
 }
 
 /// The loop of the control thread, with nothing to do in its periods.
-fn wake_ups(plan: &Plan, name: &'static str, passed: &AtomicU64) -> (Phase, Vec<(&'static str, Right)>) {
-    let mut given = Vec::new();
+fn wake_ups(plan: &Plan, name: &'static str, passed: &AtomicU64) -> (Phase, Rights) {
+    let mut given = Rights::new();
     given.extend(plan.priority.map(|p| ("priority", rights::fifo(p))));
     given.extend(plan.cpu.map(|cpu| ("cpu", rights::affinity(cpu))));
     rights::prefault_stack();

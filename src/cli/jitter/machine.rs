@@ -32,13 +32,16 @@ impl Machine {
         }
     }
 
-    /// One line.
-    pub fn line(&self) -> String {
+    /// Its CPUs.
+    pub fn hardware(&self) -> String {
+        format!("{} × {}{}", self.cpus, self.cpu, if self.virtual_machine { " (virtual machine)" } else { "" })
+    }
+
+    /// What runs on them.
+    pub fn system(&self) -> String {
         let rt = if self.preempt_rt { "PREEMPT_RT" } else { "not PREEMPT_RT" };
-        let mut parts = vec![format!("{} × {}", self.cpus, self.cpu), format!("Linux {} ({rt})", self.kernel)];
-        parts.extend(self.virtual_machine.then(|| "virtual machine".into()));
-        parts.extend(self.governor.as_ref().map(|g| format!("governor {g}")));
-        parts.join(", ")
+        let governor = self.governor.as_ref().map(|g| format!(", governor {g}")).unwrap_or_default();
+        format!("Linux {} ({rt}){governor}", self.kernel)
     }
 }
 
@@ -65,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_says_all_of_it() {
+    fn two_lines_say_all_of_it() {
         let m = Machine {
             cpu: "A".into(),
             cpus: 2,
@@ -74,6 +77,7 @@ mod tests {
             preempt_rt: false,
             governor: Some("powersave".into()),
         };
-        assert_eq!(m.line(), "2 × A, Linux 6.8 (not PREEMPT_RT), virtual machine, governor powersave");
+        assert_eq!(m.hardware(), "2 × A (virtual machine)");
+        assert_eq!(m.system(), "Linux 6.8 (not PREEMPT_RT), governor powersave");
     }
 }

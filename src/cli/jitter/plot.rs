@@ -13,7 +13,7 @@ const HEIGHT: f64 = 440.0;
 /// The plot inside it, px.
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 840.0;
-const TOP: f64 = 96.0;
+const TOP: f64 = 100.0;
 const BOTTOM: f64 = 380.0;
 /// One colour per phase; they differ in brightness too.
 const COLOURS: [&str; 2] = ["#2a6fb0", "#d1495b"];
@@ -88,7 +88,7 @@ fn draw(report: &Report, out: &mut String) -> std::fmt::Result {
         .map(|(name, r)| format!("{name} {}", if r.granted() { "granted" } else { "denied" }))
         .collect();
     let conditions = escape(&report.conditions());
-    let rights = escape(&rights.join(", "));
+    let system = escape(&format!("{}; {}", report.machine.system(), rights.join(", ")));
     writeln!(
         out,
         r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, sans-serif" font-size="12" fill="#333">
@@ -96,10 +96,10 @@ fn draw(report: &Report, out: &mut String) -> std::fmt::Result {
 <rect width="100%" height="100%" fill="#fff"/>
 <text x="{LEFT}" y="26" font-size="17" font-weight="600">Wake-up lateness of the control loop</text>
 <text x="{LEFT}" y="45">{conditions}</text>
-<text x="{LEFT}" y="62">{rights}</text>"##
+<text x="{LEFT}" y="62">{system}</text>"##
     )?;
     grid(&axes, out)?;
-    for ((phase, colour), row) in report.phases.iter().zip(COLOURS).zip(0u32..) {
+    for ((phase, colour), column) in report.phases.iter().zip(COLOURS).zip(0u8..) {
         let s = phase.lateness.stats();
         if s.count == 0 {
             continue;
@@ -107,11 +107,12 @@ fn draw(report: &Report, out: &mut String) -> std::fmt::Result {
         curve(&bins(&phase.lateness, &axes), &axes, colour, out)?;
         let x = axes.x((s.max.max(1) as f64).log10());
         writeln!(out, r#"<path d="M{x:.1} {TOP}V{BOTTOM}" stroke="{colour}" stroke-dasharray="4 3"/>"#)?;
-        let (x, y) = (RIGHT - 330.0, TOP + 20.0 + 18.0 * f64::from(row));
+        // Above the plot, where nothing can hide it.
+        let (x, y) = (LEFT + (RIGHT - LEFT) / 2.0 * f64::from(column), TOP - 10.0);
         let (name, p50, p99, max) = (escape(phase.name), time(s.p50), time(s.p99), time(s.max));
         writeln!(
             out,
-            r##"<rect x="{x}" y="{}" width="12" height="12" fill="{colour}"/><text x="{}" y="{y}" stroke="#fff" stroke-width="3" paint-order="stroke">{name}: p50 {p50}, p99 {p99}, max {max}, skipped {}</text>"##,
+            r##"<rect x="{x}" y="{}" width="12" height="12" fill="{colour}"/><text x="{}" y="{y}">{name}: p50 {p50}, p99 {p99}, max {max}, skipped {}</text>"##,
             y - 10.0,
             x + 18.0,
             phase.skipped
@@ -171,14 +172,14 @@ mod tests {
     fn the_drawing_has_title_axes_units_and_figures_and_is_well_formed() {
         let text = svg(&given());
         for part in [
-            "<title>Wake-up lateness at 50 Hz for 4 s each, 4 × Core &lt;A&gt; &amp; \"B\", Linux 6.8.0 (PREEMPT_RT)</title>",
+            "<title>Wake-up lateness at 50 Hz for 4 s each, 4 × Core &lt;A&gt; &amp; \"B\"</title>",
             ">lateness: scheduled to awake<",
             ">wake-ups per bin<",
             ">10 µs<",
             ">100 µs<",
             ">1 ms<",
             ">10 ms<",
-            "lock_memory denied, priority granted",
+            ">Linux 6.8.0 (PREEMPT_RT); lock_memory denied, priority granted<",
             "idle: p50 40.2 µs, p99 90.0 µs, max 90.0 µs, skipped 0<",
             "under load: p50 60.2 µs, p99 60.2 µs, max 3.00 ms, skipped 1<",
         ] {

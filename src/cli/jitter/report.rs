@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Machine, Phase, Plan};
+use super::{Machine, Phase, Plan, Rights};
 use crate::rt::rights::Right;
 
 /// Characters of the longest bar.
@@ -13,7 +13,7 @@ const BAR: usize = 24;
 pub(super) struct Report {
     pub machine: Machine,
     pub plan: Plan,
-    pub rights: Vec<(&'static str, Right)>,
+    pub rights: Rights,
     pub phases: Vec<Phase>,
 }
 
@@ -42,19 +42,16 @@ fn bin(ns: u64) -> (u64, u64) {
 }
 
 impl Report {
-    /// The conditions in one line.
+    /// What was measured, and on what.
     pub fn conditions(&self) -> String {
         let Plan { rate, duration, .. } = &self.plan;
-        format!(
-            "{rate} Hz for {duration} s{}, {}",
-            if self.phases.len() > 1 { " each" } else { "" },
-            self.machine.line()
-        )
+        let each = if self.phases.len() > 1 { " each" } else { "" };
+        format!("{rate} Hz for {duration} s{each}, {}", self.machine.hardware())
     }
 
     /// Figures and histograms for a terminal.
     pub fn text(&self) -> String {
-        let mut out = format!("wake-ups at {}\n", self.conditions());
+        let mut out = format!("wake-ups at {}\n{}\n", self.conditions(), self.machine.system());
         for (name, right) in &self.rights {
             out += &format!("  {name:<12} {right}\n");
         }
@@ -195,7 +192,7 @@ pub(super) mod tests {
         let text = given().text();
         let bars = |n: usize| "█".repeat(n);
         for part in [
-            "wake-ups at 50 Hz for 4 s each, 4 × Core <A> & \"B\", Linux 6.8.0 (PREEMPT_RT)\n".into(),
+            "wake-ups at 50 Hz for 4 s each, 4 × Core <A> & \"B\"\nLinux 6.8.0 (PREEMPT_RT)\n".into(),
             "lock_memory  denied: limited; raise it\n".into(),
             "priority     granted: SCHED_FIFO 40\n".into(),
             // A quantile is within 1 % above the value.
