@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pi0_mps::clock::{Clock, RosTime};
+use pi0_mps::clock::{Clock, Monotonic, RosTime};
 use pi0_mps::control::PlanView;
 use pi0_mps::control::chunk::ActionChunk;
 use pi0_mps::engine::cpu::CpuEngine;
@@ -17,7 +17,9 @@ use pi0_mps::model::synthetic::{self, JOINT_NAMES, MEAN_POSE};
 use pi0_mps::model::{Checkpoint, Dims, Frame, Policy, PolicyOptions};
 use pi0_mps::pipeline::inputs::InputSlots;
 use pi0_mps::pipeline::joint_map::JointBinding;
-use pi0_mps::pipeline::{CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode, RtcConfig};
+use pi0_mps::pipeline::{
+    CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode, Retired, RtcConfig,
+};
 use pi0_mps::rt::SystemClock;
 use pi0_mps::rt::latest::{Writer, latest};
 use rand::{Rng, SeedableRng};
@@ -59,6 +61,7 @@ fn config(mode: PipelineMode) -> PipelineConfig {
 struct Rig {
     inputs: Arc<InputSlots>,
     chunks: rtrb::Consumer<Arc<ActionChunk>>,
+    retired: rtrb::Producer<Retired>,
     epoch: Arc<AtomicU64>,
     plan: Writer<Option<PlanView>>,
     pipeline: Pipeline,
@@ -69,7 +72,7 @@ impl Rig {
         let (inputs, _control) = InputSlots::new(2, &names(), "pick up the cube");
         let inputs = Arc::new(inputs);
         let (to_control, chunks) = rtrb::RingBuffer::new(4096);
-        let (_, retired) = rtrb::RingBuffer::new(1);
+        let (back, retired) = rtrb::RingBuffer::new(4);
         let (plan_writer, plan) = latest(None::<PlanView>);
         let (tap, _) = crossbeam_channel::bounded(1);
         let epoch = Arc::new(AtomicU64::new(0));
@@ -83,7 +86,7 @@ impl Rig {
             tap,
         };
         let pipeline = Pipeline::start(engine, policy, config, io).unwrap();
-        Self { inputs, chunks, epoch, plan: plan_writer, pipeline }
+        Self { inputs, chunks, retired: back, epoch, plan: plan_writer, pipeline }
     }
 
     fn joints(&self, positions: &[f64; 7]) {
@@ -205,6 +208,33 @@ fn dual_rate_decodes_each_joint_state_on_the_newest_cache() {
         assert_ne!(next.positions, first.positions);
     }
     assert_eq!(rig.pipeline.report().encode.runs, 1);
+}
+
+#[test]
+fn a_chunk_that_comes_back_is_freed_and_its_hand_over_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let mut rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
+    rig.joints(&MEAN_POSE);
+    rig.observe(&frame(1));
+    let chunk = rig.wait_for("chunk", |_| true);
+    let (end, freed) = (chunk.timing.decode_end, Arc::downgrade(&chunk));
+    // The second one as if the clock of the hand-over had been read before the decode ended.
+    for taken in [end + Duration::from_nanos(100), Monotonic(0)] {
+        rig.retired.push(Retired { chunk: chunk.clone(), taken }).unwrap();
+    }
+    drop(chunk);
+    let patience = Instant::now() + PATIENCE;
+    let hand_over = loop {
+        let stats = rig.pipeline.report().hand_over.stats();
+        if stats.count == 2 && freed.strong_count() == 0 {
+            break stats;
+        }
+        assert!(Instant::now() < patience, "{stats:?}, {} references", freed.strong_count());
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert_eq!((hand_over.min, hand_over.max), (0, 100));
 }
 
 #[test]

@@ -12,6 +12,7 @@ use crate::error::{Blame, Fault};
 pub mod bench;
 pub mod doctor;
 pub mod infer;
+pub mod jitter;
 pub mod new_checkpoint;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
@@ -27,6 +28,7 @@ enum Command {
     Bench(bench::Args),
     Doctor(doctor::Args),
     Infer(infer::Args),
+    Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
 }
 
@@ -35,6 +37,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Infer(args) => infer::run(&args),
+        Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
     }
 }

@@ -8,9 +8,10 @@ use std::thread::Thread;
 use crate::clock::{Clock, Monotonic, RosTime};
 use crate::control::chunk::ActionChunk;
 use crate::control::{
-    ControlStatus, Controller, InputFault, InputHealth, JointVector, Lifecycle, MAX_JOINTS, Measured, PlanView,
-    Refusal, Requests, TickInput, TickReport, TickTimes, Window,
+    ChunkVerdict, ControlStatus, Controller, InputFault, InputHealth, JointVector, Lifecycle, MAX_JOINTS, Measured,
+    Mode, PlanTimes, PlanView, Refusal, Requests, TickInput, TickReport, TickTimes, Window,
 };
+use crate::pipeline::Retired;
 use crate::pipeline::inputs::{InputSlots, JointSample};
 use crate::rt::latest::{Reader, Writer};
 use crate::rt::period::{Periodic, Wake};
@@ -111,7 +112,7 @@ pub(super) struct ControlLoop {
     pub rules: Box<InputRules>,
     pub signals: Arc<Signals>,
     pub chunks: rtrb::Consumer<Arc<ActionChunk>>,
-    pub retired: rtrb::Producer<Arc<ActionChunk>>,
+    pub retired: rtrb::Producer<Retired>,
     pub free: rtrb::Consumer<Box<Window>>,
     pub jobs: rtrb::Producer<Job>,
     pub publisher: Thread,
@@ -157,6 +158,7 @@ impl ControlLoop {
                     woke: wake.woke,
                     computed: self.clock.monotonic(),
                     published: None,
+                    plan: state.source.of(&report),
                 };
                 // As many places as windows: this cannot fail.
                 let _ = self.jobs.push(Job { window: free, times });
@@ -176,10 +178,12 @@ impl ControlLoop {
         // The newest chunk is given to the tick, the others are superseded before anybody saw them; all are freed
         // by the thread that made them.
         let mut chunk: Option<Arc<ActionChunk>> = None;
+        let mut taken = now;
         while let Ok(newer) = self.chunks.pop() {
+            taken = self.clock.monotonic();
             let older = chunk.replace(newer);
             state.superseded += u64::from(older.is_some());
-            self.retire(older);
+            self.retire(older, taken);
         }
         let measured = self.measured(ros_now, now);
         let inputs = self.health(ros_now, now);
@@ -205,13 +209,15 @@ impl ControlLoop {
             state.answer = Some((state.turns, report.refusal));
         }
         state.chunk = chunk.as_ref().map(|c| c.sequence);
-        self.retire(chunk);
+        state.source.follow(&report, chunk.as_deref());
+        self.retire(chunk, taken);
         self.signals.epoch.store(self.controller.epoch(), Ordering::Release);
         report
     }
 
-    fn retire(&mut self, chunk: Option<Arc<ActionChunk>>) {
-        if let Some(Err(rtrb::PushError::Full(chunk))) = chunk.map(|c| self.retired.push(c)) {
+    fn retire(&mut self, chunk: Option<Arc<ActionChunk>>, taken: Monotonic) {
+        if let Some(Err(rtrb::PushError::Full(chunk))) = chunk.map(|chunk| self.retired.push(Retired { chunk, taken }))
+        {
             // The decoder stands still; better a leak of one chunk than a free on this thread.
             std::mem::forget(chunk);
         }
@@ -282,7 +288,7 @@ impl ControlLoop {
             || report.refusal.is_some()
             || report.stop.is_some()
             || report.dropped.is_some()
-            || matches!(report.chunk, Some(crate::control::ChunkVerdict::Refused(_)));
+            || matches!(report.chunk, Some(ChunkVerdict::Refused(_)));
         if news {
             // A full ring means that nobody reads the log.
             let _ = self.events.push(Event { report: *report, chunk: state.chunk });
@@ -298,4 +304,98 @@ struct Turn {
     superseded: u64,
     answer: Option<(u64, Option<Refusal>)>,
     chunk: Option<u64>,
+    source: Source,
+}
+
+/// Which observation the commands are made from.
+#[derive(Debug, Default)]
+struct Source {
+    /// Sequence and observation of the chunk that was accepted last.
+    accepted: Option<(u64, Monotonic)>,
+    /// Observation of the plan in execution.
+    followed: Option<Monotonic>,
+}
+
+impl Source {
+    /// Takes note of a tick and of the chunk it was given.
+    fn follow(&mut self, report: &TickReport, chunk: Option<&ActionChunk>) {
+        if let (Some(chunk), Some(ChunkVerdict::Accepted)) = (chunk, report.chunk) {
+            self.accepted = Some((chunk.sequence, chunk.timing.observed));
+        }
+        if let Some(adoption) = report.adoption {
+            // A chunk adopted was the last one accepted.
+            self.followed = self.accepted.filter(|(s, _)| *s == adoption.sequence).map(|(_, observed)| observed);
+        }
+        if !matches!(report.mode, Mode::Ramp | Mode::Run) {
+            self.followed = None;
+        }
+    }
+
+    /// What the command of that tick was made from.
+    fn of(&self, report: &TickReport) -> Option<PlanTimes> {
+        self.followed.map(|observed| PlanTimes { observed, adopted: report.adoption.is_some() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{Adoption, ChunkRefusal, ChunkTiming};
+
+    /// A tick in `mode`: what came of the chunk it was given, and which one it adopted.
+    fn tick(mode: Mode, verdict: Option<ChunkVerdict>, adopted: Option<u64>) -> TickReport {
+        TickReport {
+            published: mode.publishes(),
+            previous: mode,
+            mode,
+            refusal: None,
+            chunk: verdict,
+            dropped: None,
+            adoption: adopted.map(|sequence| Adoption {
+                sequence,
+                actions_skipped: 0,
+                jump: 0.0,
+                joint: 0,
+                from_rest: false,
+            }),
+            stop: None,
+            restarted: false,
+        }
+    }
+
+    fn chunk(sequence: u64, observed: i64) -> ActionChunk {
+        ActionChunk {
+            sequence,
+            epoch: 0,
+            prompt_generation: 0,
+            state_stamp: RosTime(1),
+            oldest_image_stamp: RosTime(1),
+            dt: 0.02,
+            horizon: 0,
+            joints: 0,
+            positions: Vec::new(),
+            timing: ChunkTiming { observed: Monotonic(observed), ..ChunkTiming::default() },
+        }
+    }
+
+    #[test]
+    fn a_command_is_dated_by_the_chunk_adopted_not_by_the_one_that_waits() {
+        let mut source = Source::default();
+        let mut of = |report: TickReport, chunk: Option<&ActionChunk>| {
+            source.follow(&report, chunk);
+            source.of(&report).map(|p| (p.observed.0, p.adopted))
+        };
+        let accepted = Some(ChunkVerdict::Accepted);
+        let refused = Some(ChunkVerdict::Refused(ChunkRefusal::NoStamp));
+        assert_eq!(of(tick(Mode::Active, accepted, None), Some(&chunk(1, 100))), None);
+        assert_eq!(of(tick(Mode::Ramp, None, Some(1)), None), Some((100, true)));
+        assert_eq!(of(tick(Mode::Run, accepted, None), Some(&chunk(2, 200))), Some((100, false)));
+        assert_eq!(of(tick(Mode::Run, refused, Some(2)), Some(&chunk(3, 300))), Some((200, true)));
+        assert_eq!(of(tick(Mode::Run, accepted, Some(4)), Some(&chunk(4, 400))), Some((400, true)));
+        // Coasting and stopping follow no plan, and nothing of it comes back by itself.
+        assert_eq!(of(tick(Mode::Coast, None, None), None), None);
+        assert_eq!(of(tick(Mode::Run, None, None), None), None);
+        // A chunk that is not known is not dated by guess.
+        assert_eq!(of(tick(Mode::Run, None, Some(9)), None), None);
+    }
 }

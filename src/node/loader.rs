@@ -11,7 +11,7 @@ use crate::engine::cuda::CudaEngine;
 use crate::engine::{Device, Engine};
 use crate::error::{Blame, Fault};
 use crate::model::{Checkpoint, Policy};
-use crate::pipeline::{Pipeline, PipelineIo, PipelineMode};
+use crate::pipeline::{Pipeline, PipelineIo, PipelineMode, Retired};
 use crate::rt::latest::Reader;
 
 use super::core::Core;
@@ -22,7 +22,7 @@ pub(super) struct Parts {
     pub checkpoint: Checkpoint,
     pub policy: Arc<Policy>,
     pub chunks: rtrb::Producer<Arc<ActionChunk>>,
-    pub retired: rtrb::Consumer<Arc<ActionChunk>>,
+    pub retired: rtrb::Consumer<Retired>,
     pub plan: Reader<Option<PlanView>>,
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }

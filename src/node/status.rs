@@ -79,6 +79,16 @@ fn push_stats(values: &mut Vec<(String, String)>, name: &str, s: &Stats) {
     }
 }
 
+/// Before the first command nothing is said about slack: zero would read as a near miss.
+fn push_slack(values: &mut Vec<(String, String)>, d: &DeadlinesSnapshot) {
+    values.push(pair("deadline_ms", ms(d.deadline as f64)));
+    if let Some(s) = d.slack {
+        for (suffix, ns) in [("min", s.min), ("p01", s.p01), ("p50", s.p50)] {
+            values.push((format!("slack_ms_{suffix}"), ms(ns as f64)));
+        }
+    }
+}
+
 fn pair(name: impl Into<String>, value: impl ToString) -> (String, String) {
     (name.into(), value.to_string())
 }
@@ -249,6 +259,7 @@ fn inference(f: &Facts<'_>) -> Diagnostic {
     push_stats(&mut values, "encode", &r.encode.time.stats());
     push_stats(&mut values, "decode", &r.decode.time.stats());
     push_stats(&mut values, "queue", &r.queue.stats());
+    push_stats(&mut values, "hand_over", &r.hand_over.stats());
     for (i, n) in f.control.counters.refused.iter().enumerate().filter(|(_, n)| **n > 0) {
         values.push(pair(format!("chunks_refused_{}", ChunkRefusal::NAMES[i]), n));
     }
@@ -279,6 +290,9 @@ fn control(f: &Facts<'_>) -> Diagnostic {
     push_stats(&mut values, "wake_late", &f.deadlines.wake_late);
     push_stats(&mut values, "compute", &f.deadlines.compute);
     push_stats(&mut values, "publish", &f.deadlines.publish);
+    push_slack(&mut values, &f.deadlines);
+    push_stats(&mut values, "plan_age", &f.deadlines.plan_age);
+    push_stats(&mut values, "observation_to_command", &f.deadlines.observation_to_command);
     values.extend(f.rights.iter().cloned());
     Diagnostic { name: "control", level: f.control.level, message: message(f), values }
 }
@@ -321,4 +335,22 @@ fn summarise(
         problems.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("; ")
     };
     Diagnostic { name, level, message, values }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Slack;
+
+    #[test]
+    fn slack_is_said_in_milliseconds_from_the_first_command_on() {
+        let said = |slack| {
+            let mut values = Vec::new();
+            push_slack(&mut values, &DeadlinesSnapshot { deadline: 20_000_000, slack, ..Default::default() });
+            values.into_iter().map(|(k, v)| format!("{k} {v}")).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(said(None), "deadline_ms 20.00");
+        let slack = Slack { min: -1_500_000, p01: 18_000_000, p50: 19_870_000 };
+        assert_eq!(said(Some(slack)), "deadline_ms 20.00, slack_ms_min -1.50, slack_ms_p01 18.00, slack_ms_p50 19.87");
+    }
 }

@@ -23,7 +23,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::choice::choice;
-use crate::clock::Clock;
+use crate::clock::{Clock, Monotonic};
 use crate::control::PlanView;
 use crate::control::chunk::ActionChunk;
 use crate::engine::{Engine, EngineError, GuidanceSchedule};
@@ -132,13 +132,22 @@ pub struct PipelineIo {
     /// Chunks to the control thread.
     pub chunks: rtrb::Producer<Arc<ActionChunk>>,
     /// Chunks the control thread has done with, to be freed here.
-    pub retired: rtrb::Consumer<Arc<ActionChunk>>,
+    pub retired: rtrb::Consumer<Retired>,
     /// The plan in execution.
     pub plan: Reader<Option<PlanView>>,
     /// Reset epoch; chunks carry the one they were started in.
     pub epoch: Arc<AtomicU64>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
+}
+
+/// A chunk the control thread has done with.
+#[derive(Debug)]
+pub struct Retired {
+    /// The chunk, freed by whoever takes this.
+    pub chunk: Arc<ActionChunk>,
+    /// When the control thread took it.
+    pub taken: Monotonic,
 }
 
 /// Why a pipeline cannot start or go on.

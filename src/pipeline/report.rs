@@ -23,6 +23,8 @@ pub struct PipelineReport {
     pub decode: StageReport,
     /// From a filled slot to the start of its decode, ns.
     pub queue: Histogram,
+    /// From the end of a decode until the control thread took its chunk, ns.
+    pub hand_over: Histogram,
     /// From the arrival of the newest image to the finished chunk, ns.
     pub chunk: Histogram,
     /// Chunks older than `chunk_budget_ms` when they were ready.

@@ -10,7 +10,7 @@ use super::inputs::{CameraSample, JointSample};
 use super::leftover::{Grid, History, PastChunk, leftover};
 use super::mailbox::Mailbox;
 use super::noise::NoiseSource;
-use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Shared};
+use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Retired, Shared};
 use crate::clock::{Monotonic, RosTime};
 use crate::control::chunk::{ActionChunk, ChunkTiming};
 use crate::control::{MAX_JOINTS, PlanView};
@@ -288,7 +288,7 @@ pub(super) struct DecodeStage<D: Decoder> {
     free: Sender<D::Cache>,
     filled: Arc<Mailbox<Filled<D::Cache>>>,
     chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Arc<ActionChunk>>,
+    retired: rtrb::Consumer<Retired>,
     plan: Reader<Option<PlanView>>,
     tap: Sender<Arc<ActionChunk>>,
     noise: NoiseSource,
@@ -310,7 +310,7 @@ impl<D: Decoder> DecodeStage<D> {
         free: Sender<D::Cache>,
         filled: Arc<Mailbox<Filled<D::Cache>>>,
         chunks: rtrb::Producer<Arc<ActionChunk>>,
-        retired: rtrb::Consumer<Arc<ActionChunk>>,
+        retired: rtrb::Consumer<Retired>,
         plan: Reader<Option<PlanView>>,
         tap: Sender<Arc<ActionChunk>>,
     ) -> Self {
@@ -342,7 +342,9 @@ impl<D: Decoder> DecodeStage<D> {
         let mut held: Option<Filled<D::Cache>> = None;
         let mut decoded = 0;
         while !self.shared.stopping() {
-            while self.retired.pop().is_ok() {}
+            while let Ok(Retired { chunk, taken }) = self.retired.pop() {
+                self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
+            }
             let newer = if held.is_some() { self.filled.try_take() } else { self.filled.take(WAIT) };
             let is_new = newer.is_some();
             if let Some(newer) = newer
