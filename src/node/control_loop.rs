@@ -46,6 +46,10 @@ pub(super) struct Signals {
     pub inference_failed: AtomicBool,
     pub epoch: Arc<AtomicU64>,
     pub stopping: AtomicBool,
+    /// Windows that counted as published when they were computed and were never sent.
+    pub unsent: AtomicU64,
+    /// The publisher let windows lapse: the robot has braked by itself and is not where it was to be told to be.
+    pub adrift: AtomicBool,
 }
 
 impl Signals {
@@ -79,7 +83,7 @@ pub(super) struct Snapshot {
     pub seconds: f64,
     /// What became of the newest request to arm, and in which turn.
     pub answer: Option<(u64, Option<Refusal>)>,
-    /// Ticks that were not computed because the publisher had not given a window back.
+    /// Periods since the publisher gave the last window back, while there is none: nothing leaves the node.
     pub blocked: u64,
 }
 
@@ -104,7 +108,6 @@ pub(super) struct InputRules {
 /// Everything the control thread owns.
 pub(super) struct ControlLoop {
     pub controller: ControllerBox,
-    pub periodic: Periodic,
     pub clock: Arc<dyn Clock>,
     pub joints: Reader<JointSample>,
     pub inputs: Arc<InputSlots>,
@@ -114,7 +117,8 @@ pub(super) struct ControlLoop {
     pub retired: rtrb::Producer<Arc<ActionChunk>>,
     pub free: rtrb::Consumer<Box<Window>>,
     pub jobs: rtrb::Producer<Job>,
-    pub publisher: Thread,
+    /// Woken when there is something to publish.
+    pub publisher: Option<Thread>,
     pub snapshot: Writer<Snapshot>,
     pub plan: Writer<Option<PlanView>>,
     pub events: rtrb::Producer<Event>,
@@ -132,43 +136,45 @@ pub(super) enum Change {
 
 impl ControlLoop {
     /// Ticks until the node stops.
-    pub fn run(mut self) {
-        let mut window = None;
-        let mut carried = 0;
-        let mut state = Turn::default();
-        let began = self.clock.monotonic();
+    pub fn run(mut self, mut periodic: Periodic) {
+        let mut state = Turn::new(self.clock.monotonic());
         while !self.signals.stopping.load(Ordering::Acquire) {
-            let wake = self.periodic.wait();
-            if window.is_none() {
-                window = self.free.pop().ok();
-            }
-            let Some(mut free) = window.take() else {
-                // Nowhere to write: this period is skipped, and said so.
-                carried += 1 + wake.skipped;
-                state.blocked += 1;
-                continue;
-            };
-            self.take_changes();
-            let report = self.turn(&wake, carried, &mut free, &mut state);
-            carried = 0;
-            if report.published {
-                let times = TickTimes {
-                    scheduled: wake.scheduled,
-                    woke: wake.woke,
-                    computed: self.clock.monotonic(),
-                    published: None,
-                };
-                // As many places as windows: this cannot fail.
-                let _ = self.jobs.push(Job { window: free, times });
-                self.publisher.unpark();
-            } else {
-                window = Some(free);
-            }
-            self.tell(&report, &state, began);
+            let wake = periodic.wait();
+            self.period(&wake, &mut state);
         }
     }
 
-    fn turn(&mut self, wake: &Wake, carried: u64, window: &mut Window, state: &mut Turn) -> TickReport {
+    /// One period: a tick, if there is a window to write to. What it did, or `None`.
+    pub fn period(&mut self, wake: &Wake, state: &mut Turn) -> Option<TickReport> {
+        let Some(mut free) = state.window.take().or_else(|| self.free.pop().ok()) else {
+            // Nowhere to write: this period is skipped, and said so.
+            state.blocked += 1 + wake.skipped;
+            self.tell(None, state);
+            return None;
+        };
+        self.take_changes();
+        let report = self.turn(wake, &mut free, state);
+        state.blocked = 0;
+        if report.published {
+            let times = TickTimes {
+                scheduled: wake.scheduled,
+                woke: wake.woke,
+                computed: self.clock.monotonic(),
+                published: None,
+            };
+            // As many places as windows: this cannot fail.
+            let _ = self.jobs.push(Job { window: free, times });
+            if let Some(publisher) = &self.publisher {
+                publisher.unpark();
+            }
+        } else {
+            state.window = Some(free);
+        }
+        self.tell(Some(&report), state);
+        Some(report)
+    }
+
+    fn turn(&mut self, wake: &Wake, window: &mut Window, state: &mut Turn) -> TickReport {
         let (ros_now, now) = (self.clock.ros(), wake.woke);
         let asked = self.signals.requests.take();
         let has = |bit| asked & bit != 0;
@@ -187,7 +193,7 @@ impl ControlLoop {
             &TickInput {
                 ros_now,
                 mono_now: now,
-                skipped: wake.skipped + carried,
+                skipped: wake.skipped + state.blocked,
                 measured,
                 inputs,
                 lifecycle: self.signals.lifecycle(),
@@ -230,8 +236,11 @@ impl ControlLoop {
         }
     }
 
-    /// The first thing that is wrong with cameras, prompt or inference.
+    /// The first thing that is wrong with publisher, inference, cameras or prompt.
     fn health(&self, ros_now: RosTime, now: Monotonic) -> InputHealth {
+        if self.signals.adrift.swap(false, Ordering::AcqRel) {
+            return InputHealth::Bad(InputFault::OutputBlocked);
+        }
         if self.signals.inference_failed.load(Ordering::Acquire) {
             return InputHealth::Bad(InputFault::InferenceFailed);
         }
@@ -266,18 +275,22 @@ impl ControlLoop {
         }
     }
 
-    fn tell(&mut self, report: &TickReport, state: &Turn, began: Monotonic) {
+    /// Says what a tick did, or that there was none.
+    fn tell(&mut self, report: Option<&TickReport>, state: &Turn) {
         let mut status = self.controller.status();
         status.counters.chunks += state.superseded;
         status.counters.superseded += state.superseded;
+        status.counters.ticks += state.blocked;
+        status.counters.skipped += state.blocked;
         self.plan.put(status.plan);
         self.snapshot.put(Snapshot {
             status,
             turns: state.turns,
-            seconds: self.clock.monotonic().seconds_since(began),
+            seconds: self.clock.monotonic().seconds_since(state.began),
             answer: state.answer,
             blocked: state.blocked,
         });
+        let Some(report) = report else { return };
         let news = report.mode != report.previous
             || report.refusal.is_some()
             || report.stop.is_some()
@@ -291,11 +304,22 @@ impl ControlLoop {
 }
 
 /// What one turn of the loop leaves for the next.
-#[derive(Debug, Default)]
-struct Turn {
+#[derive(Debug)]
+pub(super) struct Turn {
+    began: Monotonic,
     turns: u64,
+    /// A window that was not published: for the next tick.
+    window: Option<Box<Window>>,
+    /// Periods without a window since the last tick.
     blocked: u64,
     superseded: u64,
     answer: Option<(u64, Option<Refusal>)>,
     chunk: Option<u64>,
+}
+
+impl Turn {
+    /// Before the first one of a loop that begins at `began`.
+    pub fn new(began: Monotonic) -> Self {
+        Self { began, turns: 0, window: None, blocked: 0, superseded: 0, answer: None, chunk: None }
+    }
 }

@@ -167,6 +167,13 @@ impl Core {
         }
     }
 
+    /// The stages have ended for good.
+    pub fn fail_inference(&self, fault: Fault, why: String) {
+        self.signals.inference_failed.store(true, Ordering::Release);
+        self.signals.set_lifecycle(Lifecycle::Failed);
+        *lock(&self.failure) = Some((fault, why));
+    }
+
     fn arming_summary(&self) -> String {
         self.with_facts(None, |f| {
             let cameras: Vec<_> =
@@ -201,6 +208,9 @@ impl Core {
             now: self.clock.monotonic(),
             seconds: snapshot.seconds,
             control: &snapshot.status,
+            unsent: self.signals.unsent.load(Ordering::Acquire),
+            output_window_ms: settings.output_window.as_secs_f64() * 1e3,
+            blocked_ms: snapshot.blocked as f64 * settings.timing.period().as_secs_f64() * 1e3,
             names: &self.names,
             deadlines: publisher::snapshot(&self.deadlines),
             pipeline: &pipeline,

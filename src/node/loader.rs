@@ -87,10 +87,7 @@ fn watch(core: &Core) {
     while !stopping() {
         if let Some(fault) = lock(&core.pipeline).as_ref().and_then(Pipeline::fault) {
             tracing::error!("{fault}");
-            core.signals.inference_failed.store(true, Ordering::Release);
-            core.signals.set_lifecycle(Lifecycle::Failed);
-            *lock(&core.failure) = Some((Fault::Internal, fault));
-            return;
+            return core.fail_inference(Fault::Internal, fault);
         }
         std::thread::sleep(LOOK);
     }

@@ -51,6 +51,12 @@ pub(super) struct Facts<'a> {
     /// Since the control loop began.
     pub seconds: f64,
     pub control: &'a ControlStatus,
+    /// Windows that the control loop counts as published and that were never sent.
+    pub unsent: u64,
+    /// For how long there has been no window to write to, because none came back from the publisher; 0 if there is.
+    pub blocked_ms: f64,
+    /// What a robot plays of its last window before it brakes.
+    pub output_window_ms: f64,
     pub names: &'a Names,
     pub deadlines: DeadlinesSnapshot,
     pub pipeline: &'a PipelineReport,
@@ -98,8 +104,26 @@ impl Status {
     }
 }
 
+/// While the publisher is stuck.
+const BLOCKED: &str = "no command leaves the node: publishing is blocked and the robot has braked by itself; check network and middleware";
+
+/// Whether nothing has left the node for longer than the robot could go on by itself.
+fn blocked(f: &Facts<'_>) -> bool {
+    f.blocked_ms > f.output_window_ms
+}
+
+/// Ticks whose window was sent, and periods that left nothing: a window that was not sent is a skipped period.
+fn sent_and_skipped(f: &Facts<'_>) -> (u64, u64) {
+    let k = &f.control.counters;
+    let unsent = f.unsent.min(k.published);
+    (k.published - unsent, k.skipped + unsent)
+}
+
 fn message(f: &Facts<'_>) -> String {
     let c = f.control;
+    if blocked(f) && f.note.is_none() {
+        return BLOCKED.into();
+    }
     match (f.note, c.reason, c.mode) {
         (Some(note), _, _) => note.into(),
         (None, Some(reason), Mode::Active | Mode::Coast | Mode::Stopping | Mode::Stopped | Mode::Fault) => {
@@ -115,6 +139,7 @@ fn message(f: &Facts<'_>) -> String {
 fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
     let c = f.control;
     let k = &c.counters;
+    let (published, skipped) = sent_and_skipped(f);
     let mut v = vec![
         pair("mode", c.mode),
         pair("reason", message),
@@ -125,8 +150,8 @@ fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
         pair("epoch", c.epoch),
         pair("seconds", format!("{:.3}", f.seconds)),
         pair("ticks", k.ticks),
-        pair("published", k.published),
-        pair("skipped", k.skipped),
+        pair("published", published),
+        pair("skipped", skipped),
         pair("unarmed", k.unarmed),
         pair("deadline_misses", f.deadlines.misses),
         pair("chunks", k.chunks),
@@ -178,6 +203,13 @@ fn inputs(f: &Facts<'_>) -> Diagnostic {
         }
     }
     problems.extend((0..f.names.joints.len()).filter_map(|i| joint_problem(f, i)).map(|p| (Level::Error, p)));
+    let unbelievable = |i: &usize| f.joints.seen(*i) && !stamp_is_believable(f.joints.stamps[*i], f.ros_now);
+    if let Some(joint) = (0..f.names.joints.len()).find(unbelievable).and_then(|i| f.names.joints.get(i)) {
+        problems.push((
+            Level::Warn,
+            format!("joint '{joint}': its stamps are zero or in the future: judged by arrival instead"),
+        ));
+    }
     let oldest = (0..f.names.joints.len()).map(|i| f.joints.age_ms(i, f.ros_now, f.now)).fold(0.0, f64::max);
     values.push(pair("joint_states.messages", f.joints.messages));
     values.push(pair("joint_states.oldest_age_ms", format!("{oldest:.1}")));
@@ -267,20 +299,24 @@ fn inference(f: &Facts<'_>) -> Diagnostic {
 
 fn control(f: &Facts<'_>) -> Diagnostic {
     let k = &f.control.counters;
+    let (published, skipped) = sent_and_skipped(f);
     let mut values = vec![
         pair("mode", f.control.mode),
         pair("ticks", k.ticks),
-        pair("published", k.published),
-        pair("skipped", k.skipped),
+        pair("published", published),
+        pair("skipped", skipped),
         pair("unarmed", k.unarmed),
         pair("deadline_misses", f.deadlines.misses),
         pair("clock_jumps", k.clock_jumps),
+        pair("windows_not_sent", f.unsent),
+        pair("publisher_blocked_ms", format!("{:.0}", f.blocked_ms)),
     ];
     push_stats(&mut values, "wake_late", &f.deadlines.wake_late);
     push_stats(&mut values, "compute", &f.deadlines.compute);
     push_stats(&mut values, "publish", &f.deadlines.publish);
     values.extend(f.rights.iter().cloned());
-    Diagnostic { name: "control", level: f.control.level, message: message(f), values }
+    let level = if blocked(f) { Level::Error } else { f.control.level };
+    Diagnostic { name: "control", level, message: message(f), values }
 }
 
 fn safety(f: &Facts<'_>) -> Diagnostic {

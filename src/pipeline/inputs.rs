@@ -78,6 +78,12 @@ pub fn age_ms(stamp: RosTime, arrived: Monotonic, ros_now: RosTime, now: Monoton
     if stamp_is_believable(stamp, ros_now) { arrival.max(ros_now.ms_since(stamp)) } else { arrival }
 }
 
+/// When something was measured: its stamp, or when it arrived if that cannot be true.
+pub fn believed(stamp: RosTime, arrived: Monotonic, ros_now: RosTime, now: Monotonic) -> RosTime {
+    let arrival = || ros_now.plus_seconds(-now.seconds_since(arrived).max(0.0));
+    if stamp_is_believable(stamp, ros_now) { stamp } else { arrival() }
+}
+
 /// Whether a stamp is set and not from the future.
 pub fn stamp_is_believable(stamp: RosTime, ros_now: RosTime) -> bool {
     stamp.0 > 0 && stamp <= ros_now + FUTURE_STAMP_TOLERANCE
