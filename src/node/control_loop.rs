@@ -37,6 +37,32 @@ impl RequestBits {
     }
 }
 
+/// What is wrong with an output, as one number that the control thread can read.
+#[derive(Debug, Default)]
+pub(super) struct OutputFault(AtomicU64);
+
+impl OutputFault {
+    /// Other faults than those of outputs count as none.
+    pub fn set(&self, fault: Option<InputFault>) {
+        let code = match fault {
+            Some(InputFault::OutputUnconnected { output }) => 2 * output as u64 + 1,
+            Some(InputFault::OutputContested { output }) => 2 * output as u64 + 2,
+            _ => 0,
+        };
+        self.0.store(code, Ordering::Release);
+    }
+
+    pub fn get(&self) -> Option<InputFault> {
+        let code = self.0.load(Ordering::Acquire).checked_sub(1)?;
+        let output = usize::try_from(code / 2).ok()?;
+        Some(if code % 2 == 0 {
+            InputFault::OutputUnconnected { output }
+        } else {
+            InputFault::OutputContested { output }
+        })
+    }
+}
+
 /// What the rest of the node tells the control thread through plain atomics.
 #[derive(Debug, Default)]
 pub(super) struct Signals {
@@ -48,6 +74,7 @@ pub(super) struct Signals {
     pub stopping: AtomicBool,
     /// Windows that counted as published when they were computed and were never sent.
     pub unsent: AtomicU64,
+    pub outputs: OutputFault,
     /// The publisher let windows lapse: the robot has braked by itself and is not where it was to be told to be.
     pub adrift: AtomicBool,
 }
@@ -236,10 +263,13 @@ impl ControlLoop {
         }
     }
 
-    /// The first thing that is wrong with publisher, inference, cameras or prompt.
+    /// The first thing that is wrong with publisher, outputs, inference, cameras or prompt.
     fn health(&self, ros_now: RosTime, now: Monotonic) -> InputHealth {
         if self.signals.adrift.swap(false, Ordering::AcqRel) {
             return InputHealth::Bad(InputFault::OutputBlocked);
+        }
+        if let Some(fault) = self.signals.outputs.get() {
+            return InputHealth::Bad(fault);
         }
         if self.signals.inference_failed.load(Ordering::Acquire) {
             return InputHealth::Bad(InputFault::InferenceFailed);

@@ -51,6 +51,8 @@ pub(super) struct Facts<'a> {
     /// Since the control loop began.
     pub seconds: f64,
     pub control: &'a ControlStatus,
+    /// Nobody listens to an output, or somebody else publishes on it.
+    pub output_fault: Option<InputFault>,
     /// Windows that the control loop counts as published and that were never sent.
     pub unsent: u64,
     /// For how long there has been no window to write to, because none came back from the publisher; 0 if there is.
@@ -173,7 +175,8 @@ fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
 pub(super) fn camera_text(f: &Facts<'_>, c: &CameraView) -> String {
     match c.size {
         Some((w, h)) => {
-            format!("{w}x{h}, {} frames, {:.0} ms old", c.freshness.frames, c.freshness.age_ms(f.ros_now, f.now))
+            let age = c.freshness.age_ms(f.ros_now, f.now);
+            format!("{w}x{h} at {:.1} Hz, {age:.0} ms old, {} frames", c.freshness.rate_hz(), c.freshness.frames)
         }
         None => "no frame yet".into(),
     }
@@ -337,7 +340,8 @@ fn safety(f: &Facts<'_>) -> Diagnostic {
     values.push(pair("max_seam_jump_rad", format!("{:.5}", c.seam_jump_max)));
     values.push(pair("tracking_error_rad", format!("{:.5}", c.tracking_error)));
     values.push(pair("max_tracking_error_rad", format!("{:.5}", c.tracking_error_max)));
-    summarise("safety", Vec::new(), "within limits", values)
+    let problems = f.output_fault.iter().map(|fault| (Level::Warn, fault.text(f.names))).collect();
+    summarise("safety", problems, "within limits", values)
 }
 
 fn gpu(f: &Facts<'_>) -> Diagnostic {
