@@ -190,7 +190,8 @@ fn adversary(seed: u64, ticks: usize) -> Seen {
             let mut c = w.observe(|t, j| plan(shape, phase, t, j));
             c.prompt_generation = tick as u64 / 700;
             if rng.random_bool(trouble) {
-                match rng.random_range(0..10) {
+                match rng.random_range(0..11) {
+                    9 => c.oldest_image_stamp = c.oldest_image_stamp.plus_seconds(-rng.random_range(0.0..5.0)),
                     0 => {
                         let i = rng.random_range(0..c.positions.len());
                         c.positions[i] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][rng.random_range(0..3)];

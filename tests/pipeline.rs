@@ -511,3 +511,23 @@ fn a_failed_encode_is_counted_and_the_next_observation_goes_through() {
         rig.pipeline.stop();
     }
 }
+
+#[test]
+fn a_camera_whose_stamps_cannot_be_true_is_dated_by_arrival() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    let engine = Canary { dims: *policy.dims(), planted: false, poison: Vec::new() };
+    let mut live = config(PipelineMode::Pipelined);
+    live.live.max_camera_skew_ms = 10_000.0;
+    let mut rig = Rig::start(&engine, policy, live);
+    let before = SystemClock.ros();
+    for (value, stamp) in [(1, RosTime(0)), (2, before.plus_seconds(60.0))] {
+        rig.joints(&MEAN_POSE);
+        rig.inputs.put_frame(0, frame(value), stamp, SystemClock.monotonic());
+        rig.inputs.put_frame(1, frame(value), SystemClock.ros(), SystemClock.monotonic());
+        let chunk = rig.wait_for("chunk from a camera without a clock", |_| true);
+        assert!(chunk.oldest_image_stamp >= before.plus_seconds(-1.0), "{stamp:?}");
+        assert!(chunk.oldest_image_stamp <= SystemClock.ros(), "{stamp:?}");
+    }
+    assert_eq!(rig.pipeline.report().skewed, 0);
+}

@@ -57,7 +57,7 @@ impl Controller {
             None => true,
         };
         if due && self.pending.present {
-            match self.gate.age(self.pending.state_stamp, now).and_then(|()| self.adopt(now, motion)) {
+            match self.pending.age(&self.gate, now).and_then(|()| self.adopt(now, motion)) {
                 Ok(adoption) => {
                     report.adoption = Some(adoption);
                     self.coasting_since = None;

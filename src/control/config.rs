@@ -85,6 +85,8 @@ pub struct ControlConfig {
     pub max_joint_state_age: f64,
     /// Oldest observation whose chunk is still adopted, from its state stamp.
     pub max_chunk_age: f64,
+    /// Oldest image whose chunk is still adopted.
+    pub max_image_age: f64,
     /// How far in the future a stamp may be before it is refused.
     pub future_tolerance: f64,
     /// What starvation leads to.
@@ -138,6 +140,7 @@ impl ControlConfig {
             crossfade_steps: 5.min(horizon.max(1)),
             max_joint_state_age: 0.1,
             max_chunk_age: (horizon as f64 * dt).max(1.0),
+            max_image_age: (horizon as f64 * dt).max(1.0) + 0.5,
             future_tolerance: 0.05,
             miss_policy: MissPolicy::default(),
             starvation_timeout: 2.0,
@@ -176,6 +179,7 @@ impl ControlConfig {
             ("output_window", self.output_window, self.period),
             ("max_joint_state_age", self.max_joint_state_age, 1e-6),
             ("max_chunk_age", self.max_chunk_age, 1e-6),
+            ("max_image_age", self.max_image_age, 1e-6),
             ("future_tolerance", self.future_tolerance, 0.0),
             ("starvation_timeout", self.starvation_timeout, 0.0),
             ("deadline", self.deadline, 0.0),

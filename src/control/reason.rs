@@ -65,6 +65,8 @@ pub enum InputFault {
         /// Which.
         output: usize,
     },
+    /// Commands could not be sent for so long that the robot braked by itself.
+    OutputBlocked,
     /// Encoder or decoder failed.
     InferenceFailed,
     /// Encoder or decoder has not answered for too long.
@@ -116,6 +118,11 @@ impl InputFault {
             }
             Self::OutputContested { output: o } => {
                 format!("somebody else publishes on the topic of {}: stop the other node", output(o))
+            }
+            Self::OutputBlocked => {
+                "commands could not be sent in time and the robot braked by itself: check network and \
+                                    middleware, then call ~/enable"
+                    .into()
             }
             Self::InferenceFailed => "inference failed: see the log, then ~/reset".into(),
             Self::InferenceStalled { age } => format!("inference has not answered for {age:.1} s: see the log"),
@@ -196,11 +203,18 @@ pub enum ChunkRefusal {
         /// Since the last action was due.
         late: f64,
     },
+    /// Its oldest image is older than `max_image_age`, however fresh its joint state, seconds.
+    ImagesTooOld {
+        /// Its age.
+        age: f64,
+        /// Allowed.
+        max: f64,
+    },
 }
 
 impl ChunkRefusal {
     /// Number of kinds, for counters.
-    pub const KINDS: usize = 11;
+    pub const KINDS: usize = 12;
 
     /// Names of the kinds, by [`kind`](Self::kind).
     pub const NAMES: [&'static str; Self::KINDS] = [
@@ -215,6 +229,7 @@ impl ChunkRefusal {
         "from_future",
         "non_finite",
         "past",
+        "images_too_old",
     ];
 
     /// Index of its kind.
@@ -231,6 +246,7 @@ impl ChunkRefusal {
             Self::FromFuture { .. } => 8,
             Self::NonFinite { .. } => 9,
             Self::Past { .. } => 10,
+            Self::ImagesTooOld { .. } => 11,
         }
     }
 
@@ -272,6 +288,9 @@ impl ChunkRefusal {
                 "all actions were due {:.0} ms ago or earlier: inference slower than the chunk is long",
                 late * 1e3
             ),
+            Self::ImagesTooOld { age, max } => {
+                format!("images {:.0} ms old (limit {:.0} ms): the encoder is stuck or too slow", age * 1e3, max * 1e3)
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use super::io::{ChunkVerdict, Lifecycle, LimitsError, TickInput, TickReport};
 use super::joints::JointVector;
 use super::mode::{Level, Mode};
 use super::pace::State;
-use super::reason::{ChunkRefusal, InputHealth, Reason, Refusal};
+use super::reason::{ChunkRefusal, InputFault, InputHealth, Reason, Refusal};
 use super::status::{ControlStatus, Counters, Interventions, PlanView};
 use super::timeline::{Consumption, Gate, Pending};
 use super::window::Window;
@@ -350,7 +350,11 @@ impl Controller {
         }
         self.tracking_error = worst;
         self.tracking_error_max = self.tracking_error_max.max(worst);
-        if let Some(reason) = lost {
+        let adrift = match input.inputs {
+            InputHealth::Bad(fault @ InputFault::OutputBlocked) => Some(Reason::Input(fault)),
+            _ => None,
+        };
+        if let Some(reason) = lost.or(adrift) {
             // The robot is not on the curve: hold where it is, not where it should be.
             let mut pose = motion.here.q;
             for j in 0..n {
@@ -444,7 +448,7 @@ impl Controller {
         if !self.pending.present {
             return Err(Refusal::NoChunk);
         }
-        self.gate.age(self.pending.state_stamp, input.ros_now).map_err(Refusal::Chunk)
+        self.pending.age(&self.gate, input.ros_now).map_err(Refusal::Chunk)
     }
 
     /// Simulates the filter over the window, lets it brake to rest, checks it, and hands it out. True if that was

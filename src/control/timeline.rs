@@ -12,6 +12,7 @@ pub(crate) struct Gate {
     horizon: usize,
     dt: f64,
     max_age: f64,
+    max_image_age: f64,
     future: f64,
     /// Last sequence accepted in this epoch.
     sequence: Option<u64>,
@@ -25,6 +26,7 @@ impl Gate {
             horizon: config.horizon,
             dt: config.dt,
             max_age: config.max_chunk_age,
+            max_image_age: config.max_image_age,
             future: config.future_tolerance,
             sequence: None,
             prompt_generation: 0,
@@ -36,14 +38,18 @@ impl Gate {
         self.sequence = None;
     }
 
-    /// Whether a chunk with this state stamp is too old to be adopted now.
-    pub(crate) fn age(&self, stamp: RosTime, now: RosTime) -> Result<(), ChunkRefusal> {
+    /// Whether a chunk with these stamps of its state and its oldest image is too old to be adopted now.
+    pub(crate) fn age(&self, stamp: RosTime, image: RosTime, now: RosTime) -> Result<(), ChunkRefusal> {
         let age = now.seconds_since(stamp);
         if age > self.max_age {
             return Err(ChunkRefusal::TooOld { age, max: self.max_age });
         }
         if age < -self.future {
             return Err(ChunkRefusal::FromFuture { ahead: -age, max: self.future });
+        }
+        let age = now.seconds_since(image);
+        if age > self.max_image_age {
+            return Err(ChunkRefusal::ImagesTooOld { age, max: self.max_image_age });
         }
         Ok(())
     }
@@ -72,7 +78,7 @@ impl Gate {
         if chunk.state_stamp.0 <= 0 || now.0 <= 0 {
             return Err(ChunkRefusal::NoStamp);
         }
-        self.age(chunk.state_stamp, now)?;
+        self.age(chunk.state_stamp, chunk.oldest_image_stamp, now)?;
         if let Some(i) = chunk.positions.iter().position(|x| !x.is_finite()) {
             return Err(ChunkRefusal::NonFinite { joint: i % self.joints, step: i / self.joints });
         }
@@ -103,6 +109,11 @@ impl Pending {
             oldest_image_stamp: RosTime::default(),
             positions: vec![0.0; values],
         }
+    }
+
+    /// Whether it is too old to be adopted now.
+    pub(crate) fn age(&self, gate: &Gate, now: RosTime) -> Result<(), ChunkRefusal> {
+        gate.age(self.state_stamp, self.oldest_image_stamp, now)
     }
 
     /// Takes over an admitted chunk; true if another one was waiting, which is thereby superseded.

@@ -38,6 +38,32 @@ impl RequestBits {
     }
 }
 
+/// What is wrong with an output, as one number that the control thread can read.
+#[derive(Debug, Default)]
+pub(super) struct OutputFault(AtomicU64);
+
+impl OutputFault {
+    /// Other faults than those of outputs count as none.
+    pub fn set(&self, fault: Option<InputFault>) {
+        let code = match fault {
+            Some(InputFault::OutputUnconnected { output }) => 2 * output as u64 + 1,
+            Some(InputFault::OutputContested { output }) => 2 * output as u64 + 2,
+            _ => 0,
+        };
+        self.0.store(code, Ordering::Release);
+    }
+
+    pub fn get(&self) -> Option<InputFault> {
+        let code = self.0.load(Ordering::Acquire).checked_sub(1)?;
+        let output = usize::try_from(code / 2).ok()?;
+        Some(if code % 2 == 0 {
+            InputFault::OutputUnconnected { output }
+        } else {
+            InputFault::OutputContested { output }
+        })
+    }
+}
+
 /// What the rest of the node tells the control thread through plain atomics.
 #[derive(Debug, Default)]
 pub(super) struct Signals {
@@ -47,6 +73,11 @@ pub(super) struct Signals {
     pub inference_failed: AtomicBool,
     pub epoch: Arc<AtomicU64>,
     pub stopping: AtomicBool,
+    /// Windows that counted as published when they were computed and were never sent.
+    pub unsent: AtomicU64,
+    pub outputs: OutputFault,
+    /// The publisher let windows lapse: the robot has braked by itself and is not where it was to be told to be.
+    pub adrift: AtomicBool,
 }
 
 impl Signals {
@@ -80,7 +111,7 @@ pub(super) struct Snapshot {
     pub seconds: f64,
     /// What became of the newest request to arm, and in which turn.
     pub answer: Option<(u64, Option<Refusal>)>,
-    /// Ticks that were not computed because the publisher had not given a window back.
+    /// Periods since the publisher gave the last window back, while there is none: nothing leaves the node.
     pub blocked: u64,
 }
 
@@ -105,7 +136,6 @@ pub(super) struct InputRules {
 /// Everything the control thread owns.
 pub(super) struct ControlLoop {
     pub controller: ControllerBox,
-    pub periodic: Periodic,
     pub clock: Arc<dyn Clock>,
     pub joints: Reader<JointSample>,
     pub inputs: Arc<InputSlots>,
@@ -115,7 +145,8 @@ pub(super) struct ControlLoop {
     pub retired: rtrb::Producer<Retired>,
     pub free: rtrb::Consumer<Box<Window>>,
     pub jobs: rtrb::Producer<Job>,
-    pub publisher: Thread,
+    /// Woken when there is something to publish.
+    pub publisher: Option<Thread>,
     pub snapshot: Writer<Snapshot>,
     pub plan: Writer<Option<PlanView>>,
     pub events: rtrb::Producer<Event>,
@@ -133,44 +164,46 @@ pub(super) enum Change {
 
 impl ControlLoop {
     /// Ticks until the node stops.
-    pub fn run(mut self) {
-        let mut window = None;
-        let mut carried = 0;
-        let mut state = Turn::default();
-        let began = self.clock.monotonic();
+    pub fn run(mut self, mut periodic: Periodic) {
+        let mut state = Turn::new(self.clock.monotonic());
         while !self.signals.stopping.load(Ordering::Acquire) {
-            let wake = self.periodic.wait();
-            if window.is_none() {
-                window = self.free.pop().ok();
-            }
-            let Some(mut free) = window.take() else {
-                // Nowhere to write: this period is skipped, and said so.
-                carried += 1 + wake.skipped;
-                state.blocked += 1;
-                continue;
-            };
-            self.take_changes();
-            let report = self.turn(&wake, carried, &mut free, &mut state);
-            carried = 0;
-            if report.published {
-                let times = TickTimes {
-                    scheduled: wake.scheduled,
-                    woke: wake.woke,
-                    computed: self.clock.monotonic(),
-                    published: None,
-                    plan: state.source.of(&report),
-                };
-                // As many places as windows: this cannot fail.
-                let _ = self.jobs.push(Job { window: free, times });
-                self.publisher.unpark();
-            } else {
-                window = Some(free);
-            }
-            self.tell(&report, &state, began);
+            let wake = periodic.wait();
+            self.period(&wake, &mut state);
         }
     }
 
-    fn turn(&mut self, wake: &Wake, carried: u64, window: &mut Window, state: &mut Turn) -> TickReport {
+    /// One period: a tick, if there is a window to write to. What it did, or `None`.
+    pub fn period(&mut self, wake: &Wake, state: &mut Turn) -> Option<TickReport> {
+        let Some(mut free) = state.window.take().or_else(|| self.free.pop().ok()) else {
+            // Nowhere to write: this period is skipped, and said so.
+            state.blocked += 1 + wake.skipped;
+            self.tell(None, state);
+            return None;
+        };
+        self.take_changes();
+        let report = self.turn(wake, &mut free, state);
+        state.blocked = 0;
+        if report.published {
+            let times = TickTimes {
+                scheduled: wake.scheduled,
+                woke: wake.woke,
+                computed: self.clock.monotonic(),
+                published: None,
+                plan: state.source.of(&report),
+            };
+            // As many places as windows: this cannot fail.
+            let _ = self.jobs.push(Job { window: free, times });
+            if let Some(publisher) = &self.publisher {
+                publisher.unpark();
+            }
+        } else {
+            state.window = Some(free);
+        }
+        self.tell(Some(&report), state);
+        Some(report)
+    }
+
+    fn turn(&mut self, wake: &Wake, window: &mut Window, state: &mut Turn) -> TickReport {
         let (ros_now, now) = (self.clock.ros(), wake.woke);
         let asked = self.signals.requests.take();
         let has = |bit| asked & bit != 0;
@@ -191,7 +224,7 @@ impl ControlLoop {
             &TickInput {
                 ros_now,
                 mono_now: now,
-                skipped: wake.skipped + carried,
+                skipped: wake.skipped + state.blocked,
                 measured,
                 inputs,
                 lifecycle: self.signals.lifecycle(),
@@ -236,8 +269,14 @@ impl ControlLoop {
         }
     }
 
-    /// The first thing that is wrong with cameras, prompt or inference.
+    /// The first thing that is wrong with publisher, outputs, inference, cameras or prompt.
     fn health(&self, ros_now: RosTime, now: Monotonic) -> InputHealth {
+        if self.signals.adrift.swap(false, Ordering::AcqRel) {
+            return InputHealth::Bad(InputFault::OutputBlocked);
+        }
+        if let Some(fault) = self.signals.outputs.get() {
+            return InputHealth::Bad(fault);
+        }
         if self.signals.inference_failed.load(Ordering::Acquire) {
             return InputHealth::Bad(InputFault::InferenceFailed);
         }
@@ -272,18 +311,22 @@ impl ControlLoop {
         }
     }
 
-    fn tell(&mut self, report: &TickReport, state: &Turn, began: Monotonic) {
+    /// Says what a tick did, or that there was none.
+    fn tell(&mut self, report: Option<&TickReport>, state: &Turn) {
         let mut status = self.controller.status();
         status.counters.chunks += state.superseded;
         status.counters.superseded += state.superseded;
+        status.counters.ticks += state.blocked;
+        status.counters.skipped += state.blocked;
         self.plan.put(status.plan);
         self.snapshot.put(Snapshot {
             status,
             turns: state.turns,
-            seconds: self.clock.monotonic().seconds_since(began),
+            seconds: self.clock.monotonic().seconds_since(state.began),
             answer: state.answer,
             blocked: state.blocked,
         });
+        let Some(report) = report else { return };
         let news = report.mode != report.previous
             || report.refusal.is_some()
             || report.stop.is_some()
@@ -297,9 +340,13 @@ impl ControlLoop {
 }
 
 /// What one turn of the loop leaves for the next.
-#[derive(Debug, Default)]
-struct Turn {
+#[derive(Debug)]
+pub(super) struct Turn {
+    began: Monotonic,
     turns: u64,
+    /// A window that was not published: for the next tick.
+    window: Option<Box<Window>>,
+    /// Periods without a window since the last tick.
     blocked: u64,
     superseded: u64,
     answer: Option<(u64, Option<Refusal>)>,
@@ -397,5 +444,21 @@ mod tests {
         assert_eq!(of(tick(Mode::Run, None, None), None), None);
         // A chunk that is not known is not dated by guess.
         assert_eq!(of(tick(Mode::Run, None, Some(9)), None), None);
+    }
+}
+
+impl Turn {
+    /// Before the first one of a loop that begins at `began`.
+    pub fn new(began: Monotonic) -> Self {
+        Self {
+            began,
+            turns: 0,
+            window: None,
+            blocked: 0,
+            superseded: 0,
+            answer: None,
+            chunk: None,
+            source: Source::default(),
+        }
     }
 }

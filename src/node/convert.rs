@@ -57,6 +57,8 @@ pub(super) fn control(s: &Settings, dims: &Dims) -> ControlConfig {
         seam: s.chunks.seam,
         // A chunk within its budget is never too old to be adopted.
         max_chunk_age: base.max_chunk_age.max(s.timing.chunk_budget.as_secs_f64()),
+        max_image_age: s.inputs.cameras.iter().map(|c| c.max_age.as_secs_f64()).fold(0.0, f64::max)
+            + base.max_chunk_age.max(s.timing.chunk_budget.as_secs_f64()),
         max_joint_state_age: s.inputs.max_joint_state_age.as_secs_f64(),
         miss_policy: s.timing.miss_policy,
         deadline: s.timing.deadline.as_secs_f64(),

@@ -8,7 +8,7 @@ use super::control_loop::{Change, Event, InputRules, RequestBits, Signals, Snaps
 use super::status::{self, Status};
 use super::{NodeError, convert, lock, publisher};
 use crate::clock::{Clock, RosTime};
-use crate::control::{ChunkVerdict, Controller, Deadlines, Lifecycle, Mode, Names, TickReport};
+use crate::control::{ChunkVerdict, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport};
 use crate::error::Fault;
 use crate::model::{Dims, Frame, ModelError};
 use crate::params::Settings;
@@ -68,6 +68,12 @@ impl Inputs {
     /// A joint state message; names that are not joints of this node are ignored and reported.
     pub fn joints(&self, stamp: RosTime, names: &[String], positions: &[f64]) {
         self.0.inputs.put_joints(names, positions, stamp, self.0.clock.monotonic());
+    }
+
+    /// What is wrong with an output, [`InputFault::OutputUnconnected`] or [`InputFault::OutputContested`], until told
+    /// otherwise: no arming, and a stop.
+    pub fn outputs(&self, fault: Option<InputFault>) {
+        self.0.signals.outputs.set(fault);
     }
 
     /// A new prompt, taken at the next chunk boundary.
@@ -167,6 +173,13 @@ impl Core {
         }
     }
 
+    /// The stages have ended for good.
+    pub fn fail_inference(&self, fault: Fault, why: String) {
+        self.signals.inference_failed.store(true, Ordering::Release);
+        self.signals.set_lifecycle(Lifecycle::Failed);
+        *lock(&self.failure) = Some((fault, why));
+    }
+
     fn arming_summary(&self) -> String {
         self.with_facts(None, |f| {
             let cameras: Vec<_> =
@@ -201,6 +214,10 @@ impl Core {
             now: self.clock.monotonic(),
             seconds: snapshot.seconds,
             control: &snapshot.status,
+            output_fault: self.signals.outputs.get(),
+            unsent: self.signals.unsent.load(Ordering::Acquire),
+            output_window_ms: settings.output_window.as_secs_f64() * 1e3,
+            blocked_ms: snapshot.blocked as f64 * settings.timing.period().as_secs_f64() * 1e3,
             names: &self.names,
             deadlines: publisher::snapshot(&self.deadlines),
             pipeline: &pipeline,

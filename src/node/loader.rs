@@ -93,10 +93,7 @@ fn watch(core: &Core) {
     while !stopping() {
         if let Some(fault) = lock(&core.pipeline).as_ref().and_then(Pipeline::fault) {
             tracing::error!("{}", fault.1);
-            core.signals.inference_failed.store(true, Ordering::Release);
-            core.signals.set_lifecycle(Lifecycle::Failed);
-            *lock(&core.failure) = Some(fault);
-            return;
+            return core.fail_inference(fault.0, fault.1);
         }
         std::thread::sleep(LOOK);
     }

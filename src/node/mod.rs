@@ -12,6 +12,7 @@ mod core;
 mod loader;
 mod publisher;
 mod status;
+mod stepped;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,14 +20,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
+use crate::control::PlanView;
+use crate::control::chunk::ActionChunk;
 use crate::control::{ConfigError, Controller, Deadlines, Lifecycle};
 use crate::engine::EngineError;
 use crate::error::{Blame, Fault};
-use crate::model::{Checkpoint, ModelError, Policy};
+use crate::model::{Checkpoint, Dims, ModelError, Policy};
 use crate::params::Settings;
-use crate::pipeline::PipelineError;
+use crate::pipeline::{PipelineError, Retired};
 use crate::pipeline::inputs::InputSlots;
-use crate::rt::latest::latest;
+use crate::rt::latest::{Reader, latest};
 use crate::rt::period::Periodic;
 use crate::rt::rights::{self, Right};
 
@@ -36,6 +39,7 @@ use core::{Core, input_rules, log_event};
 pub use publisher::Outputs;
 use publisher::{Job, Publisher};
 pub use status::{Diagnostic, Status};
+pub use stepped::SteppedNode;
 
 /// Windows in flight between control and publisher thread.
 const WINDOWS: usize = 4;
@@ -90,20 +94,25 @@ impl Blame for NodeError {
     }
 }
 
-/// The running node.
-pub struct Node {
+/// The parts of a node before anything moves them.
+struct Parts {
     core: Arc<Core>,
-    threads: Vec<JoinHandle<()>>,
-    loader: Option<JoinHandle<()>>,
-    publisher_stop: Arc<std::sync::atomic::AtomicBool>,
+    control: ControlLoop,
+    publisher: Publisher,
+    chunks: rtrb::Producer<Arc<ActionChunk>>,
+    retired: rtrb::Consumer<Retired>,
+    plan: Reader<Option<PlanView>>,
+    tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }
 
-impl Node {
-    /// Checks checkpoint and settings, starts the control loop unarmed, and loads the policy in a thread of its own.
-    pub fn start(settings: Settings, clock: Arc<dyn Clock>, outputs: Box<dyn Outputs>) -> Result<Self, NodeError> {
-        let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
-        let policy = Policy::open(&checkpoint, &settings.model.checkpoint, &convert::policy_options(&settings))?;
-        let dims = *checkpoint.dims();
+impl Parts {
+    /// Makes all of them and joins them with slots and rings.
+    fn new(
+        settings: Settings,
+        dims: Dims,
+        clock: Arc<dyn Clock>,
+        outputs: Box<dyn Outputs>,
+    ) -> Result<Self, NodeError> {
         let controller = Controller::new(convert::control(&settings, &dims))?;
         let names = convert::names(&settings);
         let (inputs, joints) = InputSlots::new(settings.inputs.cameras.len(), &names.joints, &settings.model.prompt);
@@ -129,10 +138,7 @@ impl Node {
         let (plan, plan_reader) = latest(None);
         let config = controller.config();
         let deadlines = Arc::new(Mutex::new(Deadlines::new(config.deadline, config.period)));
-        let period = settings.timing.period();
-        let publisher_stop = Arc::default();
         let rules = Box::new(input_rules(&settings));
-        let process = settings.process.clone();
 
         let core = Arc::new(Core {
             clock: clock.clone(),
@@ -151,13 +157,6 @@ impl Node {
             failure: Mutex::new(None),
             asking: Mutex::new(()),
         });
-        let mut node =
-            Self { core: core.clone(), threads: Vec::new(), loader: None, publisher_stop: Arc::clone(&publisher_stop) };
-        if process.lock_memory {
-            node.report_right("lock_memory", &rights::lock_memory());
-            checkpoint.unpin()?;
-        }
-
         let publisher = Publisher {
             outputs,
             jobs: jobs_out,
@@ -165,14 +164,11 @@ impl Node {
             chunks: tap_out,
             clock: clock.clone(),
             deadlines,
-            stopping: publisher_stop,
+            signals: signals.clone(),
+            stopping: Arc::default(),
         };
-        let control_cpu = process.cpu_affinity.first().copied();
-        let below = process.rt_priority.map(|p| p.saturating_sub(1).max(1));
-        let publisher = node.spawn("pi0_publisher", below, control_cpu, move || publisher.run())?;
         let control = ControlLoop {
             controller: Box::new(controller),
-            periodic: Periodic::new(period),
             clock,
             joints,
             inputs,
@@ -182,24 +178,48 @@ impl Node {
             retired: retired_in,
             free: free_out,
             jobs: jobs_in,
-            publisher,
+            publisher: None,
             snapshot,
             plan,
             events: events_in,
             changes: changes_out,
             discarded: discarded_in,
         };
-        node.spawn("pi0_control", process.rt_priority, control_cpu, move || control.run())?;
+        Ok(Self { core, control, publisher, chunks: chunks_in, retired: retired_out, plan: plan_reader, tap: tap_in })
+    }
+}
+
+/// The running node.
+pub struct Node {
+    core: Arc<Core>,
+    threads: Vec<JoinHandle<()>>,
+    loader: Option<JoinHandle<()>>,
+    publisher_stop: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Node {
+    /// Checks checkpoint and settings, starts the control loop unarmed, and loads the policy in a thread of its own.
+    pub fn start(settings: Settings, clock: Arc<dyn Clock>, outputs: Box<dyn Outputs>) -> Result<Self, NodeError> {
+        let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
+        let policy = Policy::open(&checkpoint, &settings.model.checkpoint, &convert::policy_options(&settings))?;
+        let dims = *checkpoint.dims();
+        let (period, process) = (settings.timing.period(), settings.process.clone());
+        let Parts { core, mut control, publisher, chunks, retired, plan, tap } =
+            Parts::new(settings, dims, clock, outputs)?;
+        let publisher_stop = publisher.stopping.clone();
+        let mut node = Self { core: core.clone(), threads: Vec::new(), loader: None, publisher_stop };
+        if process.lock_memory {
+            node.report_right("lock_memory", &rights::lock_memory());
+            checkpoint.unpin()?;
+        }
+
+        let control_cpu = process.cpu_affinity.first().copied();
+        let below = process.rt_priority.map(|p| p.saturating_sub(1).max(1));
+        control.publisher = Some(node.spawn("pi0_publisher", below, control_cpu, move || publisher.run())?);
+        node.spawn("pi0_control", process.rt_priority, control_cpu, move || control.run(Periodic::new(period)))?;
 
         if process.autostart {
-            let parts = loader::Parts {
-                checkpoint,
-                policy: Arc::new(policy),
-                chunks: chunks_in,
-                retired: retired_out,
-                plan: plan_reader,
-                tap: tap_in,
-            };
+            let parts = loader::Parts { checkpoint, policy: Arc::new(policy), chunks, retired, plan, tap };
             let loader = std::thread::Builder::new()
                 .name("pi0_loader".into())
                 .spawn(move || loader::run(&core, parts))

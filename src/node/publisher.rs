@@ -10,6 +10,8 @@ use crate::clock::Clock;
 use crate::control::chunk::ActionChunk;
 use crate::control::{Deadlines, DeadlinesSnapshot, TickTimes, Window};
 
+use super::control_loop::Signals;
+
 /// Where commands go. Called on the publisher thread only.
 pub trait Outputs: Send {
     /// Publishes the window of one tick.
@@ -32,6 +34,7 @@ pub(super) struct Publisher {
     pub chunks: Receiver<Arc<ActionChunk>>,
     pub clock: Arc<dyn Clock>,
     pub deadlines: Arc<Mutex<Deadlines>>,
+    pub signals: Arc<Signals>,
     pub stopping: Arc<AtomicBool>,
 }
 
@@ -43,21 +46,43 @@ impl Publisher {
     pub fn run(mut self) {
         loop {
             let last_round = self.stopping.load(Ordering::Acquire);
-            while let Ok(mut job) = self.jobs.pop() {
-                self.outputs.trajectory(&job.window);
-                job.times.published = Some(self.clock.monotonic());
-                self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).record(&job.times);
-                // As many places as windows: this cannot fail.
-                let _ = self.free.push(job.window);
-            }
-            while let Ok(chunk) = self.chunks.try_recv() {
-                self.outputs.chunk(&chunk);
-            }
+            self.round();
             if last_round {
                 return;
             }
             std::thread::park_timeout(IDLE);
         }
+    }
+
+    /// Publishes what waits: of the windows the newest, since it goes on where the older ones would have led. None of
+    /// them once the robot has braked by itself for want of one: what they continue is not where it is.
+    pub fn round(&mut self) {
+        let waiting = self.jobs.slots();
+        let lapsed = self.jobs.peek().is_ok_and(|oldest| self.lapsed(&oldest.window));
+        if lapsed {
+            self.signals.adrift.store(true, Ordering::Release);
+        }
+        for newer in (0..waiting).rev() {
+            let Ok(mut job) = self.jobs.pop() else { break };
+            if newer == 0 && !lapsed {
+                self.outputs.trajectory(&job.window);
+            } else {
+                self.signals.unsent.fetch_add(1, Ordering::AcqRel);
+            }
+            job.times.published = Some(self.clock.monotonic());
+            self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).record(&job.times);
+            // As many places as windows: this cannot fail.
+            let _ = self.free.push(job.window);
+        }
+        while let Ok(chunk) = self.chunks.try_recv() {
+            self.outputs.chunk(&chunk);
+        }
+    }
+
+    /// Whether the driven part of a window is over: the robot is in a braking tail, or at the end of one.
+    fn lapsed(&self, window: &Window) -> bool {
+        let driven = window.driven_points().checked_sub(1).map_or(0.0, |last| window.seconds_from_start(last));
+        self.clock.ros().seconds_since(window.start()) > driven
     }
 }
 

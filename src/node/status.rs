@@ -51,6 +51,14 @@ pub(super) struct Facts<'a> {
     /// Since the control loop began.
     pub seconds: f64,
     pub control: &'a ControlStatus,
+    /// Nobody listens to an output, or somebody else publishes on it.
+    pub output_fault: Option<InputFault>,
+    /// Windows that the control loop counts as published and that were never sent.
+    pub unsent: u64,
+    /// For how long there has been no window to write to, because none came back from the publisher; 0 if there is.
+    pub blocked_ms: f64,
+    /// What a robot plays of its last window before it brakes.
+    pub output_window_ms: f64,
     pub names: &'a Names,
     pub deadlines: DeadlinesSnapshot,
     pub pipeline: &'a PipelineReport,
@@ -108,8 +116,26 @@ impl Status {
     }
 }
 
+/// While the publisher is stuck.
+const BLOCKED: &str = "no command leaves the node: publishing is blocked and the robot has braked by itself; check network and middleware";
+
+/// Whether nothing has left the node for longer than the robot could go on by itself.
+fn blocked(f: &Facts<'_>) -> bool {
+    f.blocked_ms > f.output_window_ms
+}
+
+/// Ticks whose window was sent, and periods that left nothing: a window that was not sent is a skipped period.
+fn sent_and_skipped(f: &Facts<'_>) -> (u64, u64) {
+    let k = &f.control.counters;
+    let unsent = f.unsent.min(k.published);
+    (k.published - unsent, k.skipped + unsent)
+}
+
 fn message(f: &Facts<'_>) -> String {
     let c = f.control;
+    if blocked(f) && f.note.is_none() {
+        return BLOCKED.into();
+    }
     match (f.note, c.reason, c.mode) {
         (Some(note), _, _) => note.into(),
         (None, Some(reason), Mode::Active | Mode::Coast | Mode::Stopping | Mode::Stopped | Mode::Fault) => {
@@ -125,6 +151,7 @@ fn message(f: &Facts<'_>) -> String {
 fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
     let c = f.control;
     let k = &c.counters;
+    let (published, skipped) = sent_and_skipped(f);
     let mut v = vec![
         pair("mode", c.mode),
         pair("reason", message),
@@ -135,8 +162,8 @@ fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
         pair("epoch", c.epoch),
         pair("seconds", format!("{:.3}", f.seconds)),
         pair("ticks", k.ticks),
-        pair("published", k.published),
-        pair("skipped", k.skipped),
+        pair("published", published),
+        pair("skipped", skipped),
         pair("unarmed", k.unarmed),
         pair("deadline_misses", f.deadlines.misses),
         pair("chunks", k.chunks),
@@ -158,7 +185,8 @@ fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
 pub(super) fn camera_text(f: &Facts<'_>, c: &CameraView) -> String {
     match c.size {
         Some((w, h)) => {
-            format!("{w}x{h}, {} frames, {:.0} ms old", c.freshness.frames, c.freshness.age_ms(f.ros_now, f.now))
+            let age = c.freshness.age_ms(f.ros_now, f.now);
+            format!("{w}x{h} at {:.1} Hz, {age:.0} ms old, {} frames", c.freshness.rate_hz(), c.freshness.frames)
         }
         None => "no frame yet".into(),
     }
@@ -188,6 +216,13 @@ fn inputs(f: &Facts<'_>) -> Diagnostic {
         }
     }
     problems.extend((0..f.names.joints.len()).filter_map(|i| joint_problem(f, i)).map(|p| (Level::Error, p)));
+    let unbelievable = |i: &usize| f.joints.seen(*i) && !stamp_is_believable(f.joints.stamps[*i], f.ros_now);
+    if let Some(joint) = (0..f.names.joints.len()).find(unbelievable).and_then(|i| f.names.joints.get(i)) {
+        problems.push((
+            Level::Warn,
+            format!("joint '{joint}': its stamps are zero or in the future: judged by arrival instead"),
+        ));
+    }
     let oldest = (0..f.names.joints.len()).map(|i| f.joints.age_ms(i, f.ros_now, f.now)).fold(0.0, f64::max);
     values.push(pair("joint_states.messages", f.joints.messages));
     values.push(pair("joint_states.oldest_age_ms", format!("{oldest:.1}")));
@@ -278,14 +313,17 @@ fn inference(f: &Facts<'_>) -> Diagnostic {
 
 fn control(f: &Facts<'_>) -> Diagnostic {
     let k = &f.control.counters;
+    let (published, skipped) = sent_and_skipped(f);
     let mut values = vec![
         pair("mode", f.control.mode),
         pair("ticks", k.ticks),
-        pair("published", k.published),
-        pair("skipped", k.skipped),
+        pair("published", published),
+        pair("skipped", skipped),
         pair("unarmed", k.unarmed),
         pair("deadline_misses", f.deadlines.misses),
         pair("clock_jumps", k.clock_jumps),
+        pair("windows_not_sent", f.unsent),
+        pair("publisher_blocked_ms", format!("{:.0}", f.blocked_ms)),
     ];
     push_stats(&mut values, "wake_late", &f.deadlines.wake_late);
     push_stats(&mut values, "compute", &f.deadlines.compute);
@@ -294,7 +332,8 @@ fn control(f: &Facts<'_>) -> Diagnostic {
     push_stats(&mut values, "plan_age", &f.deadlines.plan_age);
     push_stats(&mut values, "observation_to_command", &f.deadlines.observation_to_command);
     values.extend(f.rights.iter().cloned());
-    Diagnostic { name: "control", level: f.control.level, message: message(f), values }
+    let level = if blocked(f) { Level::Error } else { f.control.level };
+    Diagnostic { name: "control", level, message: message(f), values }
 }
 
 fn safety(f: &Facts<'_>) -> Diagnostic {
@@ -315,7 +354,8 @@ fn safety(f: &Facts<'_>) -> Diagnostic {
     values.push(pair("max_seam_jump_rad", format!("{:.5}", c.seam_jump_max)));
     values.push(pair("tracking_error_rad", format!("{:.5}", c.tracking_error)));
     values.push(pair("max_tracking_error_rad", format!("{:.5}", c.tracking_error_max)));
-    summarise("safety", Vec::new(), "within limits", values)
+    let problems = f.output_fault.iter().map(|fault| (Level::Warn, fault.text(f.names))).collect();
+    summarise("safety", problems, "within limits", values)
 }
 
 fn gpu(f: &Facts<'_>) -> Diagnostic {

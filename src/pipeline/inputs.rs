@@ -45,9 +45,16 @@ pub struct CameraFreshness {
     pub stamp: RosTime,
     /// When it arrived.
     pub arrived: Monotonic,
+    /// Nanoseconds between arrivals of good frames, smoothed over some eight of them; 0 before the second.
+    pub interval: i64,
 }
 
 impl CameraFreshness {
+    /// Good frames a second, 0 before the second one.
+    pub fn rate_hz(&self) -> f64 {
+        if self.interval > 0 { 1e9 / self.interval as f64 } else { 0.0 }
+    }
+
     /// What is wrong with it, if anything, for camera `camera` whose frames may be `max_ms` old.
     pub fn fault(&self, camera: usize, max_ms: f64, ros_now: RosTime, now: Monotonic) -> Option<InputFault> {
         let age = self.age_ms(ros_now, now);
@@ -78,6 +85,12 @@ pub fn age_ms(stamp: RosTime, arrived: Monotonic, ros_now: RosTime, now: Monoton
     if stamp_is_believable(stamp, ros_now) { arrival.max(ros_now.ms_since(stamp)) } else { arrival }
 }
 
+/// When something was measured: its stamp, or when it arrived if that cannot be true.
+pub fn believed(stamp: RosTime, arrived: Monotonic, ros_now: RosTime, now: Monotonic) -> RosTime {
+    let arrival = || ros_now.plus_seconds(-now.seconds_since(arrived).max(0.0));
+    if stamp_is_believable(stamp, ros_now) { stamp } else { arrival() }
+}
+
 /// Whether a stamp is set and not from the future.
 pub fn stamp_is_believable(stamp: RosTime, ros_now: RosTime) -> bool {
     stamp.0 > 0 && stamp <= ros_now + FUTURE_STAMP_TOLERANCE
@@ -92,6 +105,7 @@ struct CameraSlot {
     frozen: AtomicU64,
     stamp: AtomicI64,
     arrived: AtomicI64,
+    interval: AtomicI64,
 }
 
 /// Joint positions merged from any number of publishers, each joint with its own stamp.
@@ -189,6 +203,11 @@ impl InputSlots {
             let same = newest.0.as_ref().is_some_and(|old| old.frame == frame);
             slot.frozen.store(if same { slot.frozen.load(Ordering::Relaxed) + 1 } else { 0 }, Ordering::Relaxed);
             let count = slot.frames.load(Ordering::Relaxed) + 1;
+            if count > 1 {
+                let gap = arrived.0.saturating_sub(slot.arrived.load(Ordering::Relaxed)).max(0);
+                let mean = slot.interval.load(Ordering::Relaxed);
+                slot.interval.store(if mean == 0 { gap } else { mean + (gap - mean) / 8 }, Ordering::Relaxed);
+            }
             *newest = (Some(CameraSample { frame, stamp, arrived, count }), None);
             slot.unusable.store(false, Ordering::Relaxed);
             slot.stamp.store(stamp.0, Ordering::Relaxed);
@@ -227,6 +246,7 @@ impl InputSlots {
             frozen: slot.frozen.load(Ordering::Relaxed),
             stamp: RosTime(slot.stamp.load(Ordering::Relaxed)),
             arrived: Monotonic(slot.arrived.load(Ordering::Relaxed)),
+            interval: slot.interval.load(Ordering::Relaxed),
         }
     }
 

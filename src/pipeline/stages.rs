@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::inputs::{CameraSample, JointSample};
+use super::inputs::{CameraSample, JointSample, believed};
 use super::leftover::{Grid, History, PastChunk, leftover};
 use super::mailbox::Mailbox;
 use super::noise::NoiseSource;
@@ -240,7 +240,7 @@ impl<E: Encoder> EncodeStage<E> {
             Some(why) if views.is_empty() || !live.drop_lost_views => return Err(why),
             _ => {}
         }
-        let stamps = views.iter().map(|(_, s)| s.stamp);
+        let stamps = views.iter().map(|(_, s)| believed(s.stamp, s.arrived, ros_now, now));
         let skew = stamps.clone().max().unwrap_or_default().ms_since(stamps.min().unwrap_or_default());
         if skew > live.max_camera_skew_ms {
             shared.report(|r| r.skewed += 1);
@@ -272,7 +272,11 @@ impl<E: Encoder> EncodeStage<E> {
         });
         Ok(Prefix {
             prompt_generation: prompt.generation,
-            oldest_image: views.iter().map(|s| s.stamp).min().unwrap_or_default(),
+            oldest_image: views
+                .iter()
+                .map(|s| believed(s.stamp, s.arrived, shared.clock.ros(), encode_end))
+                .min()
+                .unwrap_or_default(),
             newest_arrival: views.iter().map(|s| s.arrived).max().unwrap_or_default(),
             encode_start,
             encode_end,

@@ -30,6 +30,8 @@ mod services;
 mod spin;
 #[cfg(feature = "ros")]
 mod status;
+#[cfg(feature = "ros")]
+mod wiring;
 
 #[cfg(feature = "ros")]
 pub use run::run;

@@ -8,6 +8,7 @@ use r2r::{Publisher, QosProfile};
 
 use super::convert::{duration, stamp, text};
 use super::failure::{Refusal, middleware};
+use super::wiring::GroupPublisher;
 use crate::clock::RosTime;
 use crate::control::Window;
 use crate::control::chunk::ActionChunk;
@@ -28,11 +29,6 @@ struct Group {
     names: Vec<String>,
     joints: Vec<usize>,
     to: GroupPublisher,
-}
-
-enum GroupPublisher {
-    Trajectory(Publisher<JointTrajectory>),
-    Command(Publisher<Float64MultiArray>),
 }
 
 impl RosOutputs {
@@ -58,6 +54,11 @@ impl RosOutputs {
             .create_publisher("~/action_chunk", QosProfile::default().keep_last(10).reliable())
             .map_err(middleware("advertising '~/action_chunk'"))?;
         Ok(Self { groups, joint_names, chunks, failures: 0 })
+    }
+
+    /// The publisher of each group, in the parameters' order.
+    pub fn publishers(&self) -> Vec<GroupPublisher> {
+        self.groups.iter().map(|g| g.to.clone()).collect()
     }
 
     /// Says that a message did not leave; less and less often.

@@ -22,6 +22,7 @@ use super::parameters::{self, Parameters};
 use super::services::{self, Job, Services};
 use super::spin::{Spinner, drain, spawn};
 use super::status::StatusPublisher;
+use super::wiring::Wiring;
 use super::{inputs, services::outcome, services::respond};
 use crate::error::Fault;
 use crate::node::{Commands, Node};
@@ -112,6 +113,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let shared_clock: Arc<dyn crate::clock::Clock> = Arc::new(clock.clone());
 
     let outputs = RosOutputs::advertise(&mut node, &settings)?;
+    let topics: Vec<_> = settings.outputs.iter().map(|o| o.topic.clone()).zip(outputs.publishers()).collect();
     let status = StatusPublisher::advertise(&mut node, &name, shared_clock.clone())?;
     let events = node
         .create_publisher("/parameter_events", QosProfile::parameter_events())
@@ -120,6 +122,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let core = Arc::new(Node::start(settings.clone(), shared_clock.clone(), Box::new(outputs))?);
     let commands = core.commands();
     stop_on_panic(commands.clone());
+    let mut wiring = Wiring::new(topics, core.inputs());
     let (jobs, requests) = services::queue();
     let prompts = jobs.clone();
     let take_prompt = move |prompt| services::enqueue(&prompts, "~/prompt", Job::Prompt(prompt));
@@ -129,7 +132,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let services = Services { core: core.clone(), commands: commands.clone(), parameters, events, clock: shared_clock };
 
     let stop = serve_stop(&context, &name, commands)?;
-    let spinner = Spinner::start("ros-spin", node, drains)?;
+    let spinner = Spinner::start("ros-spin", node, drains, move |node| wiring.look(node))?;
     let services = spawn("ros-services", move || services.run(&requests))?;
     let (quit_status, quit) = crossbeam_channel::bounded(1);
     let watched = core.clone();
@@ -250,5 +253,5 @@ fn serve_stop(context: &Context, name: &str, commands: Commands) -> Result<Spinn
         let (success, message) = outcome("~/stop", commands.stop());
         respond("~/stop", request, Trigger::Response { success, message });
     });
-    Spinner::start("ros-stop", node, vec![answer])
+    Spinner::start("ros-stop", node, vec![answer], |_| {})
 }

@@ -36,14 +36,20 @@ pub struct Spinner {
 }
 
 impl Spinner {
-    /// Starts spinning.
-    pub fn start(name: &str, mut node: r2r::Node, mut drains: Vec<Drain>) -> Result<Self, Refusal> {
+    /// Starts spinning; `watch` is called after every turn.
+    pub fn start(
+        name: &str,
+        mut node: r2r::Node,
+        mut drains: Vec<Drain>,
+        mut watch: impl FnMut(&r2r::Node) + Send + 'static,
+    ) -> Result<Self, Refusal> {
         let running = Arc::new(AtomicBool::new(true));
         let go_on = running.clone();
         let thread = spawn(name, move || {
             while go_on.load(Ordering::Relaxed) {
                 node.spin_once(LONGEST_WAIT);
                 drains.iter_mut().for_each(|d| d());
+                watch(&node);
             }
         })?;
         Ok(Self { running, thread })

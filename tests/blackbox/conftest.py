@@ -72,11 +72,11 @@ def start_node(binaries: Path, checkpoint: Path, robot: IdealRobot, tmp_path: Pa
         command += ["--params-file", str(ROOT / "config/robots/sim_arm.yaml"), "-p", f"checkpoint:={checkpoint}"]
         for name, value in parameters.items():
             command += ["-p", f"{name}:={value}"]
-        started.append(NodeUnderTest(command, tmp_path / "control_node.log", robot))
+        started.append(NodeUnderTest(command, tmp_path / f"control_node_{len(started)}.log", robot))
         return started[-1]
 
     yield start
     for node in started:
         code = node.close()
-        assert code == 0, f"the node ended with {code}; its log:\n{node.process.tail()}"
+        assert code == node.expected_exit, f"the node ended with {code}; its log:\n{node.process.tail()}"
         node.check_accounting()

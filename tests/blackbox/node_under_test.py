@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ class NodeUnderTest:
 
     def __init__(self, command: list[str], log: Path, robot: IdealRobot):
         self.robot = robot
+        self.expected_exit = 0
         self.statuses: list[dict[str, str]] = []
         self.diagnostics: dict[str, list[DiagnosticStatus]] = {}
         ros = robot.node
@@ -117,6 +119,12 @@ class NodeUnderTest:
         assert answer.success, answer.message
         self.robot.wait_for(self.robot.count() + trajectories)
         self.wait_for_mode(*MOVING_MODES)
+
+    def kill(self) -> None:
+        """Ends it as the kernel does when memory is short."""
+        self.expected_exit = -signal.SIGKILL
+        self.process.interrupt(signal.SIGKILL)
+        assert self.process.wait(10.0) == self.expected_exit
 
     def close(self) -> int | None:
         return self.process.end(timeout=30.0)

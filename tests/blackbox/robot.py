@@ -5,9 +5,11 @@ from __future__ import annotations
 import array
 import math
 import random
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import yaml
@@ -18,8 +20,10 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
-from harness import ROOT
-from trajectory import Trajectory, brakes, refusal, seconds
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"))
+
+from harness import ROOT  # noqa: E402
+from trajectory import Trajectory, brakes, refusal, seconds  # noqa: E402
 
 PARAMETERS = yaml.safe_load((ROOT / "config/robots/sim_arm.yaml").read_text())["/**"]["ros__parameters"]
 JOINTS: list[str] = PARAMETERS["joint_names"]
@@ -60,7 +64,7 @@ class IdealRobot:
         newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         self._images = {c: self.node.create_publisher(Image, f"camera/{c}/image_raw", newest) for c in CAMERAS}
         self._states = self.node.create_publisher(JointState, "joint_states", 10)
-        self.node.create_subscription(JointTrajectory, "/pi0_mps/arm/joint_trajectory", self._on_trajectory, 50)
+        self._commands = self.node.create_subscription(JointTrajectory, "/pi0_mps/arm/joint_trajectory", self._on_trajectory, 50)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
         self._threads = [threading.Thread(target=self._spin), threading.Thread(target=self._publish)]
@@ -68,6 +72,10 @@ class IdealRobot:
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def stop_listening(self) -> None:
+        """The controller is gone: nobody is subscribed to the commands any more."""
+        self.node.destroy_subscription(self._commands)
 
     def close(self) -> None:
         self._stop.set()
@@ -172,3 +180,20 @@ class IdealRobot:
         for old, new in zip(trajectories, trajectories[1:]):
             jump = np.abs(new.positions[0] - old.sample(float(new.times[0])).position)
             assert np.all(jump <= speed * PERIOD_S + 1e-6), f"jump between trajectories: {jump}"
+
+
+def main() -> None:
+    """The robot as a process of its own, so that it can be stopped like one; ends with SIGINT."""
+    rclpy.init()
+    robot = IdealRobot()
+    robot.start()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        robot.close()
+
+
+if __name__ == "__main__":
+    main()
