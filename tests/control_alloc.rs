@@ -1,4 +1,4 @@
-//! The control thread allocates nothing and frees nothing after start; and how long a tick takes.
+//! The control thread allocates nothing and frees nothing after start.
 
 mod control_common;
 
@@ -57,11 +57,7 @@ fn the_counter_counts() {
 }
 
 fn seven_joints() -> ControlConfig {
-    joints(7)
-}
-
-fn joints(n: usize) -> ControlConfig {
-    let mut c = ControlConfig::new((0..n).map(|j| format!("j{j}")), 0.02, 0.02, 50);
+    let mut c = ControlConfig::new((0..7).map(|j| format!("j{j}")), 0.02, 0.02, 50);
     for joint in &mut c.joints {
         joint.limits = limits(2.0, 8.0);
     }
@@ -129,57 +125,5 @@ fn a_tick_allocates_and_frees_nothing_in_any_mode() {
     }
     for (row, seen) in MODES.iter().zip(seen) {
         assert!(seen, "mode {} was not reached", row.name);
-    }
-}
-
-/// Prints how long a tick takes here: `cargo test --release --test control_alloc -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn how_long_a_tick_takes() {
-    for (n, shape) in [(7, "smooth"), (16, "smooth"), (7, "scaled"), (16, "scaled")] {
-        let config = joints(n);
-        let mut w = World::new(config.clone());
-        let speed = if shape == "smooth" { 0.5 } else { 9.0 };
-        w.arm(|t, j| 0.5 * (speed * t + j as f64).sin() - 0.5 * (j as f64).sin());
-        let (mut controller, mut window) = (w.controller, w.window.clone());
-        let (mut now, t0) = (w.now, w.now);
-        let mut plain = pi0_mps::telemetry::Histogram::new();
-        let mut adopting = pi0_mps::telemetry::Histogram::new();
-        for i in 0..20_000u64 {
-            now = now.plus_seconds(0.02);
-            let at = now.seconds_since(t0);
-            let c = (i % 5 == 0).then(|| {
-                chunk(&config, 100 + i, now, |t, j| 0.5 * (speed * (at + t) + j as f64).sin() - 0.5 * (j as f64).sin())
-            });
-            let mut measured = Measured { positions: JointVector::zeros(n), ages: JointVector::filled(n, 0.001) };
-            measured.positions.copy_from_slice(window.sample(0.02).0.as_ref());
-            let input = TickInput {
-                ros_now: now,
-                mono_now: pi0_mps::clock::Monotonic(0),
-                skipped: 0,
-                measured,
-                inputs: InputHealth::Ok,
-                lifecycle: Lifecycle::Ready,
-                chunk: c.as_ref(),
-                requests: Requests::default(),
-            };
-            let start = pi0_mps::rt::monotonic_now();
-            let report = controller.tick(&input, &mut window);
-            let ns = (pi0_mps::rt::monotonic_now().0 - start.0) as u64;
-            assert!(report.published, "{report:?}");
-            if report.adoption.is_some() { adopting.record(ns) } else { plain.record(ns) }
-        }
-        let (p, a) = (plain.stats(), adopting.stats());
-        println!(
-            "{n:2} joints, 50 actions, {} points, {shape}: tick p50 {} ns p99 {} ns max {} ns; with adoption p50 {} ns p99 {} ns ({} of {})",
-            window.points(),
-            p.p50,
-            p.p99,
-            p.max,
-            a.p50,
-            a.p99,
-            a.count,
-            a.count + p.count
-        );
     }
 }

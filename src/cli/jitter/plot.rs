@@ -112,7 +112,7 @@ fn draw(report: &Report, out: &mut String) -> std::fmt::Result {
         let (name, p50, p99, max) = (escape(phase.name), time(s.p50), time(s.p99), time(s.max));
         writeln!(
             out,
-            r##"<rect x="{x}" y="{}" width="12" height="12" fill="{colour}"/><text x="{}" y="{y}">{name}: p50 {p50}, p99 {p99}, max {max}, skipped {}</text>"##,
+            r##"<rect x="{x}" y="{}" width="12" height="12" fill="{colour}"/><text x="{}" y="{y}" font-size="11">{name}: p50 {p50}, p99 {p99}, max {max}, skipped {}</text>"##,
             y - 10.0,
             x + 18.0,
             phase.skipped
