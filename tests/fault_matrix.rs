@@ -314,7 +314,7 @@ impl Rig {
     }
 
     fn hear_camera(&mut self, i: usize, f: &CameraFault, now: RosTime, elapsed: f64) {
-        if f.silent || elapsed == 0.0 || self.tick % FRAMES != 0 {
+        if f.silent || elapsed == 0.0 || !self.tick.is_multiple_of(FRAMES) {
             return;
         }
         let stamp = if f.zero_stamp { RosTime(0) } else { now.plus_seconds(f.shift) };
@@ -334,7 +334,7 @@ impl Rig {
         if !f.same_images {
             self.images = now;
         }
-        if self.tick % f.every == 0 && !f.lost && now.0 > 0 {
+        if self.tick.is_multiple_of(f.every) && !f.lost && now.0 > 0 {
             self.sequence += 1;
             let t0 = now.seconds_since(RosTime(0));
             let swing = |i: usize, j: usize| HOME[j] + SWING[j] * (2.0 * (t0 + i as f64 * self.config.dt)).sin();
@@ -668,7 +668,7 @@ fn table() -> Vec<Row> {
         row(Encoder, Garbage, "NaN everywhere", DURING, |f, _, _| f.policy.spoil = |c| c.positions.fill(f64::NAN),
             (Coast, Coasts, STARVED), ("inference", Fine, "chunks_refused_non_finite")),
         row(Encoder, Wrong, "plans far outside the limits", DURING,
-            |f, _, _| f.policy.spoil = |c| c.positions.iter_mut().enumerate().for_each(|(k, q)| *q = if k / JOINTS % 2 == 0 { 1e3 } else { -1e3 }),
+            |f, _, _| f.policy.spoil = |c| c.positions.iter_mut().enumerate().for_each(|(k, q)| *q = if (k / JOINTS).is_multiple_of(2) { 1e3 } else { -1e3 }),
             (Run, Continues, FOLLOWING), ("safety", Fine, "elbow.position")),
         row(Encoder, Slow, "a chunk every 800 ms, 600 ms old", DURING, |f, _, _| (f.policy.every, f.policy.latency) = (40, 30),
             (Run, Continues, FOLLOWING), ("control", Fine, "mode run")),

@@ -384,6 +384,22 @@ impl Source {
     }
 }
 
+impl Turn {
+    /// Before the first one of a loop that begins at `began`.
+    pub fn new(began: Monotonic) -> Self {
+        Self {
+            began,
+            turns: 0,
+            window: None,
+            blocked: 0,
+            superseded: 0,
+            answer: None,
+            chunk: None,
+            source: Source::default(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -444,21 +460,5 @@ mod tests {
         assert_eq!(of(tick(Mode::Run, None, None), None), None);
         // A chunk that is not known is not dated by guess.
         assert_eq!(of(tick(Mode::Run, None, Some(9)), None), None);
-    }
-}
-
-impl Turn {
-    /// Before the first one of a loop that begins at `began`.
-    pub fn new(began: Monotonic) -> Self {
-        Self {
-            began,
-            turns: 0,
-            window: None,
-            blocked: 0,
-            superseded: 0,
-            answer: None,
-            chunk: None,
-            source: Source::default(),
-        }
     }
 }
