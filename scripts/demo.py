@@ -21,6 +21,7 @@ from std_srvs.srv import SetBool
 from harness import MOVING_MODES, ROOT, Process, claim_domain, count, number, status_values, wait_until
 
 START_TIMEOUT_S = 120.0
+ENABLE_TIMEOUT_S = 5.0
 # Longer than stop_time_ms of the robot's parameters plus the way there.
 STANDSTILL_S = 1.0
 COUNTERS = ["ticks", "published", "skipped", "unarmed", "deadline_misses", "chunks", "interventions"]
@@ -94,15 +95,20 @@ class Demo:
         )
 
     def enable(self) -> bool:
-        """False when interrupted."""
+        """False when interrupted. What the node is still discovering, it refuses at first."""
         if not self.wait(self._enable.service_is_ready, "service /pi0_mps/enable"):
             return False
-        answer = self._enable.call_async(SetBool.Request(data=True))
-        if not self.wait(answer.done, "answer from /pi0_mps/enable"):
-            return False
-        if not answer.result().success:
-            raise DemoError(f"the node refused to arm: {answer.result().message}")
-        return True
+        end = time.monotonic() + ENABLE_TIMEOUT_S
+        while True:
+            answer = self._enable.call_async(SetBool.Request(data=True))
+            if not self.wait(answer.done, "answer from /pi0_mps/enable"):
+                return False
+            if answer.result().success:
+                return True
+            if time.monotonic() > end:
+                raise DemoError(f"the node refused to arm: {answer.result().message}")
+            if not self.wait(lambda again=time.monotonic() + 0.2: time.monotonic() > again, "time"):
+                return False
 
     def run(self) -> None:
         """Until the duration is over, or Ctrl-C."""

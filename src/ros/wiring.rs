@@ -48,7 +48,9 @@ impl Wiring {
 
     /// Tells the core what is wrong, when it is time to look again.
     pub fn look(&mut self, node: &Node) {
-        if Instant::now() < self.due {
+        // A listener that is found ends the refusal at once; everything else can wait.
+        let alone = matches!(self.told, Some(InputFault::OutputUnconnected { .. }));
+        if !alone && Instant::now() < self.due {
             return;
         }
         self.due = Instant::now() + LOOK;

@@ -115,8 +115,11 @@ class NodeUnderTest:
         self.wait_for_mode("active")
         chunks = count(self.status, "chunks")
         self.wait(lambda: count(self.status, "chunks") > chunks, "a new chunk")
-        answer = self.enable()
-        assert answer.success, answer.message
+        # What the node is still discovering, it refuses at first.
+        end = time.monotonic() + 5.0
+        while not (answer := self.enable()).success:
+            assert time.monotonic() < end, answer.message
+            time.sleep(0.1)
         self.robot.wait_for(self.robot.count() + trajectories)
         self.wait_for_mode(*MOVING_MODES)
 
