@@ -264,10 +264,10 @@ fn joint_problem(f: &Facts<'_>, i: usize) -> Option<String> {
 
 /// The first thing that is missing for a node to become active: an input, or the chunk made of them.
 pub(super) fn missing(f: &Facts<'_>) -> Option<String> {
-    let mut joints = (0..f.names.joints.len()).filter(|i| !f.joints.seen(*i)).filter_map(|i| joint_problem(f, i));
-    let mut cameras = (f.cameras.iter().enumerate()).filter(|(_, c)| c.freshness.frames == 0);
-    let input = joints.next().or_else(|| cameras.find_map(|(i, c)| camera_problem(f, i, c)));
-    input
+    let joint = (0..f.names.joints.len()).find_map(|i| joint_problem(f, i));
+    let camera = || f.cameras.iter().enumerate().find_map(|(i, c)| camera_problem(f, i, c));
+    joint
+        .or_else(camera)
         .or_else(|| {
             (f.pipeline.decode.runs == 0).then(|| match &f.pipeline.waiting_for {
                 Some(why) => why.clone(),
