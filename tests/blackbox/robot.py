@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import math
 import random
+import signal
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from rclpy.node import Node
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -184,15 +186,18 @@ class IdealRobot:
 
 def main() -> None:
     """The robot as a process of its own, so that it can be stopped like one; ends with SIGINT."""
-    rclpy.init()
+    # Handlers of our own: rclpy's would end the context under the publishing thread, and Python's is missing where
+    # a shell started the tests in the background.
+    done = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: done.set())
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     robot = IdealRobot()
     robot.start()
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
+    while not done.wait(0.1):
         pass
-    finally:
-        robot.close()
+    robot.close()
+    rclpy.shutdown()
 
 
 if __name__ == "__main__":
