@@ -180,7 +180,6 @@ impl ControlLoop {
             self.tell(None, state);
             return None;
         };
-        self.take_changes();
         let report = self.turn(wake, &mut free, state);
         state.blocked = 0;
         if report.published {
@@ -206,6 +205,8 @@ impl ControlLoop {
     fn turn(&mut self, wake: &Wake, window: &mut Window, state: &mut Turn) -> TickReport {
         let (ros_now, now) = (self.clock.ros(), wake.woke);
         let asked = self.signals.requests.take();
+        // After the requests: limits that were set before the robot was armed are in force when it is.
+        self.take_changes();
         let has = |bit| asked & bit != 0;
         state.turns += 1;
         // The newest chunk is given to the tick, the others are superseded before anybody saw them; all are freed
