@@ -16,6 +16,7 @@ mod mailbox;
 mod noise;
 mod report;
 mod stages;
+mod stepped;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -36,6 +37,7 @@ use inputs::InputSlots;
 use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, StageReport};
+pub use stepped::{StageTimes, SteppedPipeline, SteppedStages};
 
 choice! {
     /// How encoder and decoder share time.
@@ -212,6 +214,21 @@ impl Shared {
     }
 }
 
+/// Input slots of the valid views in the model's order, and the joints in the policy's; refuses what does not fit.
+fn bind(config: &PipelineConfig, policy: &Policy) -> Result<(Vec<usize>, JointMap), PipelineError> {
+    let views = stages::order_views(&config.cameras, policy.cameras())?;
+    let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
+    if policy.state_len() != policy.action_len() {
+        return Err(PipelineError::Config(format!(
+            "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
+            policy.state_len(),
+            policy.action_len()
+        )));
+    }
+    stages::check_mode(config, policy.dims())?;
+    Ok((views, joints))
+}
+
 /// The running stages.
 pub struct Pipeline {
     shared: Arc<Shared>,
@@ -228,17 +245,7 @@ impl Pipeline {
         config: PipelineConfig,
         io: PipelineIo,
     ) -> Result<Self, PipelineError> {
-        let views = stages::order_views(&config.cameras, policy.cameras())?;
-        let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
-        if policy.state_len() != policy.action_len() {
-            return Err(PipelineError::Config(format!(
-                "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
-                policy.state_len(),
-                policy.action_len()
-            )));
-        }
-        stages::check_mode(&config, policy.dims())?;
-
+        let (views, joints) = bind(&config, &policy)?;
         let (mut encoder, mut decoder) = engine.stages()?;
         let slots = (0..config.mode.slots())
             .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
