@@ -89,7 +89,11 @@ class Siglip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[n, 3, side, side] in [-1, 1] to [n, tokens, width]."""
-        x = self.embeddings.patch_embedding(images).flatten(2).transpose(1, 2) + self.embeddings.position_embedding.weight
+        patch = self.embeddings.patch_embedding
+        p = patch.kernel_size[0]
+        # The convolution as a product: many times faster than the library's gradient of a 14x14 stride.
+        cut = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = F.linear(cut, patch.weight.flatten(1), patch.bias) + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
             x = layer(x)
         return self.post_layernorm(x)
