@@ -268,8 +268,8 @@ proptest! {
             match set(&mut p, true, &[(name, Value::Int(percent))]) {
                 Ok(_) => {
                     let g = p.settings().gpu;
-                    prop_assert!(g.encoder_percentage + g.decoder_percentage <= 100);
-                    prop_assert!(g.encoder_percentage >= 1 && g.decoder_percentage >= 1);
+                    prop_assert!(g.split.encoder + g.split.decoder <= 100);
+                    prop_assert!(g.split.encoder >= 1 && g.split.decoder >= 1);
                 }
                 Err(_) => {
                     prop_assert!(!(1..=99).contains(&percent));
