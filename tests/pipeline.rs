@@ -10,6 +10,7 @@ use pi0_mps::clock::{Clock, Monotonic, RosTime};
 use pi0_mps::control::PlanView;
 use pi0_mps::control::chunk::ActionChunk;
 use pi0_mps::engine::cpu::CpuEngine;
+use pi0_mps::engine::partition::{Backend, Split};
 use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, GuidanceSchedule, KvCache, View,
 };
@@ -38,6 +39,7 @@ fn config(mode: PipelineMode) -> PipelineConfig {
     let camera = |name: &str| CameraBinding { name: name.into(), model_key: format!("observation.images.{name}") };
     PipelineConfig {
         mode,
+        split: Split { backend: Backend::Auto, encoder: 50, decoder: 50 },
         cameras: vec![camera("base"), camera("wrist")],
         joint_names: names(),
         joints: (0..7).map(|index| JointBinding { index, scale: 1.0, offset: 0.0 }).collect(),
@@ -69,7 +71,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn start<E: Engine>(engine: &E, policy: Arc<Policy>, config: PipelineConfig) -> Self {
+    fn start<E: Engine>(engine: &Arc<E>, policy: Arc<Policy>, config: PipelineConfig) -> Self {
         let (inputs, _control) = InputSlots::new(2, &names(), "pick up the cube");
         let inputs = Arc::new(inputs);
         let (to_control, chunks) = rtrb::RingBuffer::new(4096);
@@ -86,7 +88,7 @@ impl Rig {
             epoch: epoch.clone(),
             tap,
         };
-        let pipeline = Pipeline::start(engine, policy, config, io).unwrap();
+        let pipeline = Pipeline::start(Arc::clone(engine), policy, config, io).unwrap();
         Self { inputs, chunks, retired: back, epoch, plan: plan_writer, pipeline }
     }
 

@@ -128,7 +128,7 @@ pub trait Decoder: Send + 'static {
 }
 
 /// A device with a checkpoint loaded.
-pub trait Engine: Send + 'static {
+pub trait Engine: Send + Sync + 'static {
     /// Its cache slot.
     type Cache: KvCache;
     /// Its encoder.
