@@ -91,6 +91,11 @@ pub trait KvCache: Send + 'static {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Overwrites what it holds with what no encoder writes, so that a decoder that reads it too early is noticed.
+    fn poison(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
 }
 
 /// The first stage: images and prompt to keys and values.

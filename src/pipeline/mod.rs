@@ -270,8 +270,7 @@ impl Pipeline {
         let offer = engine.offer().cloned();
         tracing::info!("partition: {decision}");
         let Some(spare) = slots.pop() else { return Err(PipelineError::Config("no cache slots".into())) };
-        let (encoder, decoder, builder, to_builder) =
-            Builder::start(engine, shared.clone(), spare, decision.grant)?;
+        let (encoder, decoder, builder, to_builder) = Builder::start(engine, shared.clone(), spare, decision.grant)?;
         let (free_tx, free_rx) = crossbeam_channel::unbounded();
         for slot in slots {
             // The receiver lives in this function: the send cannot fail.

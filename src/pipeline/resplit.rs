@@ -11,8 +11,8 @@ use crossbeam_channel::{Receiver, Sender};
 use super::mailbox::Mailbox;
 use super::report::Resplit;
 use super::{PipelineError, Shared, stages};
-use crate::engine::partition::{Backend, Decision, Grant, Kind, Offer, Refusal, Split};
 use crate::engine::Engine;
+use crate::engine::partition::{Backend, Decision, Grant, Kind, Offer, Refusal, Split};
 
 /// Pairs kept beside the running one; the one not used for longest goes first.
 const SHELF: usize = 4;
@@ -183,12 +183,7 @@ impl<E: Engine> Builder<E> {
     }
 
     /// A stage thread has taken what was staged and sent what it had.
-    fn came_back(
-        &mut self,
-        grant: Grant,
-        stage: usize,
-        put: impl FnOnce(&mut Pair<E::Encoder, E::Decoder>),
-    ) {
+    fn came_back(&mut self, grant: Grant, stage: usize, put: impl FnOnce(&mut Pair<E::Encoder, E::Decoder>)) {
         let at = self.shelf.iter().position(|p| p.grant == grant).unwrap_or_else(|| {
             self.shelf.push(Pair { grant, encoder: None, decoder: None });
             self.shelf.len() - 1

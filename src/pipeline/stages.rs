@@ -14,7 +14,7 @@ use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Retired,
 use crate::clock::{Monotonic, RosTime};
 use crate::control::chunk::{ActionChunk, ChunkTiming};
 use crate::control::{MAX_JOINTS, PlanView};
-use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, View};
+use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, KvCache, View};
 use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
 use crate::rt::latest::Reader;
@@ -167,6 +167,12 @@ impl<E: Encoder> EncodeStage<E> {
             let Ok(mut slot) = self.free.recv_timeout(WAIT) else { continue };
             let Some(views) = self.next_observation(&mut encoded, &mut generation) else { break };
             self.encoder.relieve();
+            // The canary of debug builds: whoever still reads this slot gets NaN, and the decoder notices.
+            if cfg!(debug_assertions)
+                && let Err(e) = slot.poison()
+            {
+                tracing::error!("poisoning a cache slot: {e}");
+            }
             match self.encode(&views, &mut slot) {
                 Ok(prefix) => {
                     if let Some(old) = self.filled.put(Filled { slot, prefix }) {
@@ -431,6 +437,11 @@ impl<D: Decoder> DecodeStage<D> {
         let guided = guidance.is_some();
         let input = DecodeInput { state: &self.state, noise: self.noise.current(), steps: live.steps, guidance };
         self.decoder.now.stage.decode(&filled.slot, &input, &mut self.actions)?;
+        if cfg!(debug_assertions) && self.actions.iter().any(|a| !a.is_finite()) {
+            let found = "actions are not finite: a cache slot was read while it was written, or the model diverged";
+            tracing::error!("{found}");
+            shared.report(|r| r.last_error = Some(found.into()));
+        }
         if !live.hold_noise {
             self.noise.advance();
         }

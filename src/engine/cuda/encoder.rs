@@ -54,13 +54,6 @@ impl CudaCache {
         self.capacity * self.head_dim
     }
 
-    /// Overwrites keys and values with NaN patterns: what a test expects to be written again.
-    pub fn poison(&mut self) -> Result<(), EngineError> {
-        self.rows = 0;
-        self.keys.fill(0xff)?;
-        self.values.fill(0xff)
-    }
-
     /// A planted fault: key `row` of every layer becomes that of the row before it.
     pub fn drop_key(&mut self, row: usize) -> Result<(), EngineError> {
         let mut line = vec![0u16; self.head_dim];
@@ -82,6 +75,13 @@ impl CudaCache {
 impl KvCache for CudaCache {
     fn len(&self) -> usize {
         self.rows
+    }
+
+    /// NaN patterns.
+    fn poison(&mut self) -> Result<(), EngineError> {
+        self.rows = 0;
+        self.keys.fill(0xff)?;
+        self.values.fill(0xff)
     }
 }
 
