@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::mailbox::Mailbox;
+use super::resplit::Seat;
 use super::stages::{DecodeStage, EncodeStage, Filled};
 use super::{PipelineConfig, PipelineError, PipelineIo, PipelineMode, PipelineReport, Shared};
 use crate::clock::{Clock, Monotonic, RosTime};
@@ -148,12 +149,12 @@ impl<E: Engine> SteppedPipeline<E> {
         let filled = Arc::new(Mailbox::default());
         let encode = EncodeStage {
             shared: shared.clone(),
-            encoder: Timed { inner: encoder, clock: clock.clone(), time: times.encode },
+            encoder: Seat::fixed(Timed { inner: encoder, clock: clock.clone(), time: times.encode }),
             free: free_rx,
             give_back: free_tx.clone(),
             filled: filled.clone(),
         };
-        let decoder = Timed { inner: decoder, clock: clock.clone(), time: times.decode };
+        let decoder = Seat::fixed(Timed { inner: decoder, clock: clock.clone(), time: times.decode });
         let decode = DecodeStage::new(shared.clone(), decoder, free_tx, filled, io.chunks, io.retired, io.plan, io.tap);
         Ok(Self {
             encoded: (vec![0; shared.views.len()], None, None),
