@@ -8,14 +8,13 @@ use std::time::Duration;
 use super::control_loop::{ControlLoop, RequestBits, Turn};
 use super::core::Core;
 use super::publisher::Publisher;
-use super::{Commands, Inputs, NodeError, Outputs, Parts, Status};
+use super::{Commands, Inputs, NodeError, Outputs, Parts, Status, lock};
 use crate::clock::{Clock, Monotonic};
 use crate::control::chunk::ActionChunk;
 use crate::control::{ControlStatus, Lifecycle, Requests, TickReport};
 use crate::error::Fault;
 use crate::model::Dims;
 use crate::params::Settings;
-use crate::pipeline::Retired;
 use crate::rt::period::Wake;
 
 /// A node whose periods and publishing are called one by one.
@@ -24,8 +23,6 @@ pub struct SteppedNode {
     control: ControlLoop,
     turn: Turn,
     publisher: Publisher,
-    chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Retired>,
     period: Duration,
     scheduled: Monotonic,
 }
@@ -39,8 +36,8 @@ impl SteppedNode {
         outputs: Box<dyn Outputs>,
     ) -> Result<Self, NodeError> {
         let (period, scheduled) = (settings.timing.period(), clock.monotonic());
-        let Parts { core, control, publisher, chunks, retired, .. } = Parts::new(settings, dims, clock, outputs)?;
-        Ok(Self { core, control, turn: Turn::new(scheduled), publisher, chunks, retired, period, scheduled })
+        let Parts { core, control, publisher } = Parts::new(settings, dims.horizon, clock, outputs)?;
+        Ok(Self { core, control, turn: Turn::new(scheduled), publisher, period, scheduled })
     }
 
     /// Where subscriptions put what they hear.
@@ -78,8 +75,9 @@ impl SteppedNode {
 
     /// A chunk from the decoder; false if it finds no room.
     pub fn put_chunk(&mut self, chunk: ActionChunk) -> bool {
-        while self.retired.pop().is_ok() {}
-        self.chunks.push(Arc::new(chunk)).is_ok()
+        let mut ports = lock(&self.core.ports);
+        while ports.retired.pop().is_ok() {}
+        ports.chunks.push(Arc::new(chunk)).is_ok()
     }
 
     /// The epoch that new chunks carry.
