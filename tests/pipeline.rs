@@ -22,6 +22,7 @@ use pi0_mps::pipeline::{
 };
 use pi0_mps::rt::SystemClock;
 use pi0_mps::rt::latest::{Writer, latest};
+use pi0_mps::rt::signals::Epoch;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -64,7 +65,7 @@ struct Rig {
     inputs: Arc<InputSlots>,
     chunks: rtrb::Consumer<Arc<ActionChunk>>,
     retired: rtrb::Producer<Retired>,
-    epoch: Arc<AtomicU64>,
+    epoch: Arc<Epoch>,
     plan: Writer<Option<PlanView>>,
     pipeline: Pipeline,
 }
@@ -77,7 +78,7 @@ impl Rig {
         let (back, retired) = rtrb::RingBuffer::new(4);
         let (plan_writer, plan) = latest(None::<PlanView>);
         let (tap, _) = crossbeam_channel::bounded(1);
-        let epoch = Arc::new(AtomicU64::new(0));
+        let epoch = Arc::new(Epoch::default());
         let io = PipelineIo {
             inputs: inputs.clone(),
             clock: Arc::new(SystemClock),
@@ -307,7 +308,7 @@ fn a_chunk_carries_the_epoch_in_which_it_was_begun() {
     rig.joints(&MEAN_POSE);
     rig.observe(&frame(1));
     assert_eq!(rig.wait_for("chunk", |_| true).epoch, 0);
-    rig.epoch.store(4, Ordering::Release);
+    rig.epoch.set(4);
     let stamp = rig.observe(&frame(2));
     assert_eq!(rig.wait_for("chunk", |c| c.oldest_image_stamp == stamp).epoch, 4);
 }

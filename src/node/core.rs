@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::control_loop::{Change, Event, InputRules, RequestBits, Signals, Snapshot};
+use super::control_loop::{Change, Event, InputRules, Signals, Snapshot};
 use super::lifecycle::State;
 use super::status::{self, Status};
 use super::{NodeError, convert, lock, publisher};
@@ -17,6 +17,7 @@ use crate::params::Settings;
 use crate::pipeline::inputs::InputSlots;
 use crate::pipeline::{Pipeline, PipelineReport, Ports};
 use crate::rt::latest::Reader;
+use crate::rt::signals::RequestBits;
 
 /// So many identical frames in a row count as a frozen camera; a still scene has sensor noise, a frozen driver has not.
 const FROZEN_FRAMES: u64 = 30;

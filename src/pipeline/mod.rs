@@ -18,7 +18,7 @@ mod report;
 mod stages;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -31,6 +31,7 @@ use crate::error::{Blame, Fault};
 use crate::model::{ModelError, Policy};
 use crate::rt::latest::Reader;
 use crate::rt::rights;
+use crate::rt::signals::Epoch;
 
 use inputs::InputSlots;
 use joint_map::{JointBinding, JointMap};
@@ -134,7 +135,7 @@ pub struct PipelineIo {
     /// The way to the control thread and back.
     pub ports: Arc<Mutex<Ports>>,
     /// Reset epoch; chunks carry the one they were started in.
-    pub epoch: Arc<AtomicU64>,
+    pub epoch: Arc<Epoch>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }
@@ -200,7 +201,7 @@ struct Shared {
     policy: Arc<Policy>,
     inputs: Arc<InputSlots>,
     clock: Arc<dyn Clock>,
-    epoch: Arc<AtomicU64>,
+    epoch: Arc<Epoch>,
     live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,

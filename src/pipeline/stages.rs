@@ -1,6 +1,5 @@
 //! The bodies of the two stage threads.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -410,7 +409,7 @@ impl<D: Decoder> DecodeStage<D> {
     fn decode(&mut self, filled: &Filled<D::Cache>) -> Result<Option<ActionChunk>, PipelineError> {
         let shared = self.shared.clone();
         // Read before the state: a stop that comes after this makes the chunk stale, whatever it was made from.
-        let epoch = shared.epoch.load(Ordering::Acquire);
+        let epoch = shared.epoch.current();
         if epoch != self.epoch {
             self.epoch = epoch;
             self.history.clear();
