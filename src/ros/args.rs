@@ -23,6 +23,8 @@ pub struct Args {
     pub renamed: Option<String>,
     /// Whether the hidden node has a rule of its own.
     pub stop_node_named: bool,
+    /// `--disable-rosout-logs`.
+    pub no_rosout: bool,
     /// New names of topics, in order: what may be before the name (a node), from, to.
     pub remapped: Vec<(Option<String>, String, String)>,
 }
@@ -55,6 +57,7 @@ impl Args {
                     let Some(value) = next()? else { return Err(format!("{arg} needs a value")) };
                     parsed.ros_option(&arg, &value)?;
                 }
+                (true, "--disable-rosout-logs") => parsed.no_rosout = true,
                 (true, _) => {}
             }
         }

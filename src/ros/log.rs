@@ -1,19 +1,33 @@
 //! Events of `tracing` go to ROS's logging: console, log file and `/rosout`.
 
 use std::fmt::Write;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
-use r2r::LogSeverity;
+use r2r::rcl_interfaces::msg::Log;
+use r2r::{LogSeverity, Publisher, QosProfile};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, registry};
 
-use super::convert::text;
+use super::convert::{stamp, text};
+use super::failure::{Refusal, middleware};
+use crate::clock::Clock;
+use crate::rt::SystemClock;
 
-/// Name of the node's logger, once there is a node.
-static LOGGER: OnceLock<String> = OnceLock::new();
+/// Where events go once there is a node.
+static NODE: OnceLock<NodeLog> = OnceLock::new();
+
+struct NodeLog {
+    logger: String,
+    /// rcl leaves `/rosout` to the client libraries, and r2r does not publish on it. None: the user wants none.
+    rosout: Option<Mutex<Publisher<Log>>>,
+}
+
+/// What is said on `/rosout` waits this long for those who come late.
+const LIFESPAN: Duration = Duration::from_secs(10);
 
 /// Begins with standard error; `level` and what is worse is logged.
 pub fn begin(level: &str) {
@@ -21,9 +35,17 @@ pub fn begin(level: &str) {
     let _ = registry().with(EnvFilter::new(level)).with(RosLog).try_init();
 }
 
-/// From now on events go to the logger of that name.
-pub fn to_logger(name: &str) {
-    let _ = LOGGER.set(name.into());
+/// From now on events go to the logger of that node and, unless `quiet`, to `/rosout`.
+pub fn to_node(node: &mut r2r::Node, quiet: bool) -> Result<(), Refusal> {
+    let mut qos = QosProfile::default().keep_last(1000).reliable().transient_local();
+    qos.lifespan = LIFESPAN;
+    let rosout = match quiet {
+        true => None,
+        false => Some(Mutex::new(node.create_publisher("/rosout", qos).map_err(middleware("advertising '/rosout'"))?)),
+    };
+    // Set once: there is one node.
+    let _ = NODE.set(NodeLog { logger: node.logger().into(), rosout });
+    Ok(())
 }
 
 struct RosLog;
@@ -33,18 +55,32 @@ impl<S: Subscriber> Layer<S> for RosLog {
         let mut line = Line::default();
         event.record(&mut line);
         let meta = event.metadata();
-        let Some(logger) = LOGGER.get() else {
+        let Some(NodeLog { logger, rosout }) = NODE.get() else {
             eprintln!("[{}] {}", meta.level(), line.0);
             return;
         };
-        let severity = match *meta.level() {
-            Level::ERROR => LogSeverity::Error,
-            Level::WARN => LogSeverity::Warn,
-            Level::INFO => LogSeverity::Info,
-            _ => LogSeverity::Debug,
+        let (severity, number) = match *meta.level() {
+            Level::ERROR => (LogSeverity::Error, Log::ERROR as u8),
+            Level::WARN => (LogSeverity::Warn, Log::WARN as u8),
+            Level::INFO => (LogSeverity::Info, Log::INFO as u8),
+            _ => (LogSeverity::Debug, Log::DEBUG as u8),
         };
         // r2r panics on a NUL.
-        r2r::log(&text(&line.0), logger, meta.file().unwrap_or_default(), meta.line().unwrap_or_default(), severity);
+        let (msg, file, line) = (text(&line.0), meta.file().unwrap_or_default(), meta.line().unwrap_or_default());
+        r2r::log(&msg, logger, file, line, severity);
+        if let Some(rosout) = rosout {
+            let entry = Log {
+                stamp: stamp(SystemClock.ros()),
+                level: number,
+                name: logger.clone(),
+                msg,
+                file: file.into(),
+                function: meta.target().into(),
+                line,
+            };
+            // At the end of the process nobody is left to tell.
+            let _ = rosout.lock().unwrap_or_else(PoisonError::into_inner).publish(&entry);
+        }
     }
 }
 

@@ -91,7 +91,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         Refusal::new(Fault::Input, format!("the node cannot be created: {e}; check its name, namespace and remappings"))
     })?;
     let name = node.fully_qualified_name().map_err(middleware("reading the node's name"))?;
-    log::to_logger(node.logger());
+    log::to_node(&mut node, args.no_rosout)?;
     let params = read_parameters(&node, &name, args)?;
     let settings = params.settings();
     let clock = NodeClock::new(settings.process.use_sim_time);
