@@ -11,6 +11,7 @@ use super::{NodeError, convert, lock, publisher};
 use crate::clock::{Clock, Monotonic, RosTime};
 use crate::control::chunk::ActionChunk;
 use crate::control::{ChunkVerdict, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport};
+use crate::engine::EngineError;
 use crate::error::Fault;
 use crate::model::{Frame, ModelError};
 use crate::params::Settings;
@@ -307,6 +308,10 @@ impl Core {
         if new.model.prompt.trim().is_empty() && !old.model.prompt.trim().is_empty() {
             return Err(NodeError::Refused(EMPTY_PROMPT.into()));
         }
+        let pipeline = lock(&self.pipeline);
+        if let Some(pipeline) = &*pipeline {
+            pipeline.decide(new.gpu.split).map_err(EngineError::from)?;
+        }
         let horizon = self.horizon.load(Ordering::Acquire);
         let control = convert::control(new, horizon);
         if control != convert::control(old, horizon) {
@@ -318,8 +323,11 @@ impl Core {
         if rules != input_rules(old) {
             self.send(Change::Rules(Box::new(rules)))?;
         }
-        if let Some(pipeline) = &*lock(&self.pipeline) {
+        if let Some(pipeline) = &*pipeline {
             pipeline.set_live(convert::live(new));
+            if new.gpu.split != old.gpu.split {
+                pipeline.set_split(new.gpu.split).map_err(EngineError::from)?;
+            }
         }
         if new.model.prompt != old.model.prompt {
             self.inputs.put_prompt(&new.model.prompt);

@@ -33,8 +33,8 @@ pub(super) fn configure(core: &Core) -> Result<(), NodeError> {
     let threads = (cores.saturating_sub(1) / stages).max(1);
     let resampler = policy.origin().into();
     match resolved.device {
-        Device::Cuda(index) => start(core, &CudaEngine::load(&checkpoint, resampler, index as usize)?, policy),
-        Device::Auto | Device::Cpu => start(core, &CpuEngine::load(&checkpoint, resampler, threads)?, policy),
+        Device::Cuda(index) => start(core, CudaEngine::load(&checkpoint, resampler, index as usize)?, policy),
+        Device::Auto | Device::Cpu => start(core, CpuEngine::load(&checkpoint, resampler, threads)?, policy),
     }
 }
 
@@ -48,7 +48,7 @@ fn fit(core: &Core, horizon: usize) -> Result<(), NodeError> {
     Ok(())
 }
 
-fn start<E: Engine>(core: &Core, engine: &E, policy: Policy) -> Result<(), NodeError> {
+fn start<E: Engine>(core: &Core, engine: E, policy: Policy) -> Result<(), NodeError> {
     *lock(&core.device) = engine.describe();
     core.signals.set_lifecycle(Lifecycle::Warmup);
     let config = convert::pipeline(&lock(&core.settings));
@@ -59,10 +59,13 @@ fn start<E: Engine>(core: &Core, engine: &E, policy: Policy) -> Result<(), NodeE
         epoch: core.signals.epoch.clone(),
         tap: core.tap.clone(),
     };
-    let pipeline = Pipeline::start(engine, Arc::new(policy), config, io)?;
+    let pipeline = Pipeline::start(Arc::new(engine), Arc::new(policy), config, io)?;
     // Under one lock with what sets them: no change of settings during the warm-up is lost.
     let settings = lock(&core.settings);
     pipeline.set_live(convert::live(&settings));
+    if let Err(e) = pipeline.set_split(settings.gpu.split) {
+        tracing::error!("{e}; the shares stay as they were at start");
+    }
     *lock(&core.pipeline) = Some(pipeline);
     Ok(())
 }
