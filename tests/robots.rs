@@ -1,6 +1,7 @@
 //! The files of `config/robots` through the loader of the node, and the controllers of `config/controllers` beside them.
 
 use std::collections::BTreeMap;
+use std::f64::consts::PI;
 use std::path::{Path, PathBuf};
 
 use pi0_mps::params::choice::OutputKind;
@@ -90,10 +91,10 @@ fn so101_speaks_degrees_and_percent() {
     let map = map(&settings("so101"));
     let mut robot = [0.0; 6];
     map.to_robot(&[90.0, -45.0, 0.0, 30.0, -90.0, 0.0], &mut robot);
-    let expected = [1.570796, -0.785398, 0.0, 0.523599, -1.570796, -0.174533];
+    let expected = [PI / 2.0, -PI / 4.0, 0.0, PI / 6.0, -PI / 2.0, -0.174533];
     assert!(robot.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{robot:?}");
     let mut policy = [0.0; 6];
-    map.to_policy(&[1.570796, -0.785398, 0.0, 0.523599, -1.570796, 1.74533], &mut policy);
+    map.to_policy(&[PI / 2.0, -PI / 4.0, 0.0, PI / 6.0, -PI / 2.0, 1.745_33], &mut policy);
     let expected = [90.0, -45.0, 0.0, 30.0, -90.0, 100.0];
     assert!(policy.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-3), "{policy:?}");
 }
