@@ -636,7 +636,7 @@ fn a_camera_whose_stamps_cannot_be_true_is_dated_by_arrival() {
 fn of_a_faster_camera_the_frame_is_taken_that_fits_the_slower_one() {
     let dir = tempfile::tempdir().unwrap();
     let (_, policy) = synthetic_policy(dir.path());
-    let engine = Canary { dims: *policy.dims(), planted: false, poison: Vec::new() };
+    let engine = Arc::new(Canary::new(&policy));
     let mut live = config(PipelineMode::Sequential);
     live.live.max_camera_skew_ms = 5.0;
     let mut rig = Rig::start(&engine, policy, live);
