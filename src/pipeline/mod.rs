@@ -17,6 +17,7 @@ mod noise;
 mod report;
 mod resplit;
 mod stages;
+mod stepped;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +42,7 @@ use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, Resplit, StageReport};
 use resplit::{Builder, Message};
+pub use stepped::{StageTimes, SteppedPipeline, SteppedStages};
 
 choice! {
     /// How encoder and decoder share time.
@@ -126,6 +128,8 @@ pub struct PipelineConfig {
     pub seed: u64,
     /// CPU of the encoder thread and of the decoder thread, where given.
     pub cpus: [Option<usize>; 2],
+    /// Whether the stages begin at once, or wait for [`Pipeline::resume`].
+    pub paused: bool,
     /// Initial values of what may change.
     pub live: LiveConfig,
 }
@@ -136,16 +140,25 @@ pub struct PipelineIo {
     pub inputs: Arc<InputSlots>,
     /// Stamps and latencies.
     pub clock: Arc<dyn Clock>,
-    /// Chunks to the control thread.
-    pub chunks: rtrb::Producer<Arc<ActionChunk>>,
-    /// Chunks the control thread has done with, to be freed here.
-    pub retired: rtrb::Consumer<Retired>,
-    /// The plan in execution.
-    pub plan: Reader<Option<PlanView>>,
+    /// The way to the control thread and back.
+    pub ports: Arc<Mutex<Ports>>,
     /// Reset epoch; chunks carry the one they were started in.
     pub epoch: Arc<Epoch>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
+}
+
+/// What joins a decoder to the control thread. It outlives the pipeline, so that the next one goes on with it; the lock
+/// is the decoder's alone.
+pub struct Ports {
+    /// Chunks to the control thread.
+    pub chunks: rtrb::Producer<Arc<ActionChunk>>,
+    /// Chunks the control thread has done with, to be freed by the decoder.
+    pub retired: rtrb::Consumer<Retired>,
+    /// The plan in execution.
+    pub plan: Reader<Option<PlanView>>,
+    /// Sequence of the last chunk.
+    pub sequence: u64,
 }
 
 /// A chunk the control thread has done with.
@@ -200,6 +213,7 @@ struct Shared {
     live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,
+    paused: AtomicBool,
     /// Input slots of the valid views, in the model's order.
     views: Vec<usize>,
     joints: JointMap,
@@ -210,6 +224,10 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
+    fn paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
+    }
+
     fn live(&self) -> Arc<LiveConfig> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -217,6 +235,21 @@ impl Shared {
     fn report<R>(&self, f: impl FnOnce(&mut PipelineReport) -> R) -> R {
         f(&mut self.report.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// Input slots of the valid views in the model's order, and the joints in the policy's; refuses what does not fit.
+fn bind(config: &PipelineConfig, policy: &Policy) -> Result<(Vec<usize>, JointMap), PipelineError> {
+    let views = stages::order_views(&config.cameras, policy.cameras())?;
+    let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
+    if policy.state_len() != policy.action_len() {
+        return Err(PipelineError::Config(format!(
+            "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
+            policy.state_len(),
+            policy.action_len()
+        )));
+    }
+    stages::check_mode(config, policy.dims())?;
+    Ok((views, joints))
 }
 
 /// The running stages.
@@ -237,17 +270,7 @@ impl Pipeline {
         config: PipelineConfig,
         io: PipelineIo,
     ) -> Result<Self, PipelineError> {
-        let views = stages::order_views(&config.cameras, policy.cameras())?;
-        let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
-        if policy.state_len() != policy.action_len() {
-            return Err(PipelineError::Config(format!(
-                "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
-                policy.state_len(),
-                policy.action_len()
-            )));
-        }
-        stages::check_mode(&config, policy.dims())?;
-
+        let (views, joints) = bind(&config, &policy)?;
         let decision = resplit::decide(engine.offer(), config.mode == PipelineMode::Sequential, config.split);
         let decision = decision.map_err(EngineError::from)?;
         // One more than go round: the builder warms new stages up with it.
@@ -258,6 +281,7 @@ impl Pipeline {
             live: Mutex::new(Arc::new(config.live.clone())),
             report: Mutex::new(PipelineReport { partition: decision.to_string(), ..Default::default() }),
             stopping: AtomicBool::new(false),
+            paused: AtomicBool::new(config.paused),
             policy,
             inputs: io.inputs,
             clock: io.clock,
@@ -284,16 +308,7 @@ impl Pipeline {
             give_back: free_tx.clone(),
             filled: filled.clone(),
         };
-        let decode = stages::DecodeStage::new(
-            shared.clone(),
-            decoder,
-            free_tx,
-            filled.clone(),
-            io.chunks,
-            io.retired,
-            io.plan,
-            io.tap,
-        );
+        let decode = stages::DecodeStage::new(shared.clone(), decoder, free_tx, filled.clone(), io.ports, io.tap);
         let close = {
             let (shared, filled, to_builder) = (shared.clone(), filled, to_builder.clone());
             Box::new(move || {
@@ -352,6 +367,17 @@ impl Pipeline {
     /// Changes what may change; in force from the next chunk on.
     pub fn set_live(&self, live: LiveConfig) {
         *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    /// Both stages stand still after the work in hand, keeping their memory.
+    pub fn pause(&self) {
+        self.shared.paused.store(true, Ordering::Release);
+    }
+
+    /// Both stages go on with the newest observation.
+    pub fn resume(&self) {
+        self.shared.paused.store(false, Ordering::Release);
+        self.shared.inputs.wake();
     }
 
     /// What `split` would give each stage here, or why it cannot be had and what could.
