@@ -30,22 +30,23 @@ extern "C" __global__ void __launch_bounds__(kThreads) load_copy(const __grid_co
     }
 }
 
-// Where row r of a matrix goes in packed order: rows that are combined after the product lie eight apart, where one lane
-// of an MMA finds both. order 0: as it is; 1: pairs of the rotation, starting at head `first`; 2: gate rows; 3: up rows.
+// Where row r of a matrix goes in the packed order of skinny.cu.
+// order 0: as it is; 1: pairs of the rotation, starting at head `first`; 2: gate rows; 3: up rows.
 __device__ __forceinline__ int64_t packed_row(int64_t r, int order, int first, int head_dim) {
     if (order == 0) return r;
     if (order == 1) {
         const int half = head_dim / 2;
         const int64_t d = r % head_dim, p = (first + r / head_dim) * half + d % half;
-        return p / 8 * 16 + p % 8 + (d >= half ? 8 : 0);
+        return p / 32 * 64 + p % 32 + (d >= half ? 32 : 0);
     }
-    return r / 8 * 16 + r % 8 + (order == 3 ? 8 : 0);
+    return r / 32 * 64 + r % 32 + (order == 3 ? 32 : 0);
 }
 
-// Offset of (row, k) in packed weights [tiles][k/8][64][8]: any range of K of a tile is one piece of memory, and what
-// wgmma reads without rearranging.
+// Offset of (row, k) in packed weights [tiles][k/32][4][2][32][8].
 __device__ __forceinline__ int64_t packed_at(int64_t row, int64_t k, int64_t padded_k) {
-    return row / 64 * 64 * padded_k + k / 8 * 512 + row % 64 * 8 + k % 8;
+    const int64_t tile = row / 64, r = row % 64;
+    const int64_t lane = (r % 8) * 4 + (k % 32) / 8;
+    return (((tile * (padded_k / 32) + k / 32) * 4 + r / 16) * 2 + (r % 16) / 8) * 256 + lane * 8 + k % 8;
 }
 
 struct PackArgs {

@@ -2,7 +2,7 @@
 //
 // Weights lie on the M side of the MMA, tokens on N. A block owns 64 weight rows and a slice of K; the slices of one
 // tile form a cluster whose blocks send each other their partial sums, which are added in rank order, so results do
-// not depend on timing. A block's weights are one piece of memory (packed by load.cu), and
+// not depend on timing. Weights are packed in fragment order (load.cu), every lane copies only what it will use, and
 // all of a block's weights are on their way before it waits for the kernel in front of it.
 #include "common.cuh"
 
@@ -13,7 +13,7 @@ constexpr int kStages = 3;     // steps of activations in flight
 constexpr int kRed = 68;       // floats a row of sums: 64, padded against bank conflicts
 
 struct SkinnyArgs {
-    const bf16* w;        // packed [tiles][k/8][64][8]
+    const bf16* w;        // packed [tiles][k/32][4][2][32][8]
     const bf16* x;        // panel [k/8][stride][8]
     const float* squares;  // [square_tiles][64] partial sums of squares of the input rows, or null: no normalisation
     const float* bias;    // [tiles·64] in packed row order, or null
@@ -61,12 +61,12 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     constexpr int kItems = (kOwn * kPerRow + kThreads - 1) / kThreads;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float rinv[64];
-    __shared__ uint64_t weights, arrived[kStages], received;
+    __shared__ uint64_t arrived[kStages], received;
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int rank = C == 1 ? 0 : blockIdx.x, tile = blockIdx.y;
     const int steps = a.slice / kStepK;
-    bf16* sw = reinterpret_cast<bf16*>(shared);                  // [slice/8][64][8]
+    bf16* sw = reinterpret_cast<bf16*>(shared);                  // [slice/32][4 warps][2][32][8]
     uint8_t* sx = shared + static_cast<size_t>(a.slice) * 128;   // [kStages][16][kStride][8] bf16
     float* red = reinterpret_cast<float*>(shared);               // [8·NT][kRed], over the weights once used
     float* inbox = red + 8 * NT * kRed;                          // [C][kOwn][64], behind it
@@ -75,17 +75,22 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     if (tid == 0) {
 #pragma unroll
         for (int s = 0; s < kStages; s++) barrier_init(&arrived[s]);
-        barrier_init(&weights);
         if constexpr (C > 1) {
             barrier_init(&received);
             barrier_expect(&received, (8 * NT - rank + C - 1) / C * 64 * 4 * C);
         }
     }
-    // Weights never change, so they may be fetched before the wait: one piece of memory, copied in steps.
-    if (tid == 0) {
-        const bf16* from = a.w + static_cast<size_t>(tile) * a.k * kTile + static_cast<size_t>(rank) * a.slice * kTile;
-        barrier_expect(&weights, static_cast<uint32_t>(steps) * kTile * kStepK * 2);
-        for (int s = 0; s < steps; s++) copy_bulk(sw + s * kTile * kStepK, from + s * kTile * kStepK, kTile * kStepK * 2, &weights);
+    // Weights never change, so they may be fetched before the wait.
+    {
+        const size_t at = warp * 512 + lane * 8;
+        const bf16* from = a.w + (static_cast<size_t>(tile) * (a.k / 32) + static_cast<size_t>(rank) * (a.slice / 32)) * 2048 + at;
+        for (int s = 0; s < steps; s++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                copy_async_16(sw + at + (s * 4 + c) * 2048, from + (s * 4 + c) * 2048);
+                copy_async_16(sw + at + (s * 4 + c) * 2048 + 256, from + (s * 4 + c) * 2048 + 256);
+            }
+        copy_async_commit();
     }
     if (a.next && tid == 0) {
         const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y, id = static_cast<uint64_t>(tile) * C + rank;
@@ -140,24 +145,20 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
     // Even and odd halves of 32 of K in sums of their own: twice the independent MMAs.
     float acc[2][NT][4] = {};
     const int g = lane / 4, t = lane % 4;
-    // Rows of 16 bytes that one ldmatrix takes: of the weights two by two, of the activations four along K.
-    const int quarter = lane / 8, row = lane % 8;
-    barrier_wait(&weights, 0);
+    copy_async_wait<0>();
     for (int s = 0; s < steps; s++) {
         barrier_wait(&arrived[s % kStages], s / kStages & 1);
-        const bf16* ws = sw + s * kTile * kStepK + (quarter / 2 * kTile + warp * 16 + quarter % 2 * 8 + row) * 8;
-        const bf16* xs = reinterpret_cast<const bf16*>(sx + (s % kStages) * kStage) + (quarter * kStride + row) * 8;
+        const bf16* ws = sw + s * 4 * 2048 + warp * 512 + lane * 8;
+        const bf16* xs = reinterpret_cast<const bf16*>(sx + (s % kStages) * kStage) + (t * kStride + g) * 8;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            uint32_t top[4], low[4];
-            ldmatrix_x4(top, ws + c * 4 * kTile * 8);
-            ldmatrix_x4(low, ws + (c * 4 + 2) * kTile * 8);
+            const uint4 top = *reinterpret_cast<const uint4*>(ws + c * 2048);
+            const uint4 low = *reinterpret_cast<const uint4*>(ws + c * 2048 + 256);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                uint32_t xf[4];
-                ldmatrix_x4(xf, xs + c * 4 * kStride * 8 + n * 64);
-                mma_16816(acc[0][n], top[0], top[1], top[2], top[3], xf[0], xf[1]);
-                mma_16816(acc[1][n], low[0], low[1], low[2], low[3], xf[2], xf[3]);
+                const uint4 xf = *reinterpret_cast<const uint4*>(xs + c * 4 * kStride * 8 + n * 64);
+                mma_16816(acc[0][n], top.x, low.x, top.y, low.y, xf.x, xf.y);
+                mma_16816(acc[1][n], top.z, low.z, top.w, low.w, xf.z, xf.w);
             }
         }
         if (s + kStages < steps) {
@@ -229,21 +230,21 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
             if (valid && quad == 0) a.squares_out[tile * 64 + n] = squares;
         } else {
             if (!valid) continue;
-            const int j = i % 8, first = j / 2 * 16 + j % 2 * 4, slot = tile * kTile + first;
-            const float* r = inbox + own * 64 + first;
-            float4 lo = load4(r), hi = load4(r + 8);
+            const int j = i % 8, slot = tile * kTile + 4 * j;
+            const float* r = inbox + own * 64 + j * 4;
+            float4 lo = load4(r), hi = load4(r + 32);
 #pragma unroll
             for (int c = 1; c < C; c++) {
                 lo = lo + load4(r + c * kOwn * 64);
-                hi = hi + load4(r + c * kOwn * 64 + 8);
+                hi = hi + load4(r + c * kOwn * 64 + 32);
             }
             lo = lo * rinv[n], hi = hi * rinv[n];
-            if (a.bias) lo = lo + load4(a.bias + slot), hi = hi + load4(a.bias + slot + 8);
+            if (a.bias) lo = lo + load4(a.bias + slot), hi = hi + load4(a.bias + slot + 32);
             if constexpr (EPI == kGeglu) {
                 const float4 v = make_float4(gelu_tanh(lo.x), gelu_tanh(lo.y), gelu_tanh(lo.z), gelu_tanh(lo.w)) * hi;
                 *reinterpret_cast<uint2*>(a.y + panel(n, tile * 32 + 4 * j, kStride)) = pack_bf16x4(v);
             } else {
-                // Packed so that a tile holds 32 pairs (i, i + head_dim/2) of the rotation, eight rows apart.
+                // Packed so that a tile holds 32 pairs (i, i + head_dim/2) of the rotation.
                 const int p = tile * 32 + 4 * j, head = p / half, d = p % half;
                 if (head >= a.heads + 2) continue;
                 const int key = n == a.horizon ? 0 : a.has_state + n;

@@ -95,24 +95,20 @@ fn stage_times() {
             assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
         }
     };
-    time("persistent".into(), Tuning::default(), false);
-    for blocks in [132, 128, 120, 100, 66, 64, 44, 32] {
-        time(format!("persistent, {blocks} blocks"), Tuning::default().blocks(blocks), false);
-    }
-    time("launches".into(), Tuning::default().launches(), true);
-    time("without dependent launch".into(), Tuning::default().launches().dependent(false), true);
+    time("default".into(), Tuning::default(), true);
+    time("without dependent launch".into(), Tuning::default().dependent(false), true);
     for prefetch in prefetches {
-        time(format!("prefetch {prefetch:?}"), Tuning::default().launches().prefetch(prefetch), true);
+        time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
     }
     for stages in exclusives {
-        time(format!("exclusive {stages:?}"), Tuning::default().launches().exclusive(stages), true);
-        let fewer = Tuning::default().launches().exclusive(stages).slices([512, 256, 512, 512]);
+        time(format!("exclusive {stages:?}"), Tuning::default().exclusive(stages), true);
+        let fewer = Tuning::default().exclusive(stages).slices([512, 256, 512, 512]);
         time(format!("exclusive {stages:?}, slices [512, 256, 512, 512]"), fewer, false);
     }
     for slices in slices {
-        time(format!("slices {slices:?}"), Tuning::default().launches().slices(slices), false);
+        time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
     }
     for stage in [Qkv, Attention, Out, GateUp, Down] {
-        time(format!("{stage:?} twice"), Tuning::default().launches().twice(stage), false);
+        time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
     }
 }

@@ -1,6 +1,6 @@
 //! The action expert: ten flow-matching steps as one graph.
 //!
-//! One cooperative kernel where plan.rs allows it (persistent.rs), otherwise five kernels a layer, each started early enough to fetch its weights while the one in front still runs
+//! Five kernels a layer, each started early enough to fetch its weights while the one in front still runs
 //! (docs/performance.md). The state row of π0 rides along in the first step only: its keys and values depend on
 //! neither actions nor time.
 
@@ -10,10 +10,7 @@ use std::sync::Arc;
 use super::device::{Buffer, Event, Graph, Pinned, Stream};
 use super::encoder::CudaCache;
 use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, Shape, Skinny, SkinnyArgs};
-use super::persistent::{self, Addresses, Persistent};
-use super::plan::{
-    self, CLUSTERS, DecoderPlan, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES,
-};
+use super::plan::{self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
 use super::time::Tables;
 use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
 use super::{Model, Tuning, check_finite, check_len};
@@ -53,7 +50,7 @@ impl Block {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     steps: usize,
-    /// Keys a pass of the attention; pieces of keys in the persistent decoder.
+    /// Keys a pass of the attention.
     tile: usize,
 }
 
@@ -92,8 +89,6 @@ pub struct CudaDecoder {
     suffix_values: Buffer<u16>,
     squares: Buffer<f32>,
     events: [Event; 2],
-    plan: DecoderPlan,
-    persistent: Option<Persistent>,
 }
 
 impl CudaDecoder {
@@ -116,14 +111,6 @@ impl CudaDecoder {
         };
         let chunk = dims.horizon * dims.action_dim;
         let block = Block::new(&dims);
-        let sms = tuning.blocks.unwrap_or(device.sms());
-        let plan = plan::decoder(&dims, device.capability(), model.positions, sms);
-        let persistent = match plan {
-            DecoderPlan::Launches => None,
-            DecoderPlan::Persistent { blocks } => {
-                Some(Persistent::new(&device, blocks, model.positions, tuning.delay)?)
-            }
-        };
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride * 8);
         Ok(Self {
             stream: Stream::new(&device)?,
@@ -146,8 +133,6 @@ impl CudaDecoder {
             suffix_values: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
             squares: Buffer::zeroed(&device, sizes.width_rows / TILE * 64)?,
             events: [Event::new(&device)?, Event::new(&device)?],
-            plan,
-            persistent,
             sizes,
             plans,
             tuning,
@@ -162,11 +147,6 @@ impl CudaDecoder {
         self.events[1].ms_since(&self.events[0])
     }
 
-    /// How it runs.
-    pub fn plan(&self) -> DecoderPlan {
-        self.plan
-    }
-
     /// Overwrites every working buffer with NaN patterns, so that a test sees a value nobody wrote.
     pub fn poison(&self) -> Result<(), EngineError> {
         self.x.fill(0xff)?;
@@ -174,28 +154,7 @@ impl CudaDecoder {
         self.q.fill(0xff)?;
         self.suffix_keys.fill(0xff)?;
         self.suffix_values.fill(0xff)?;
-        self.squares.fill(0xff)?;
-        self.h.fill(0xff)?;
-        self.persistent.as_ref().map_or(Ok(()), Persistent::poison)
-    }
-
-    fn queue_persistent(&self, p: &Persistent, key: Key) -> Result<(), EngineError> {
-        let at = |offset: usize| self.inputs.at(offset);
-        let addresses = Addresses {
-            params: at(0),
-            rope: self.model.rope.pointer(),
-            noise: at(self.block.noise),
-            previous: at(self.block.previous),
-            weights: at(self.block.weights),
-            gains: at(self.block.gains),
-            state: at(self.block.state),
-            x: self.x.pointer(),
-            velocities: self.velocities.pointer(),
-            h: self.h.pointer(),
-            steps: key.steps,
-            pieces: key.tile,
-        };
-        p.queue(&self.stream, &self.model.device, &self.model.dims, &self.weights, addresses)
+        self.squares.fill(0xff)
     }
 
     fn has_state(&self) -> usize {
@@ -566,10 +525,7 @@ impl CudaDecoder {
             });
         }
         self.write_inputs(cache, input)?;
-        let tile = match self.plan {
-            DecoderPlan::Launches => plan::decode_attention(keys, self.model.decode_head.1).0,
-            DecoderPlan::Persistent { .. } => plan::key_pieces(cache.rows),
-        };
+        let (tile, _) = plan::decode_attention(keys, self.model.decode_head.1);
         let key = Key { steps: input.steps, tile };
         if !self.tables.contains_key(&input.steps) {
             let tables = Tables::new(&self.model.device, &dims, &self.weights, input.steps)?;
@@ -580,28 +536,20 @@ impl CudaDecoder {
                 self.graphs.clear();
             }
             if let Some(tables) = self.tables.get(&input.steps) {
-                if let Some(p) = &mut self.persistent {
-                    p.prepare(&self.model.device, &self.weights, tables)?;
-                }
                 let graph = self.stream.capture(|| {
                     self.stream.upload(&self.input, self.block.len, &self.inputs, 0)?;
-                    match &self.persistent {
-                        Some(p) => self.queue_persistent(p, key)?,
-                        None => self.queue(tables, key)?,
-                    }
+                    self.queue(tables, key)?;
                     self.stream.download(&self.x, actions.len(), &self.output)
                 })?;
                 self.graphs.insert(key, graph);
             }
         }
-        let _token = self.persistent.as_ref().map(|_| persistent::token(&self.model.device));
         if let Some(graph) = self.graphs.get(&key) {
             self.stream.record(&self.events[0])?;
             self.stream.launch_graph(graph)?;
             self.stream.record(&self.events[1])?;
         }
         self.stream.synchronize()?;
-        self.persistent.as_ref().map_or(Ok(()), Persistent::check)?;
         actions.copy_from_slice(self.output.as_slice());
         Ok(())
     }

@@ -418,14 +418,6 @@ impl Stream {
         check(code, "copying to the GPU")
     }
 
-    /// Queues setting the first `len` elements of `to` to bytes of `byte`.
-    pub fn fill<T: Plain>(&self, to: &Buffer<T>, byte: u8, len: usize) -> Result<(), EngineError> {
-        assert!(len <= to.len, "fill past a buffer");
-        // SAFETY: the range is checked and live.
-        let code = unsafe { sys::cuMemsetD8Async(to.pointer(), byte, len * size_of::<T>(), self.raw) };
-        check(code, "filling GPU memory")
-    }
-
     /// Queues a copy of `len` elements from element `at` of `from` into `to`.
     pub fn download<T: Plain>(&self, from: &Buffer<T>, len: usize, to: &Pinned<T>) -> Result<(), EngineError> {
         assert!(len <= to.len && len <= from.len, "download past a buffer");

@@ -108,41 +108,6 @@ pub(super) struct FlowArgs {
     pub direct: i32,
 }
 
-/// `PersistentArgs` of persistent.cu.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct PersistentArgs {
-    pub layers: u64,
-    pub steps: u64,
-    pub params: u64,
-    pub rope: u64,
-    pub time_w: u64,
-    pub time_bias: u64,
-    pub in_w: u64,
-    pub out_w: u64,
-    pub state_w: u64,
-    pub state_b: u64,
-    pub noise: u64,
-    pub previous: u64,
-    pub weights: u64,
-    pub gains: u64,
-    pub state: u64,
-    pub x: u64,
-    pub velocities: u64,
-    pub h: u64,
-    pub exchange: u64,
-    pub error: u64,
-    pub scale: f32,
-    pub dt: f32,
-    pub step_count: i32,
-    pub layer_count: i32,
-    pub horizon: i32,
-    pub has_state: i32,
-    pub action_dim: i32,
-    pub state_dim: i32,
-    pub delay: i32,
-}
-
 /// `AttentionArgs` of attention.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -331,18 +296,9 @@ impl<A: Copy> Kernel<A> {
     /// Queues one launch. What `args` points at must be live and large enough until it has run: the launchers in
     /// encoder.rs and decoder.rs compute both from the same dimensions.
     pub fn launch(&self, stream: &Stream, shape: Shape, args: &A) -> Result<(), EngineError> {
-        self.queue(stream, shape, false, args)
-    }
-
-    /// As [`launch`](Self::launch), for blocks that wait for each other: all run at once, or the launch is refused.
-    pub fn launch_together(&self, stream: &Stream, shape: Shape, args: &A) -> Result<(), EngineError> {
-        self.queue(stream, shape, true, args)
-    }
-
-    fn queue(&self, stream: &Stream, shape: Shape, together: bool, args: &A) -> Result<(), EngineError> {
         let mut args = *args;
         let mut parameters = [(&raw mut args).cast::<c_void>()];
-        let mut attributes = Vec::with_capacity(3);
+        let mut attributes = Vec::with_capacity(2);
         // SAFETY: all-zero is a valid launch attribute (IGNORE).
         let blank: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         if shape.cluster > 1 {
@@ -357,12 +313,6 @@ impl<A: Copy> Kernel<A> {
             let mut a = blank;
             a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             a.value.programmaticStreamSerializationAllowed = 1;
-            attributes.push(a);
-        }
-        if together {
-            let mut a = blank;
-            a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
-            a.value.cooperative = 1;
             attributes.push(a);
         }
         let config = sys::CUlaunchConfig {
@@ -459,7 +409,6 @@ pub(super) struct Kernels {
     /// By padded head dimension, see [`super::plan::HEAD_DIMS`].
     pub attention: [Kernel<AttentionArgs>; 4],
     pub flow: Kernel<FlowArgs>,
-    pub persistent: Kernel<PersistentArgs>,
     pub norm: Kernel<NormArgs>,
     pub rope: Kernel<RopeArgs>,
     pub geglu: Kernel<GegluArgs>,
@@ -486,7 +435,6 @@ impl Kernels {
         };
         let (skinny, decode, attention) = (open("skinny")?, open("decode_attention")?, open("attention")?);
         let (flow, pointwise, image, load) = (open("flow")?, open("pointwise")?, open("image")?, open("load")?);
-        let persistent = open("persistent")?;
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| -> Result<[Kernel<SkinnyArgs>; 4], EngineError> {
                 let kernel = |c: usize| modules[skinny].kernel(&format!("skinny_{kind}_{tiles}_{c}"), MAX_SHARED);
@@ -511,7 +459,6 @@ impl Kernels {
                 modules[attention].kernel("attention_256", MAX_SHARED)?,
             ],
             flow: modules[flow].kernel("flow_step", 0)?,
-            persistent: modules[persistent].kernel("persistent_decode", super::plan::PERSISTENT_SHARED)?,
             norm: modules[pointwise].kernel("row_norm", 0)?,
             rope: modules[pointwise].kernel("rope_cache", 0)?,
             geglu: modules[pointwise].kernel("geglu", 0)?,

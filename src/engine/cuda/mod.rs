@@ -15,7 +15,6 @@ mod images;
 mod kernels;
 mod load;
 mod lt;
-mod persistent;
 mod plan;
 mod rope;
 mod time;
@@ -26,7 +25,7 @@ use std::sync::Arc;
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
 pub use encoder::{CudaCache, CudaEncoder, EncodeTimes};
-pub use plan::{DecoderPlan, Stage};
+pub use plan::Stage;
 
 use super::{Engine, EngineError};
 use crate::model::{Checkpoint, Dims, Resampler};
@@ -69,10 +68,6 @@ pub struct Tuning {
     exclusive: [bool; 5],
     /// A kernel to launch twice: its time is the difference, its results are wrong.
     twice: Option<Stage>,
-    /// SMs to plan for instead of the device's; 0 keeps to the launch-based decoder.
-    blocks: Option<usize>,
-    /// Sleep of each block of the persistent decoder at each phase, up to so many ns.
-    delay: u32,
 }
 
 impl Default for Tuning {
@@ -83,8 +78,6 @@ impl Default for Tuning {
             prefetch: plan::PREFETCH,
             exclusive: plan::EXCLUSIVE,
             twice: None,
-            blocks: None,
-            delay: 0,
         }
     }
 }
@@ -112,25 +105,6 @@ impl Tuning {
     /// Launches this kernel twice: what one costs where it stands is the difference in time. Results are wrong.
     pub fn twice(mut self, stage: Stage) -> Self {
         self.twice = Some(stage);
-        self
-    }
-
-    /// The launch-based decoder, whatever the plan says.
-    pub fn launches(mut self) -> Self {
-        self.blocks = Some(0);
-        self
-    }
-
-    /// Plans for so many SMs instead of the device's.
-    pub fn blocks(mut self, count: usize) -> Self {
-        self.blocks = Some(count);
-        self
-    }
-
-    /// Lets each block of the persistent decoder sleep up to so many ns at each phase, differently at each: nothing but
-    /// time may change.
-    pub fn delay(mut self, nanoseconds: u32) -> Self {
-        self.delay = nanoseconds;
         self
     }
 

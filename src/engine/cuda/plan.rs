@@ -133,67 +133,6 @@ pub(super) const EXCLUSIVE: [bool; 5] = [false, true, false, false, false];
 /// More than half of what an SM has.
 pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 
-/// Keys of one piece of the persistent decoder's attention.
-const PIECE_KEYS: usize = 64;
-/// Most pieces it has room to describe.
-const MAX_PIECES: usize = 48;
-/// Token rows of one of its products.
-const PERSISTENT_ROWS: usize = 56;
-/// Most layers whose state row it keeps.
-const PERSISTENT_LAYERS: usize = 32;
-/// Copies of each activation buffer.
-const COPIES: usize = 3;
-/// With fewer SMs one block would do so many pieces that launches are no slower.
-const MIN_BLOCKS: usize = 24;
-/// Shared memory of one of its blocks: all an SM has.
-pub(super) const PERSISTENT_SHARED: usize = 227 * 1024;
-/// Bytes that its blocks hand each other, less the parts of the attention (persistent.cu checks the sum).
-pub(super) const EXCHANGE_BYTES: usize = {
-    let row = PERSISTENT_ROWS * 2;
-    let activations = row * (2 * EXPERT.heads * EXPERT.head_dim + 3 * EXPERT.width + EXPERT.mlp);
-    let suffix = 2 * EXPERT.head_dim * 64 * 2;
-    let sums = (8 + 8 + 4) * PERSISTENT_ROWS * EXPERT.width * 4;
-    let state = PERSISTENT_LAYERS * 2 * EXPERT.head_dim * 2;
-    COPIES * (activations + suffix) + sums + state + MAX_PIECES * EXPERT.heads * PERSISTENT_ROWS * 8
-};
-/// Bytes of one piece's part of the attention.
-pub(super) const PIECE_BYTES: usize = EXPERT.heads * EXPERT.head_dim * PERSISTENT_ROWS * 2;
-/// The action expert it is compiled for: the published one.
-const EXPERT: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
-
-/// Pieces of keys for a prefix of `rows`: the suffix has one of its own.
-pub(super) fn key_pieces(rows: usize) -> usize {
-    rows.div_ceil(PIECE_KEYS) + 1
-}
-
-/// How the decoder runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DecoderPlan {
-    /// Five kernels a layer, for any dimensions.
-    Launches,
-    /// One cooperative kernel of this many blocks, one an SM.
-    Persistent {
-        /// Blocks.
-        blocks: usize,
-    },
-}
-
-/// The plan for these dimensions on `sms` SMs of a GPU of this capability, with prefixes of up to `positions` rows.
-pub(super) fn decoder(dims: &Dims, capability: (u32, u32), positions: usize, sms: usize) -> DecoderPlan {
-    let e = &dims.expert;
-    let published = StackDims { layers: e.layers, ..EXPERT };
-    let fits = *e == published
-        && e.layers <= PERSISTENT_LAYERS
-        && suffix_rows(dims) <= PERSISTENT_ROWS
-        && key_pieces(positions) <= MAX_PIECES;
-    // wgmma exists on compute capability 9.0 alone.
-    if fits && capability == (9, 0) && sms >= MIN_BLOCKS {
-        DecoderPlan::Persistent { blocks: sms }
-    } else {
-        DecoderPlan::Launches
-    }
-}
-
 /// Refuses dimensions the kernels cannot run, by name.
 pub(super) fn check(dims: &Dims) -> Result<(), EngineError> {
     let refuse = |what: &'static str, expected: &str, found: usize| {
@@ -282,42 +221,6 @@ mod tests {
         assert_eq!(token_tiles(51), Some(2));
         assert_eq!(token_tiles(9), Some(0));
         assert_eq!(token_tiles(65), None);
-    }
-
-    #[test]
-    fn the_persistent_decoder_runs_the_published_expert_on_hopper() {
-        let mut dims = crate::model::Dims {
-            family: Family::Pi0,
-            vision: crate::model::VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
-            trunk: StackDims { layers: 18, width: 2048, mlp: 16384, heads: 8, head_dim: 256 },
-            expert: EXPERT,
-            vocab: 257_152,
-            state_dim: 32,
-            action_dim: 32,
-            horizon: 50,
-            max_tokens: 48,
-            min_period: 0.004,
-            max_period: 4.0,
-        };
-        let plan = |d: &Dims, capability, sms| decoder(d, capability, 2368, sms);
-        for sms in [132, 66, 44, 24] {
-            assert_eq!(plan(&dims, (9, 0), sms), DecoderPlan::Persistent { blocks: sms });
-        }
-        assert_eq!(plan(&dims, (9, 0), 16), DecoderPlan::Launches);
-        assert_eq!(plan(&dims, (10, 0), 148), DecoderPlan::Launches);
-        assert_eq!(decoder(&dims, (9, 0), 4096, 132), DecoderPlan::Launches);
-        dims.horizon = 56;
-        assert_eq!(plan(&dims, (9, 0), 132), DecoderPlan::Launches, "57 rows with the state");
-        dims.horizon = 50;
-        dims.expert.mlp = 2048;
-        assert_eq!(plan(&dims, (9, 0), 132), DecoderPlan::Launches);
-    }
-
-    #[test]
-    fn pieces_of_keys_cover_prefix_and_suffix() {
-        assert_eq!([1, 64, 65, 532, 2368].map(key_pieces), [2, 2, 3, 10, 38]);
-        // The number that persistent.cu asserts for its own layout.
-        assert_eq!(EXCHANGE_BYTES, 8_773_632);
     }
 
     #[test]
