@@ -11,6 +11,7 @@
 mod decoder;
 mod device;
 mod encoder;
+mod faults;
 mod images;
 mod kernels;
 mod load;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
-pub use encoder::{CudaCache, CudaEncoder, EncodeTimes};
+pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
 pub use plan::Stage;
 
 use super::{Engine, EngineError};
@@ -53,6 +54,8 @@ struct Model {
     /// Rows of the rotation table.
     positions: usize,
     rope: Buffer<f32>,
+    /// The same for every share of the GPU, so that results do not depend on it.
+    algorithms: Arc<lt::Algorithms>,
     device: Arc<Gpu>,
 }
 
@@ -161,6 +164,7 @@ impl CudaEngine {
             decode_head: variant(plan::head_dim(&plan::DECODE_HEAD_DIMS, head), head)?,
             positions,
             rope: rope::table(&device, positions, head)?,
+            algorithms: Arc::default(),
             device,
         };
         Ok(Self {
