@@ -9,7 +9,7 @@ mod golden;
 mod oracle;
 
 use golden::*;
-use oracle::{Fault, Oracle, Point, Stack};
+use oracle::{Fault, Oracle, Point, Rounds, Stack};
 use pi0_mps::model::Checkpoint;
 
 /// Distances of prefix embeddings, velocities and actions from the published ones.
@@ -23,7 +23,7 @@ fn distances(case: &Golden, oracle: &Oracle) -> [f64; 3] {
     ]
 }
 
-fn open(case: &Golden, rounds: fn(Stack, Point) -> bool) -> Oracle {
+fn open(case: &Golden, rounds: Rounds) -> Oracle {
     Oracle::new(Checkpoint::open(&case.dir).unwrap(), rounds)
 }
 
@@ -45,7 +45,7 @@ fn without_rounding_it_is_the_published_model() {
 #[test]
 fn rounding_alone_explains_the_distance_of_bf16() {
     // No single place could be kept wider to mend it: the weights alone, in float32 arithmetic, cost most of it.
-    let parts: [(&str, fn(Stack, Point) -> bool); 5] = [
+    let parts: [(&str, Rounds); 5] = [
         ("all", |_, _| true),
         ("weights", |_, p| p == Point::Weight),
         ("all but weights", |_, p| p != Point::Weight),

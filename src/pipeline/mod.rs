@@ -15,27 +15,32 @@ pub mod leftover;
 mod mailbox;
 mod noise;
 mod report;
+mod resplit;
 mod stages;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::choice::choice;
 use crate::clock::{Clock, Monotonic};
 use crate::control::PlanView;
 use crate::control::chunk::ActionChunk;
+use crate::engine::partition::{Decision, Offer, Refusal, Split};
 use crate::engine::{Engine, EngineError, GuidanceSchedule};
 use crate::error::{Blame, Fault};
 use crate::model::{ModelError, Policy};
 use crate::rt::latest::Reader;
 use crate::rt::rights;
+use crate::rt::signals::Epoch;
 
 use inputs::InputSlots;
 use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
-pub use report::{PipelineReport, StageReport};
+pub use report::{PipelineReport, Resplit, StageReport};
+use resplit::{Builder, Message};
 
 choice! {
     /// How encoder and decoder share time.
@@ -107,6 +112,8 @@ pub struct LiveConfig {
 pub struct PipelineConfig {
     /// How the stages share time.
     pub mode: PipelineMode,
+    /// How they share the device; may be changed later.
+    pub split: Split,
     /// In the order of the input slots.
     pub cameras: Vec<CameraBinding>,
     /// Joint names in robot order, for messages.
@@ -136,7 +143,7 @@ pub struct PipelineIo {
     /// The plan in execution.
     pub plan: Reader<Option<PlanView>>,
     /// Reset epoch; chunks carry the one they were started in.
-    pub epoch: Arc<AtomicU64>,
+    pub epoch: Arc<Epoch>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }
@@ -189,7 +196,7 @@ struct Shared {
     policy: Arc<Policy>,
     inputs: Arc<InputSlots>,
     clock: Arc<dyn Clock>,
-    epoch: Arc<AtomicU64>,
+    epoch: Arc<Epoch>,
     live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,
@@ -217,13 +224,15 @@ pub struct Pipeline {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     close: Box<dyn Fn() + Send + Sync>,
+    offer: Option<Offer>,
+    ask: Box<dyn Fn(Decision) + Send + Sync>,
 }
 
 impl Pipeline {
     /// Checks the configuration against the policy, warms both stages up, then starts their threads.
     /// Nothing of the warm-up reaches the statistics or the control thread.
     pub fn start<E: Engine>(
-        engine: &E,
+        engine: Arc<E>,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
@@ -239,13 +248,15 @@ impl Pipeline {
         }
         stages::check_mode(&config, policy.dims())?;
 
-        let (mut encoder, mut decoder) = engine.stages()?;
-        let slots = (0..config.mode.slots())
+        let decision = resplit::decide(engine.offer(), config.mode == PipelineMode::Sequential, config.split);
+        let decision = decision.map_err(EngineError::from)?;
+        // One more than go round: the builder warms new stages up with it.
+        let mut slots = (0..=config.mode.slots())
             .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
             .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
             live: Mutex::new(Arc::new(config.live.clone())),
-            report: Mutex::new(PipelineReport::default()),
+            report: Mutex::new(PipelineReport { partition: decision.to_string(), ..Default::default() }),
             stopping: AtomicBool::new(false),
             policy,
             inputs: io.inputs,
@@ -256,9 +267,12 @@ impl Pipeline {
             config,
         });
 
+        let offer = engine.offer().cloned();
+        tracing::info!("partition: {decision}");
+        let Some(spare) = slots.pop() else { return Err(PipelineError::Config("no cache slots".into())) };
+        let (encoder, decoder, builder, to_builder) = Builder::start(engine, shared.clone(), spare, decision.grant)?;
         let (free_tx, free_rx) = crossbeam_channel::unbounded();
-        for mut slot in slots {
-            stages::warm_up(&shared, &mut encoder, &mut decoder, &mut slot)?;
+        for slot in slots {
             // The receiver lives in this function: the send cannot fail.
             let _ = free_tx.send(slot);
         }
@@ -281,17 +295,21 @@ impl Pipeline {
             io.tap,
         );
         let close = {
-            let (shared, filled) = (shared.clone(), filled);
+            let (shared, filled, to_builder) = (shared.clone(), filled, to_builder.clone());
             Box::new(move || {
                 shared.stopping.store(true, Ordering::Release);
+                let _ = to_builder.send(Message::Stop);
                 filled.close();
                 shared.inputs.wake();
             })
         };
-        let mut pipeline = Self { shared, threads: Vec::new(), close };
+        // Where the builder has ended, nothing is to be built any more.
+        let ask = Box::new(move |decision| _ = to_builder.send(Message::Ask(decision, Instant::now())));
+        let mut pipeline = Self { shared, threads: Vec::new(), close, offer, ask };
         let [encoder_cpu, decoder_cpu] = pipeline.shared.config.cpus;
         pipeline.spawn("pi0_encoder", encoder_cpu, move || encode.run())?;
         pipeline.spawn("pi0_decoder", decoder_cpu, move || decode.run())?;
+        pipeline.spawn("pi0_builder", None, move || builder.run())?;
         Ok(pipeline)
     }
 
@@ -334,6 +352,18 @@ impl Pipeline {
     /// Changes what may change; in force from the next chunk on.
     pub fn set_live(&self, live: LiveConfig) {
         *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    /// What `split` would give each stage here, or why it cannot be had and what could.
+    pub fn decide(&self, split: Split) -> Result<Decision, Refusal> {
+        resplit::decide(self.offer.as_ref(), self.shared.config.mode == PipelineMode::Sequential, split)
+    }
+
+    /// Other shares, in force between two frames as soon as their stages are ready; [`report`](Self::report) says when.
+    pub fn set_split(&self, split: Split) -> Result<Decision, Refusal> {
+        let decision = self.decide(split)?;
+        (self.ask)(decision.clone());
+        Ok(decision)
     }
 
     /// Ends both stages after the work in hand; returns when their threads have ended.

@@ -39,6 +39,9 @@ pub enum Stack {
     Expert,
 }
 
+/// Whether a point of a stack rounds.
+pub type Rounds = fn(Stack, Point) -> bool;
+
 /// A fault to prove that a comparison notices it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
@@ -55,7 +58,7 @@ pub enum Fault {
 pub struct Oracle {
     checkpoint: Checkpoint,
     dims: Dims,
-    rounds: fn(Stack, Point) -> bool,
+    rounds: Rounds,
     fault: Fault,
     weights: RefCell<HashMap<String, Rc<Vec<f32>>>>,
 }
@@ -239,7 +242,7 @@ fn attend(
 
 impl Oracle {
     /// The model of `checkpoint`, rounding where `rounds` says so.
-    pub fn new(checkpoint: Checkpoint, rounds: fn(Stack, Point) -> bool) -> Self {
+    pub fn new(checkpoint: Checkpoint, rounds: Rounds) -> Self {
         let dims = *checkpoint.dims();
         Self { checkpoint, dims, rounds, fault: Fault::None, weights: RefCell::default() }
     }

@@ -8,7 +8,8 @@ use std::marker::PhantomData;
 
 use cudarc::driver::sys;
 
-use super::device::{Stream, check};
+use super::device::check;
+use super::stream::Stream;
 use crate::engine::EngineError;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -391,11 +392,8 @@ impl<A> Kernel<A> {
         let read = |attribute| -> Result<i32, EngineError> {
             let mut value = 0;
             // SAFETY: a loaded function and an out-parameter on this stack.
-            check(
-                unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.function) },
-                "reading a kernel's target",
-            )?;
-            Ok(value)
+            let code = unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.function) };
+            check(code, "reading a kernel's target").map(|()| value)
         };
         Ok(read(A::CU_FUNC_ATTRIBUTE_BINARY_VERSION)? == 90 && read(A::CU_FUNC_ATTRIBUTE_PTX_VERSION)? == 90)
     }

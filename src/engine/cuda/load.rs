@@ -5,8 +5,10 @@ use std::sync::Arc;
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 
-use super::device::{Buffer, Device, Event, Pinned, Stream};
+use super::device::{Buffer, Device, Pinned};
 use super::kernels::{Kernel, RandomArgs, Shape};
+use super::lane::Lane;
+use super::stream::{Event, Stream};
 use super::weights::TokenTable;
 use crate::engine::EngineError;
 use crate::model::{Checkpoint, Dtype};
@@ -104,9 +106,10 @@ fn progress_bar(elements: usize) -> ProgressBar {
 impl<'a> Loader<'a> {
     /// For about `elements` weights in all.
     pub fn new(device: &Arc<Device>, source: Source<'a>, elements: usize) -> Result<Self, EngineError> {
-        let stream = Stream::new(device)?;
+        let lane = Lane::whole(device);
+        let stream = Stream::new(&lane)?;
         let piece = || -> Result<(Pinned<u8>, Event), EngineError> {
-            let pair = (Pinned::zeroed(device, PIECE)?, Event::new(device)?);
+            let pair = (Pinned::zeroed(device, PIECE)?, Event::new(&lane)?);
             stream.record(&pair.1)?;
             Ok(pair)
         };

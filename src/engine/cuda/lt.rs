@@ -10,8 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result, sys};
 
-use super::device::{Buffer, Device, Event, Stream};
+use super::device::Buffer;
 use super::kernels::{RandomArgs, Shape};
+use super::lane::Lane;
+use super::stream::{Event, Stream};
 use crate::engine::EngineError;
 
 /// Bytes of scratch memory one stage lends to the library (NVIDIA's advice for Hopper).
@@ -196,22 +198,23 @@ impl Plan {
 
 /// A handle, its workspace and the plans made so far. One per stage.
 pub(super) struct Lt {
-    device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
     plans: HashMap<Key, (Plan, sys::cublasLtMatmulAlgo_t)>,
     algorithms: Arc<Algorithms>,
+    lane: Arc<Lane>,
 }
 
 // SAFETY: handle and plans are used by one thread at a time: every method that uses them takes `&mut self`.
 unsafe impl Send for Lt {}
 
 impl Lt {
-    pub fn new(device: &Arc<Device>, algorithms: Arc<Algorithms>) -> Result<Self, EngineError> {
-        device.bind()?;
-        let workspace = Buffer::zeroed(device, WORKSPACE)?;
+    /// A handle of the lane's context.
+    pub fn new(lane: &Arc<Lane>, algorithms: Arc<Algorithms>) -> Result<Self, EngineError> {
+        let _current = lane.enter()?;
+        let workspace = Buffer::zeroed(lane.device(), WORKSPACE)?;
         let handle = result::create_handle().map_err(|e| fail("opening cuBLASLt", e))?;
-        Ok(Self { device: Arc::clone(device), handle, workspace, plans: HashMap::new(), algorithms })
+        Ok(Self { handle, workspace, plans: HashMap::new(), algorithms, lane: Arc::clone(lane) })
     }
 
     /// Makes the plans of `keys` that there are none of: not while a graph is being captured. The stream is one of
@@ -229,7 +232,7 @@ impl Lt {
                     let candidates = self.candidates(&plan)?;
                     let bench = match &mut bench {
                         Some(bench) => bench,
-                        none => none.insert(Bench::new(&self.device, stream, keys)?),
+                        none => none.insert(Bench::new(&self.lane, stream, keys)?),
                     };
                     let fastest = self.fastest(stream, &plan, &candidates, bench)?;
                     self.algorithms.put(*key, fastest);
@@ -304,7 +307,7 @@ impl Lt {
             let mut time = f32::INFINITY;
             for round in 0..=TIMED_ROUNDS {
                 // Hides the time of queueing, and empties the caches.
-                bench.weights.fill_queued(stream, 0x3c)?;
+                stream.fill(&bench.weights, 0x3c)?;
                 stream.record(&bench.events[0])?;
                 for i in 0..TIMED_RUNS {
                     self.queue(stream, plan, algorithm, bench.operands(plan.key, round * TIMED_RUNS + i))?;
@@ -392,19 +395,20 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(device: &Arc<Device>, stream: &Stream, keys: &[Key]) -> Result<Self, EngineError> {
+    fn new(lane: &Arc<Lane>, stream: &Stream, keys: &[Key]) -> Result<Self, EngineError> {
+        let device = lane.device();
         let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
         let bench = Self {
             weights: Buffer::zeroed(device, COLD_BYTES.max(most(|k| k.outputs * k.k * 2)))?,
             rows: Buffer::zeroed(device, most(|k| k.rows * k.k))?,
             out: Buffer::zeroed(device, most(|k| k.rows * k.outputs))?,
-            events: [Event::new(device)?, Event::new(device)?],
+            events: [Event::new(lane)?, Event::new(lane)?],
         };
         // Zeros would draw less power than real rows.
         let args =
             RandomArgs { to: bench.rows.pointer(), count: bench.rows.len() as i64, seed: 1, deviation: 1.0, to_f32: 0 };
         let shape = Shape { dependent: false, ..Shape::blocks(1024, 256) };
-        device.kernels().random.launch(stream, shape, &args)?;
+        lane.kernels().random.launch(stream, shape, &args)?;
         Ok(bench)
     }
 
@@ -419,6 +423,7 @@ impl Bench {
 
 impl Drop for Lt {
     fn drop(&mut self) {
+        let _current = self.lane.enter();
         self.plans.clear();
         // SAFETY: created in `new`, destroyed once.
         let _ = unsafe { result::destroy_handle(self.handle) };
