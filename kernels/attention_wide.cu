@@ -16,6 +16,12 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;
     float scale;
+    int32_t stages;
+};
+
+template <int N>
+struct Threads {
+    static constexpr int value = N;
 };
 
 extern "C" __global__ void __launch_bounds__(2 * kGroup, 1) attention_wide(const __grid_constant__ AttentionArgs a) {
@@ -41,23 +47,30 @@ extern "C" __global__ void __launch_bounds__(2 * kGroup, 1) attention_wide(const
         k = a.params->keys + a.layer * a.params->layer_stride;
         v = a.params->values + a.layer * a.params->layer_stride;
     }
-    auto load = [&](uint8_t* to, const bf16* from, int first, int limit, int stride, int who, int threads) {
-#pragma unroll 4
-        for (int i = who; i < 64 * 32; i += threads) {
-            const int r = i / 32, c = i % 32;
-            uint8_t* at = to + swizzled(64, r, c);
-            if (first + r < limit)
-                copy_async_16(at, from + static_cast<size_t>(first + r) * stride + c * 8);
+    // 64 rows of 512 bytes by `THREADS` threads: a thread has one column and every (THREADS/32)th row.
+    auto load = [&](auto threads, uint8_t* to, const bf16* from, int first, int limit, int stride) {
+        constexpr int kStep = decltype(threads)::value / 32;
+        const int who = tid % (kStep * 32), r0 = who / 32, c = who % 32;
+        const bf16* at = from + static_cast<size_t>(first + r0) * stride + c * 8;
+        const int64_t step = static_cast<int64_t>(kStep) * stride;
+        const int left = limit - first - r0;
+#pragma unroll
+        for (int n = 0; n < 64 / kStep; n++) {
+            uint8_t* slot = to + swizzled(64, r0 + n * kStep, c);
+            if (n * kStep < left)
+                copy_async_16(slot, at + n * step);
             else
-                store_zero_16(at);
+                store_zero_16(slot);
         }
     };
+    const Threads<kGroup> group_threads;
+    const Threads<2 * kGroup> all_threads;
     auto group_sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kGroup) : "memory"); };
     const int tiles = (a.keys + kKeys - 1) / kKeys;
-    load(sq, q, row0, a.rows, a.q_row, tid, 2 * kGroup);
-    if (group < tiles) load(sk, k, group * kKeys, a.keys, a.kv_row, own, kGroup);
+    load(all_threads, sq, q, row0, a.rows, a.q_row);
+    if (group < tiles) load(group_threads, sk, k, group * kKeys, a.keys, a.kv_row);
     copy_async_commit();
-    if (group < tiles) load(sv, v, group * kKeys, a.keys, a.kv_row, own, kGroup);
+    if (group < tiles) load(group_threads, sv, v, group * kKeys, a.keys, a.kv_row);
     copy_async_commit();
     copy_async_wait<1>();
     fence_async();
@@ -83,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(2 * kGroup, 1) attention_wide(const
         wgmma_commit();
         wgmma_wait<0>();
         group_sync();
-        if (tile + 2 < tiles) load(sk, k, (tile + 2) * kKeys, a.keys, a.kv_row, own, kGroup);
+        if (tile + 2 < tiles) load(group_threads, sk, k, (tile + 2) * kKeys, a.keys, a.kv_row);
         copy_async_commit();
 
         const int left = a.keys - tile * kKeys;
@@ -116,8 +129,10 @@ extern "C" __global__ void __launch_bounds__(2 * kGroup, 1) attention_wide(const
             added[r] += __shfl_xor_sync(0xffffffffu, added[r], 2);
             sum[r] = sum[r] * fix[r] + added[r];
         }
+        // Most tiles after the first raise no maximum.
+        if (__any_sync(0xffffffffu, fix[0] != 1.0f || fix[1] != 1.0f))
 #pragma unroll
-        for (int i = 0; i < 128; i++) o[i] *= fix[i / 2 % 2];
+            for (int i = 0; i < 128; i++) o[i] *= fix[i / 2 % 2];
         copy_async_wait<1>();
         fence_async();
         group_sync();
@@ -129,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(2 * kGroup, 1) attention_wide(const
         wgmma_commit();
         wgmma_wait<0>();
         group_sync();
-        if (tile + 2 < tiles) load(sv, v, (tile + 2) * kKeys, a.keys, a.kv_row, own, kGroup);
+        if (tile + 2 < tiles) load(group_threads, sv, v, (tile + 2) * kKeys, a.keys, a.kv_row);
         copy_async_commit();
     }
     copy_async_wait<0>();
