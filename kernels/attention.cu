@@ -14,7 +14,6 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;
     float scale;    // 1/√head_dim · log2(e)
-    int32_t stages;  // tiles of keys and values in shared memory
 };
 
 template <int HD>
@@ -22,7 +21,7 @@ __device__ __forceinline__ void attention(const AttentionArgs& a) {
     constexpr int kQ = HD + 8;
     extern __shared__ __align__(128) uint8_t shared[];
     bf16* sq = reinterpret_cast<bf16*>(shared);  // [64][kQ]
-    bf16* skv = sq + kRows * kQ;                 // [stages][K, V][64][kQ]
+    bf16* skv = sq + kRows * kQ;                 // [2 stages][K, V][64][kQ]
     const int tid = threadIdx.x, warp = tid / 32 % 4, part = tid / 128, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int row0 = blockIdx.x * kRows, head = blockIdx.y, batch = blockIdx.z;
     grid_launch_dependents();
@@ -46,30 +45,23 @@ __device__ __forceinline__ void attention(const AttentionArgs& a) {
         }
     };
     const int tiles = (a.keys + kKeys - 1) / kKeys;
-    auto load_tile = [&](int tile) {
-        if (tile < tiles) {
-            bf16* to = skv + tile % a.stages * 2 * kKeys * kQ;
-            load(to, k, tile * kKeys, a.keys, a.kv_row);
-            load(to + kKeys * kQ, v, tile * kKeys, a.keys, a.kv_row);
-        }
-        copy_async_commit();
-    };
     load(sq, q, row0, a.rows, a.q_row);
-    for (int tile = 0; tile < a.stages - 1; tile++) load_tile(tile);
+    load(skv, k, 0, a.keys, a.kv_row);
+    load(skv + kKeys * kQ, v, 0, a.keys, a.kv_row);
+    copy_async_commit();
 
     float o[HD / 8][4] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
     for (int tile = 0; tile < tiles; tile++) {
-        bf16* sk = skv + tile % a.stages * 2 * kKeys * kQ;
+        bf16* sk = skv + (tile & 1) * 2 * kKeys * kQ;
         bf16* sv = sk + kKeys * kQ + part * 32 * kQ;
-        load_tile(tile + a.stages - 1);
-        // Every tile is a group of copies, in order: this one has come when so many later ones may be under way.
-        if (a.stages == 4)
-            copy_async_wait<3>();
-        else if (a.stages == 3)
-            copy_async_wait<2>();
-        else
-            copy_async_wait<1>();
+        if (tile + 1 < tiles) {
+            bf16* nk = skv + ((tile + 1) & 1) * 2 * kKeys * kQ;
+            load(nk, k, (tile + 1) * kKeys, a.keys, a.kv_row);
+            load(nk + kKeys * kQ, v, (tile + 1) * kKeys, a.keys, a.kv_row);
+        }
+        copy_async_commit();
+        copy_async_wait<1>();
         __syncthreads();
         sk += part * 32 * kQ;
         float s[4][4] = {};

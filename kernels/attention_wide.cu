@@ -16,7 +16,6 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;
     float scale;
-    int32_t stages;
 };
 
 template <int N>

@@ -8,42 +8,39 @@ struct NormArgs {
     bf16* y;             // [rows, width]
     const float* scale;  // [width]: the weight, or 1 + weight for RMSNorm
     const float* shift;  // [width], or null: RMSNorm, no mean
-    int32_t rows, width;  // width a multiple of 4
+    int32_t width;       // a multiple of 4, at most 4096
     float inv_width, eps;
 };
 
-constexpr int kNormRows = 4;  // rows a block, one warp each: nothing waits for another warp
-
-// LayerNorm, or RMSNorm when `shift` is null; statistics in float32, two passes over registers. QUADS: float4 a lane.
-template <int QUADS>
-__device__ __forceinline__ void row_norm(const NormArgs& a) {
-    const int lane = threadIdx.x % 32, row = blockIdx.x * kNormRows + threadIdx.x / 32, quads = a.width / 4;
+// LayerNorm, or RMSNorm when `shift` is null; statistics in float32, two passes over registers. One block a row.
+extern "C" __global__ void __launch_bounds__(kThreads) row_norm(const __grid_constant__ NormArgs a) {
+    __shared__ float scratch[33];
     grid_launch_dependents();
     grid_wait();
-    if (row >= a.rows) return;
-    const float4* x = reinterpret_cast<const float4*>(a.x + static_cast<size_t>(row) * a.width);
-    float4 v[QUADS];
+    const float4* x = reinterpret_cast<const float4*>(a.x + static_cast<size_t>(blockIdx.x) * a.width);
+    const int quads = a.width / 4;
+    float4 v[4];
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        const int c = lane + i * 32;
+    for (int i = 0; i < 4; i++) {
+        const int c = threadIdx.x + i * kThreads;
         v[i] = c < quads ? x[c] : make_float4(0, 0, 0, 0);
+        sum += v[i].x + v[i].y + v[i].z + v[i].w;
     }
-#pragma unroll
-    for (int i = 0; i < QUADS; i++) sum += (v[i].x + v[i].y) + (v[i].z + v[i].w);
-    const float mean = a.shift ? warp_sum(sum) * a.inv_width : 0.0f;
+    float mean = 0.0f;
+    if (a.shift) mean = block_sum(sum, scratch) * a.inv_width;
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        if (lane + i * 32 >= quads) continue;
+    for (int i = 0; i < 4; i++) {
+        if (threadIdx.x + i * kThreads >= quads) continue;
         v[i].x -= mean, v[i].y -= mean, v[i].z -= mean, v[i].w -= mean;
-        squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
+        squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
     }
-    const float inv = rsqrtf(warp_sum(squares) * a.inv_width + a.eps);
-    uint2* y = reinterpret_cast<uint2*>(a.y + static_cast<size_t>(row) * a.width);
+    const float inv = rsqrtf(block_sum(squares, scratch) * a.inv_width + a.eps);
+    uint2* y = reinterpret_cast<uint2*>(a.y + static_cast<size_t>(blockIdx.x) * a.width);
 #pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        const int c = lane + i * 32;
+    for (int i = 0; i < 4; i++) {
+        const int c = threadIdx.x + i * kThreads;
         if (c >= quads) continue;
         const float4 s = reinterpret_cast<const float4*>(a.scale)[c];
         float4 o = make_float4(v[i].x * inv * s.x, v[i].y * inv * s.y, v[i].z * inv * s.z, v[i].w * inv * s.w);
@@ -54,15 +51,6 @@ __device__ __forceinline__ void row_norm(const NormArgs& a) {
         y[c] = pack_bf16x4(o);
     }
 }
-
-#define ROW_NORM(QUADS)                                                                             \
-    extern "C" __global__ void __launch_bounds__(32 * kNormRows) row_norm_##QUADS(                  \
-        const __grid_constant__ NormArgs a) {                                                       \
-        row_norm<QUADS>(a);                                                                         \
-    }
-ROW_NORM(9)
-ROW_NORM(16)
-ROW_NORM(32)
 
 struct RopeArgs {
     bf16* qkv;  // [rows, (heads + 2)·head_dim]: rotated queries stay here, keys and values go to the cache

@@ -23,6 +23,9 @@ use seeded::{full_width, normals, write_checkpoint};
 
 /// Relative L2 of every tap at full width, each layer and step starting from the same values.
 const TAP_TOLERANCE: f64 = 2e-3;
+/// The same of the residual behind a whole trunk layer: eight roundings, each of which makes more of what the tensor
+/// cores' truncated sums differ by (1e-5 before the first one).
+const TRUNK_TOLERANCE: f64 = 3e-3;
 /// The same behind two expert layers, between which nothing can be read. The oracle itself moves by up to 3e-3 there
 /// when it adds its float32 sums in another order: every rounding makes more of the last bit.
 const TWO_LAYERS_TOLERANCE: f64 = 5e-3;
@@ -116,6 +119,7 @@ fn compare(ours: &(Encoded, Decoded), theirs: &(Encoded, Decoded)) -> Vec<(Strin
 fn excess(taps: &[(String, f64)], layers: usize) -> (&str, f64) {
     let behind_two = |name: &str| layers > 1 && (name.starts_with("velocity") || name == "actions");
     let limit = |name: &str| match name {
+        name if name.starts_with("trunk") => TRUNK_TOLERANCE,
         "suffix keys 1" | "suffix values 1" => TWO_LAYERS_TOLERANCE,
         name if behind_two(name) => TWO_LAYERS_TOLERANCE,
         _ => TAP_TOLERANCE,

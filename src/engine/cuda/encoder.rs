@@ -348,7 +348,9 @@ impl CudaEncoder {
         let model = Arc::clone(&self.model);
         let view_patches = model.dims.vision.tokens() * plan::patch_stride(&model.dims);
         if let Some(w) = &self.workspace {
-            self.images.queue(&self.stream, self.lane.kernels(), input.views, |i| w.patches.at(i * view_patches))?;
+            for (i, view) in input.views.iter().enumerate() {
+                self.images.queue(&self.stream, self.lane.kernels(), i, view, w.patches.at(i * view_patches))?;
+            }
         }
         self.stream.record(&self.events[1])?;
         Ok(rows)
@@ -503,35 +505,30 @@ impl Queue<'_> {
         rows: usize,
         width: usize,
     ) -> Result<(), EngineError> {
-        self.norm(x, y, norm.scale.pointer(), norm.shift.pointer(), rows, width)
-    }
-
-    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
-        self.norm(&self.w.x, &self.w.normed, scale.pointer(), 0, rows, self.model.dims.trunk.width)
-    }
-
-    /// `shift` is 0 for an RMSNorm.
-    fn norm(
-        &self,
-        x: &Buffer<f32>,
-        y: &Buffer<u16>,
-        scale: u64,
-        shift: u64,
-        rows: usize,
-        width: usize,
-    ) -> Result<(), EngineError> {
         let args = NormArgs {
             x: x.pointer(),
             y: y.pointer(),
-            scale,
-            shift,
-            rows: rows as i32,
+            scale: norm.scale.pointer(),
+            shift: norm.shift.pointer(),
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
         };
-        let shape = Shape::blocks(rows.div_ceil(plan::NORM_ROWS), 32 * plan::NORM_ROWS as u32);
-        self.kernels.norm[plan::norm(width)].launch(self.stream, shape, &args)
+        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+    }
+
+    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
+        let width = self.model.dims.trunk.width;
+        let args = NormArgs {
+            x: self.w.x.pointer(),
+            y: self.w.normed.pointer(),
+            scale: scale.pointer(),
+            shift: 0,
+            width: width as i32,
+            inv_width: 1.0 / width as f32,
+            eps: 1e-6,
+        };
+        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
     fn attention(
@@ -543,12 +540,10 @@ impl Queue<'_> {
     ) -> Result<(), EngineError> {
         let kernels = self.kernels;
         let wide = kernels.attention_wide.as_ref().filter(|_| args.head_dim as usize == plan::WIDE_HEAD);
-        let (stages, needed) = plan::attention(args.keys as usize, variant.1);
         let (kernel, shared) = match wide {
             Some(wide) => (wide, plan::WIDE_SHARED),
-            None => (&kernels.attention[variant.0], needed),
+            None => (&kernels.attention[variant.0], plan::attention_shared(variant.1)),
         };
-        let args = &AttentionArgs { stages: stages as i32, ..*args };
         let shape = Shape {
             grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
             threads: 256,

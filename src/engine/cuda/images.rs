@@ -111,16 +111,16 @@ impl Images {
         Self { device, size, patch, patch_stride, resampler, slots: Vec::new(), tables: Vec::new() }
     }
 
-    /// Room for `bytes` bytes of view `index`.
-    fn reserve(&mut self, index: usize, bytes: usize) -> Result<(), EngineError> {
+    fn slot(&mut self, index: usize, bytes: usize) -> Result<&mut Slot, EngineError> {
         while self.slots.len() <= index {
             self.slots.push(Slot { pinned: Pinned::zeroed(&self.device, 0)?, bytes: Buffer::zeroed(&self.device, 0)? });
         }
-        if self.slots[index].bytes.len() < bytes {
-            let device = &self.device;
-            self.slots[index] = Slot { pinned: Pinned::zeroed(device, bytes)?, bytes: Buffer::zeroed(device, bytes)? };
+        let device = Arc::clone(&self.device);
+        let slot = &mut self.slots[index];
+        if slot.bytes.len() < bytes {
+            *slot = Slot { pinned: Pinned::zeroed(&device, bytes)?, bytes: Buffer::zeroed(&device, bytes)? };
         }
-        Ok(())
+        Ok(slot)
     }
 
     fn tables(&mut self, frame: &Frame) -> Result<usize, EngineError> {
@@ -136,64 +136,10 @@ impl Images {
         Ok(self.tables.len() - 1)
     }
 
-    /// Queues upload and conversion of all views; view i goes to `patches(i)` (a device address,
-    /// `[tokens, patch_stride]`).
+    /// Queues upload and conversion of view `index` into `patches` (a device address, `[tokens, patch_stride]`).
     ///
-    /// The stream must have been synchronised since the last upload.
+    /// The stream must have been synchronised since this view's last upload.
     pub fn queue(
-        &mut self,
-        stream: &Stream,
-        kernels: &Kernels,
-        views: &[View<'_>],
-        patches: impl Fn(usize) -> u64,
-    ) -> Result<(), EngineError> {
-        let sources: Vec<&[u8]> = views.iter().map(|v| self.source(v)).collect::<Result<_, _>>()?;
-        for (i, source) in sources.iter().enumerate() {
-            self.reserve(i, source.len())?;
-        }
-        let Some((first, others)) = self.slots.split_first_mut() else { return Ok(()) };
-        // Other threads copy the later views into pinned memory while this one copies the first.
-        let uploaded = rayon::in_place_scope(|scope| {
-            for (slot, source) in others.iter_mut().zip(&sources[1..]) {
-                scope.spawn(move |_| slot.pinned.as_mut_slice()[..source.len()].copy_from_slice(source));
-            }
-            // Piece by piece, so that the copy to the GPU runs behind the copy into pinned memory.
-            for at in (0..sources[0].len()).step_by(COPY_PIECE) {
-                let end = (at + COPY_PIECE).min(sources[0].len());
-                first.pinned.as_mut_slice()[at..end].copy_from_slice(&sources[0][at..end]);
-                stream.upload_part(&first.pinned, at..end, &first.bytes)?;
-            }
-            Ok::<(), EngineError>(())
-        });
-        uploaded?;
-        for (i, view) in views.iter().enumerate() {
-            if i > 0 {
-                let slot = &self.slots[i];
-                stream.upload(&slot.pinned, sources[i].len(), &slot.bytes, 0)?;
-            }
-            self.convert(stream, kernels, i, view, patches(i))?;
-        }
-        Ok(())
-    }
-
-    /// The bytes of a view that the kernel reads.
-    fn source<'v>(&self, view: &View<'v>) -> Result<&'v [u8], EngineError> {
-        match view {
-            View::Planes(planes) => {
-                check_len("image planes", planes, 3 * self.size * self.size)?;
-                check_finite("image planes", planes)?;
-                Ok(bytemuck::cast_slice(planes))
-            }
-            View::Frame(frame) => {
-                // Only what the header promises: the buffer may be longer.
-                let row = frame.width() * frame.encoding().bytes_per_pixel();
-                Ok(&frame.data()[..frame.step() * (frame.height() - 1) + row])
-            }
-        }
-    }
-
-    /// Queues the conversion of view `index`, whose bytes are on their way.
-    fn convert(
         &mut self,
         stream: &Stream,
         kernels: &Kernels,
@@ -201,7 +147,6 @@ impl Images {
         view: &View<'_>,
         patches: u64,
     ) -> Result<(), EngineError> {
-        let bytes = self.slots[index].bytes.pointer();
         let mut args = ImageArgs {
             patches,
             size: self.size as i32,
@@ -210,12 +155,30 @@ impl Images {
             ..ImageArgs::default()
         };
         match view {
-            View::Planes(_) => args.planes = bytes,
+            View::Planes(planes) => {
+                check_len("image planes", planes, 3 * self.size * self.size)?;
+                check_finite("image planes", planes)?;
+                let slot = self.slot(index, size_of_val(*planes))?;
+                let bytes: &[u8] = bytemuck::cast_slice(planes);
+                slot.pinned.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
+                stream.upload(&slot.pinned, bytes.len(), &slot.bytes, 0)?;
+                args.planes = slot.bytes.pointer();
+            }
             View::Frame(frame) => {
                 let tables = self.tables(frame)?;
+                let pixel = frame.encoding().bytes_per_pixel();
+                // Only what the header promises: the buffer may be longer.
+                let needed = frame.step() * (frame.height() - 1) + frame.width() * pixel;
+                let slot = self.slot(index, needed)?;
+                // Piece by piece, so that the copy to the GPU runs behind the copy into pinned memory.
+                for at in (0..needed).step_by(COPY_PIECE) {
+                    let end = (at + COPY_PIECE).min(needed);
+                    slot.pinned.as_mut_slice()[at..end].copy_from_slice(&frame.data()[at..end]);
+                    stream.upload_part(&slot.pinned, at..end, &slot.bytes)?;
+                }
+                args.bytes = slot.bytes.pointer();
                 let t = &self.tables[tables];
                 let outputs = t.at.width + t.at.height;
-                args.bytes = bytes;
                 args.first = t.values.pointer();
                 if t.taps > 0 {
                     args.count = t.values.at(outputs);
@@ -236,7 +199,7 @@ impl Images {
                 args.width = frame.width() as i32;
                 args.height = frame.height() as i32;
                 args.step = frame.step() as i32;
-                args.pixel = frame.encoding().bytes_per_pixel() as i32;
+                args.pixel = pixel as i32;
                 args.resized_w = t.at.width as i32;
                 args.resized_h = t.at.height as i32;
                 args.left = t.at.left as i32;

@@ -130,7 +130,6 @@ pub(super) struct AttentionArgs {
     pub head_dim: i32,
     pub layer: i32,
     pub scale: f32,
-    pub stages: i32,
 }
 
 /// `NormArgs` of pointwise.cu.
@@ -141,7 +140,6 @@ pub(super) struct NormArgs {
     pub y: u64,
     pub scale: u64,
     pub shift: u64,
-    pub rows: i32,
     pub width: i32,
     pub inv_width: f32,
     pub eps: f32,
@@ -429,8 +427,7 @@ pub(super) struct Kernels {
     /// For heads of 256, on sm_90a only.
     pub attention_wide: Option<Kernel<AttentionArgs>>,
     pub flow: Kernel<FlowArgs>,
-    /// By float4 a lane, see [`super::plan::NORM_QUADS`].
-    pub norm: [Kernel<NormArgs>; 3],
+    pub norm: Kernel<NormArgs>,
     pub rope: Kernel<RopeArgs>,
     pub geglu: Kernel<GegluArgs>,
     pub image: Kernel<ImageArgs>,
@@ -484,11 +481,7 @@ impl Kernels {
             ],
             attention_wide,
             flow: modules[flow].kernel("flow_step", 0)?,
-            norm: [
-                modules[pointwise].kernel("row_norm_9", 0)?,
-                modules[pointwise].kernel("row_norm_16", 0)?,
-                modules[pointwise].kernel("row_norm_32", 0)?,
-            ],
+            norm: modules[pointwise].kernel("row_norm", 0)?,
             rope: modules[pointwise].kernel("rope_cache", 0)?,
             geglu: modules[pointwise].kernel("geglu", 0)?,
             image: modules[image].kernel("image_patches", 0)?,

@@ -81,21 +81,9 @@ pub(super) fn decode_attention(keys: usize, head_dim: usize) -> (usize, usize) {
     (tile, queries + inbox.max(tile * row) + tile * row + scores)
 }
 
-/// Stages of keys and values of the encoder's attention, and its shared memory: those and the queries. Where four tiles
-/// of 64 keys fit beside each other (a view of the tower has as many), all are on their way at once.
-pub(super) fn attention(keys: usize, head_dim: usize) -> (usize, usize) {
-    let stages = if head_dim <= 80 { keys.div_ceil(64).clamp(2, 4) } else { 2 };
-    (stages, (1 + 2 * stages) * 64 * (head_dim + 8) * 2)
-}
-
-/// Widths, in float4 a lane of a warp, that the norm is compiled for.
-pub(super) const NORM_QUADS: [usize; 3] = [9, 16, 32];
-/// Rows of one block of it.
-pub(super) const NORM_ROWS: usize = 4;
-
-/// Index of the norm kernel for rows of `width`.
-pub(super) fn norm(width: usize) -> usize {
-    NORM_QUADS.iter().position(|q| q * 128 >= width).unwrap_or(NORM_QUADS.len() - 1)
+/// Shared memory of the encoder's attention: queries, and two stages of keys and values.
+pub(super) fn attention_shared(head_dim: usize) -> usize {
+    5 * 64 * (head_dim + 8) * 2
 }
 
 /// Head dimension that attention_wide.cu is for.
@@ -241,21 +229,12 @@ mod tests {
     }
 
     #[test]
-    fn a_warp_holds_a_row_of_every_width_that_is_let_through() {
-        assert_eq!([16, 1152, 2048, 2052, 4096].map(norm), [0, 0, 1, 2, 2]);
-    }
-
-    #[test]
     fn keys_are_split_in_tiles_that_fit_shared_memory() {
         for keys in [9, 49, 327, 583, 839, 1100, 3000] {
             let (tile, shared) = decode_attention(keys, 256);
             assert!(tile.is_multiple_of(16) && shared <= 224 * 1024, "{keys}: {tile} {shared}");
             assert!(tile == 128 || tile * KEY_SPLITS >= keys);
         }
-        assert_eq!(attention(256, 80).0, 4);
-        assert_eq!(attention(532, 256).0, 2);
-        for (keys, head_dim) in [(1, 32), (256, 80), (2000, 128), (2000, 256)] {
-            assert!(attention(keys, head_dim).1 <= 224 * 1024);
-        }
+        assert!(attention_shared(256) <= 224 * 1024);
     }
 }
