@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::choice::Partition;
 use super::{ParamError, Params, Placeholder, Value};
 use crate::engine::Device;
+use crate::engine::partition::Backend;
 
 /// Every rule that these values break.
 pub fn broken(p: &Params) -> Vec<ParamError> {
@@ -150,10 +150,13 @@ fn known_joints(p: &Params, param: &str, errors: &mut Vec<ParamError>) {
 fn limits_are_ordered(p: &Params, errors: &mut Vec<ParamError>) {
     for joint in strings(p, "joint_names") {
         let param = format!("limits.{joint}.min_position");
-        let (min, max) = (double(p, &param), double(p, &format!("limits.{joint}.max_position")));
+        let ((min, described_min), (max, described_max)) =
+            (p.limit(joint, "min_position"), p.limit(joint, "max_position"));
         if min >= max {
+            let source = |described| if described { " of the robot description" } else { "" };
+            let (from, to) = (source(described_min), source(described_max));
             let (min, max) = (Value::Double(min), Value::Double(max));
-            let reason = format!("{min} is not below limits.{joint}.max_position = {max}");
+            let reason = format!("{min}{from} is not below limits.{joint}.max_position = {max}{to}");
             errors.push(ParamError::new(&param, reason));
         }
     }
@@ -177,7 +180,7 @@ fn device_is_one(p: &Params, errors: &mut Vec<ParamError>) {
 fn shares_fit_the_partition(p: &Params, errors: &mut Vec<ParamError>) {
     let percent = |name| p.get(name).and_then(|e| e.value.as_int()).unwrap_or_default();
     let (encoder, decoder) = (percent("mps_encoder_percentage"), percent("mps_decoder_percentage"));
-    if string(p, "partition") == Partition::Green.name() && encoder + decoder > 100 {
+    if string(p, "partition") == Backend::Green.name() && encoder + decoder > 100 {
         let reason = format!(
             "{encoder} % and mps_decoder_percentage {decoder} % are more than the GPU has, and shares of partition \
              green cannot overlap; use at most 100 % in sum"

@@ -15,17 +15,21 @@ pub mod leftover;
 mod mailbox;
 mod noise;
 mod report;
+mod resplit;
 mod stages;
+mod stepped;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::choice::choice;
 use crate::clock::{Clock, Monotonic};
 use crate::control::PlanView;
 use crate::control::chunk::ActionChunk;
+use crate::engine::partition::{Decision, Offer, Refusal, Split};
 use crate::engine::{Engine, EngineError, GuidanceSchedule};
 use crate::error::{Blame, Fault};
 use crate::model::{ModelError, Policy};
@@ -36,7 +40,9 @@ use crate::rt::signals::Epoch;
 use inputs::InputSlots;
 use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
-pub use report::{PipelineReport, StageReport};
+pub use report::{PipelineReport, Resplit, StageReport};
+use resplit::{Builder, Message};
+pub use stepped::{StageTimes, SteppedPipeline, SteppedStages};
 
 choice! {
     /// How encoder and decoder share time.
@@ -108,6 +114,8 @@ pub struct LiveConfig {
 pub struct PipelineConfig {
     /// How the stages share time.
     pub mode: PipelineMode,
+    /// How they share the device; may be changed later.
+    pub split: Split,
     /// In the order of the input slots.
     pub cameras: Vec<CameraBinding>,
     /// Joint names in robot order, for messages.
@@ -120,6 +128,8 @@ pub struct PipelineConfig {
     pub seed: u64,
     /// CPU of the encoder thread and of the decoder thread, where given.
     pub cpus: [Option<usize>; 2],
+    /// Whether the stages begin at once, or wait for [`Pipeline::resume`].
+    pub paused: bool,
     /// Initial values of what may change.
     pub live: LiveConfig,
 }
@@ -130,16 +140,25 @@ pub struct PipelineIo {
     pub inputs: Arc<InputSlots>,
     /// Stamps and latencies.
     pub clock: Arc<dyn Clock>,
-    /// Chunks to the control thread.
-    pub chunks: rtrb::Producer<Arc<ActionChunk>>,
-    /// Chunks the control thread has done with, to be freed here.
-    pub retired: rtrb::Consumer<Retired>,
-    /// The plan in execution.
-    pub plan: Reader<Option<PlanView>>,
+    /// The way to the control thread and back.
+    pub ports: Arc<Mutex<Ports>>,
     /// Reset epoch; chunks carry the one they were started in.
     pub epoch: Arc<Epoch>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
+}
+
+/// What joins a decoder to the control thread. It outlives the pipeline, so that the next one goes on with it; the lock
+/// is the decoder's alone.
+pub struct Ports {
+    /// Chunks to the control thread.
+    pub chunks: rtrb::Producer<Arc<ActionChunk>>,
+    /// Chunks the control thread has done with, to be freed by the decoder.
+    pub retired: rtrb::Consumer<Retired>,
+    /// The plan in execution.
+    pub plan: Reader<Option<PlanView>>,
+    /// Sequence of the last chunk.
+    pub sequence: u64,
 }
 
 /// A chunk the control thread has done with.
@@ -194,6 +213,7 @@ struct Shared {
     live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,
+    paused: AtomicBool,
     /// Input slots of the valid views, in the model's order.
     views: Vec<usize>,
     joints: JointMap,
@@ -202,6 +222,10 @@ struct Shared {
 impl Shared {
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    fn paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
     }
 
     fn live(&self) -> Arc<LiveConfig> {
@@ -213,41 +237,51 @@ impl Shared {
     }
 }
 
+/// Input slots of the valid views in the model's order, and the joints in the policy's; refuses what does not fit.
+fn bind(config: &PipelineConfig, policy: &Policy) -> Result<(Vec<usize>, JointMap), PipelineError> {
+    let views = stages::order_views(&config.cameras, policy.cameras())?;
+    let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
+    if policy.state_len() != policy.action_len() {
+        return Err(PipelineError::Config(format!(
+            "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
+            policy.state_len(),
+            policy.action_len()
+        )));
+    }
+    stages::check_mode(config, policy.dims())?;
+    Ok((views, joints))
+}
+
 /// The running stages.
 pub struct Pipeline {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     close: Box<dyn Fn() + Send + Sync>,
+    offer: Option<Offer>,
+    ask: Box<dyn Fn(Decision) + Send + Sync>,
 }
 
 impl Pipeline {
     /// Checks the configuration against the policy, warms both stages up, then starts their threads.
     /// Nothing of the warm-up reaches the statistics or the control thread.
     pub fn start<E: Engine>(
-        engine: &E,
+        engine: Arc<E>,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
     ) -> Result<Self, PipelineError> {
-        let views = stages::order_views(&config.cameras, policy.cameras())?;
-        let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
-        if policy.state_len() != policy.action_len() {
-            return Err(PipelineError::Config(format!(
-                "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
-                policy.state_len(),
-                policy.action_len()
-            )));
-        }
-        stages::check_mode(&config, policy.dims())?;
-
-        let (mut encoder, mut decoder) = engine.stages()?;
-        let slots = (0..config.mode.slots())
+        let (views, joints) = bind(&config, &policy)?;
+        let decision = resplit::decide(engine.offer(), config.mode == PipelineMode::Sequential, config.split);
+        let decision = decision.map_err(EngineError::from)?;
+        // One more than go round: the builder warms new stages up with it.
+        let mut slots = (0..=config.mode.slots())
             .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
             .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
             live: Mutex::new(Arc::new(config.live.clone())),
-            report: Mutex::new(PipelineReport::default()),
+            report: Mutex::new(PipelineReport { partition: decision.to_string(), ..Default::default() }),
             stopping: AtomicBool::new(false),
+            paused: AtomicBool::new(config.paused),
             policy,
             inputs: io.inputs,
             clock: io.clock,
@@ -257,9 +291,12 @@ impl Pipeline {
             config,
         });
 
+        let offer = engine.offer().cloned();
+        tracing::info!("partition: {decision}");
+        let Some(spare) = slots.pop() else { return Err(PipelineError::Config("no cache slots".into())) };
+        let (encoder, decoder, builder, to_builder) = Builder::start(engine, shared.clone(), spare, decision.grant)?;
         let (free_tx, free_rx) = crossbeam_channel::unbounded();
-        for mut slot in slots {
-            stages::warm_up(&shared, &mut encoder, &mut decoder, &mut slot)?;
+        for slot in slots {
             // The receiver lives in this function: the send cannot fail.
             let _ = free_tx.send(slot);
         }
@@ -271,28 +308,23 @@ impl Pipeline {
             give_back: free_tx.clone(),
             filled: filled.clone(),
         };
-        let decode = stages::DecodeStage::new(
-            shared.clone(),
-            decoder,
-            free_tx,
-            filled.clone(),
-            io.chunks,
-            io.retired,
-            io.plan,
-            io.tap,
-        );
+        let decode = stages::DecodeStage::new(shared.clone(), decoder, free_tx, filled.clone(), io.ports, io.tap);
         let close = {
-            let (shared, filled) = (shared.clone(), filled);
+            let (shared, filled, to_builder) = (shared.clone(), filled, to_builder.clone());
             Box::new(move || {
                 shared.stopping.store(true, Ordering::Release);
+                let _ = to_builder.send(Message::Stop);
                 filled.close();
                 shared.inputs.wake();
             })
         };
-        let mut pipeline = Self { shared, threads: Vec::new(), close };
+        // Where the builder has ended, nothing is to be built any more.
+        let ask = Box::new(move |decision| _ = to_builder.send(Message::Ask(decision, Instant::now())));
+        let mut pipeline = Self { shared, threads: Vec::new(), close, offer, ask };
         let [encoder_cpu, decoder_cpu] = pipeline.shared.config.cpus;
         pipeline.spawn("pi0_encoder", encoder_cpu, move || encode.run())?;
         pipeline.spawn("pi0_decoder", decoder_cpu, move || decode.run())?;
+        pipeline.spawn("pi0_builder", None, move || builder.run())?;
         Ok(pipeline)
     }
 
@@ -335,6 +367,29 @@ impl Pipeline {
     /// Changes what may change; in force from the next chunk on.
     pub fn set_live(&self, live: LiveConfig) {
         *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    /// Both stages stand still after the work in hand, keeping their memory.
+    pub fn pause(&self) {
+        self.shared.paused.store(true, Ordering::Release);
+    }
+
+    /// Both stages go on with the newest observation.
+    pub fn resume(&self) {
+        self.shared.paused.store(false, Ordering::Release);
+        self.shared.inputs.wake();
+    }
+
+    /// What `split` would give each stage here, or why it cannot be had and what could.
+    pub fn decide(&self, split: Split) -> Result<Decision, Refusal> {
+        resplit::decide(self.offer.as_ref(), self.shared.config.mode == PipelineMode::Sequential, split)
+    }
+
+    /// Other shares, in force between two frames as soon as their stages are ready; [`report`](Self::report) says when.
+    pub fn set_split(&self, split: Split) -> Result<Decision, Refusal> {
+        let decision = self.decide(split)?;
+        (self.ask)(decision.clone());
+        Ok(decision)
     }
 
     /// Ends both stages after the work in hand; returns when their threads have ended.

@@ -1,6 +1,6 @@
 //! The bodies of the two stage threads.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -9,14 +9,14 @@ use super::inputs::{CameraSample, JointSample, believed};
 use super::leftover::{Grid, History, PastChunk, leftover};
 use super::mailbox::Mailbox;
 use super::noise::NoiseSource;
-use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Retired, Shared};
+use super::resplit::Seat;
+use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Ports, Retired, Shared};
 use crate::clock::{Monotonic, RosTime};
+use crate::control::MAX_JOINTS;
 use crate::control::chunk::{ActionChunk, ChunkTiming};
-use crate::control::{MAX_JOINTS, PlanView};
-use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, View};
+use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, KvCache, View};
 use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
-use crate::rt::latest::Reader;
 
 /// A stage that waits looks this often whether it should end.
 const WAIT: Duration = Duration::from_millis(100);
@@ -30,9 +30,19 @@ pub(super) struct Filled<C> {
     prefix: Prefix,
 }
 
+impl<C> Filled<C> {
+    pub fn new(slot: C, prefix: Prefix) -> Self {
+        Self { slot, prefix }
+    }
+
+    pub fn into_slot(self) -> C {
+        self.slot
+    }
+}
+
 /// What a slot was filled from.
 #[derive(Debug, Clone)]
-struct Prefix {
+pub(super) struct Prefix {
     prompt_generation: u64,
     oldest_image: RosTime,
     newest_arrival: Monotonic,
@@ -104,7 +114,8 @@ pub(super) fn check_mode(config: &PipelineConfig, dims: &Dims) -> Result<(), Pip
     Ok(())
 }
 
-/// Runs both stages once on grey images and a zero state, so that the first real chunk is as fast as the others.
+/// Runs both stages once, so that the first real chunk is as fast as the others: on the newest frames, or grey images
+/// where there are none yet, and a zero state.
 pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     shared: &Shared,
     encoder: &mut E,
@@ -113,7 +124,9 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
 ) -> Result<(), PipelineError> {
     let dims = *shared.policy.dims();
     let grey = vec![0.0; 3 * dims.vision.image * dims.vision.image];
-    let views = vec![View::Planes(&grey); shared.views.len()];
+    let newest: Vec<_> = shared.views.iter().map(|&camera| shared.inputs.frame(camera)).collect();
+    let views: Vec<_> =
+        newest.iter().map(|s| s.as_ref().map_or(View::Planes(&grey), |s| View::Frame(&s.frame))).collect();
     let tokens = shared.policy.tokens(&shared.inputs.prompt().text, &vec![0.0; shared.policy.state_len()])?;
     encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, slot)?;
     let len = dims.horizon * dims.action_dim;
@@ -148,7 +161,7 @@ fn state_sample(shared: &Shared, joints: &JointSample) -> Result<StateSample, St
 /// The encoder thread.
 pub(super) struct EncodeStage<E: Encoder> {
     pub shared: Arc<Shared>,
-    pub encoder: E,
+    pub encoder: Seat<E>,
     pub free: Receiver<E::Cache>,
     pub give_back: Sender<E::Cache>,
     pub filled: Arc<Mailbox<Filled<E::Cache>>>,
@@ -162,24 +175,39 @@ impl<E: Encoder> EncodeStage<E> {
         while !self.shared.stopping() {
             let Ok(mut slot) = self.free.recv_timeout(WAIT) else { continue };
             let Some(views) = self.next_observation(&mut encoded, &mut generation) else { break };
-            match self.encode(&views, &mut slot) {
-                Ok(prefix) => {
+            self.encoder.relieve();
+            // The canary of debug builds: whoever still reads this slot gets NaN, and the decoder notices.
+            if cfg!(debug_assertions)
+                && let Err(e) = slot.poison()
+            {
+                tracing::error!("poisoning a cache slot: {e}");
+            }
+            match self.encode_once(&views, &mut slot) {
+                Some(prefix) => {
                     if let Some(old) = self.filled.put(Filled { slot, prefix }) {
                         self.shared.report(|r| r.displaced += 1);
                         let _ = self.give_back.send(old.slot);
                     }
                 }
-                Err(e) => {
-                    tracing::error!("encode: {e}");
-                    self.shared.report(|r| {
-                        r.encode.errors += 1;
-                        r.last_error = Some(format!("encode: {e}"));
-                        r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
-                    });
+                None => {
                     let _ = self.give_back.send(slot);
                 }
             }
         }
+    }
+
+    /// Fills the slot, or reports why not.
+    pub fn encode_once(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Option<Prefix> {
+        self.encode(views, slot)
+            .inspect_err(|e| {
+                tracing::error!("encode: {e}");
+                self.shared.report(|r| {
+                    r.encode.errors += 1;
+                    r.last_error = Some(format!("encode: {e}"));
+                    r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
+                });
+            })
+            .ok()
     }
 
     /// Waits until every live camera has a new frame (or one has, and the others had their time), or the prompt has
@@ -189,27 +217,46 @@ impl<E: Encoder> EncodeStage<E> {
         let mut seen = shared.inputs.changes();
         let mut first_news = None;
         while !shared.stopping() {
-            let now = shared.clock.monotonic();
-            match self.gather() {
-                Ok(views) => {
-                    let prompt = shared.inputs.prompt().generation;
-                    let fresh = views.iter().filter(|(i, s)| s.count > encoded[*i]).count();
-                    if fresh > 0 || *generation != Some(prompt) {
-                        let since = *first_news.get_or_insert(now);
-                        if fresh == views.len() || now >= since + GATHER {
-                            views.iter().for_each(|(i, s)| encoded[*i] = s.count);
-                            *generation = Some(prompt);
-                            shared.report(|r| r.waiting_for = None);
-                            return Some(views.into_iter().map(|(_, s)| s).collect());
-                        }
-                    }
-                }
-                Err(why) => {
-                    shared.report(|r| r.waiting_for = Some(why));
-                    first_news = None;
-                }
+            if shared.paused() {
+                first_news = None;
+                seen = shared.inputs.wait_change(seen, WAIT);
+                continue;
+            }
+            if let Some(views) = self.poll_observation(encoded, generation, &mut first_news) {
+                return Some(views);
             }
             seen = shared.inputs.wait_change(seen, if first_news.is_some() { Duration::from_millis(5) } else { WAIT });
+        }
+        None
+    }
+
+    /// The observation to encode now, if there is one; `first_news` is since when some of it is new.
+    pub fn poll_observation(
+        &self,
+        encoded: &mut [u64],
+        generation: &mut Option<u64>,
+        first_news: &mut Option<Monotonic>,
+    ) -> Option<Vec<CameraSample>> {
+        let shared = &*self.shared;
+        let now = shared.clock.monotonic();
+        match self.gather() {
+            Ok(views) => {
+                let prompt = shared.inputs.prompt().generation;
+                let fresh = views.iter().filter(|(i, s)| s.count > encoded[*i]).count();
+                if fresh > 0 || *generation != Some(prompt) {
+                    let since = *first_news.get_or_insert(now);
+                    if fresh == views.len() || now >= since + GATHER {
+                        views.iter().for_each(|(i, s)| encoded[*i] = s.count);
+                        *generation = Some(prompt);
+                        shared.report(|r| r.waiting_for = None);
+                        return Some(views.into_iter().map(|(_, s)| s).collect());
+                    }
+                }
+            }
+            Err(why) => {
+                shared.report(|r| r.waiting_for = Some(why));
+                *first_news = None;
+            }
         }
         None
     }
@@ -239,8 +286,20 @@ impl<E: Encoder> EncodeStage<E> {
             Some(why) if views.is_empty() || !live.drop_lost_views => return Err(why),
             _ => {}
         }
-        let stamps = views.iter().map(|(_, s)| believed(s.stamp, s.arrived, ros_now, now));
-        let skew = stamps.clone().max().unwrap_or_default().ms_since(stamps.min().unwrap_or_default());
+        let taken = |s: &CameraSample| believed(s.stamp, s.arrived, ros_now, now);
+        let skew = |views: &[(usize, CameraSample)]| {
+            let stamps = views.iter().map(|(_, s)| taken(s));
+            stamps.clone().max().unwrap_or_default().ms_since(stamps.min().unwrap_or_default())
+        };
+        if skew(&views) > live.max_camera_skew_ms {
+            // Cameras of different rates: what the faster ones took when the slowest took its newest.
+            let moment = views.iter().map(|(_, s)| taken(s)).min().unwrap_or_default();
+            for (place, sample) in &mut views {
+                let near = shared.inputs.frame_near(shared.views[*place], moment, ros_now, now);
+                *sample = near.unwrap_or_else(|| sample.clone());
+            }
+        }
+        let skew = skew(&views);
         if skew > live.max_camera_skew_ms {
             shared.report(|r| r.skewed += 1);
             return Err(format!(
@@ -263,7 +322,7 @@ impl<E: Encoder> EncodeStage<E> {
         };
         let tokens = shared.policy.tokens(&prompt.text, state.as_ref().map_or(&[], |s| &s.policy))?;
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
-        self.encoder.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
+        self.encoder.now.stage.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
         let encode_end = shared.clock.monotonic();
         shared.report(|r| {
             r.encode.runs += 1;
@@ -287,16 +346,13 @@ impl<E: Encoder> EncodeStage<E> {
 /// The decoder thread.
 pub(super) struct DecodeStage<D: Decoder> {
     shared: Arc<Shared>,
-    decoder: D,
+    decoder: Seat<D>,
     free: Sender<D::Cache>,
     filled: Arc<Mailbox<Filled<D::Cache>>>,
-    chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Retired>,
-    plan: Reader<Option<PlanView>>,
+    ports: Arc<Mutex<Ports>>,
     tap: Sender<Arc<ActionChunk>>,
     noise: NoiseSource,
     history: History,
-    sequence: u64,
     epoch: u64,
     grid: Grid,
     /// Normalised state, previous chunk and actions of the decode in hand.
@@ -306,15 +362,12 @@ pub(super) struct DecodeStage<D: Decoder> {
 }
 
 impl<D: Decoder> DecodeStage<D> {
-    #[allow(clippy::too_many_arguments)] // the ends of every channel that meets here
     pub fn new(
         shared: Arc<Shared>,
-        decoder: D,
+        decoder: Seat<D>,
         free: Sender<D::Cache>,
         filled: Arc<Mailbox<Filled<D::Cache>>>,
-        chunks: rtrb::Producer<Arc<ActionChunk>>,
-        retired: rtrb::Consumer<Retired>,
-        plan: Reader<Option<PlanView>>,
+        ports: Arc<Mutex<Ports>>,
         tap: Sender<Arc<ActionChunk>>,
     ) -> Self {
         let dims = *shared.policy.dims();
@@ -322,7 +375,6 @@ impl<D: Decoder> DecodeStage<D> {
         Self {
             noise: NoiseSource::new(shared.config.seed, len),
             history: History::default(),
-            sequence: 0,
             epoch: 0,
             grid: Grid { horizon: dims.horizon, action_dim: dims.action_dim, action_len: shared.policy.action_len() },
             state: vec![0.0; dims.state_dim],
@@ -332,11 +384,13 @@ impl<D: Decoder> DecodeStage<D> {
             decoder,
             free,
             filled,
-            chunks,
-            retired,
-            plan,
+            ports,
             tap,
         }
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Ports> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Decodes until the pipeline stops: each filled slot once, or in dual-rate mode each joint state on the newest.
@@ -345,8 +399,15 @@ impl<D: Decoder> DecodeStage<D> {
         let mut held: Option<Filled<D::Cache>> = None;
         let mut decoded = 0;
         while !self.shared.stopping() {
-            while let Ok(Retired { chunk, taken }) = self.retired.pop() {
-                self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
+            self.free_retired();
+            self.decoder.relieve();
+            if self.shared.paused() {
+                // What was encoded before the pause is old news after it.
+                for old in held.take().into_iter().chain(self.filled.take(WAIT)) {
+                    let _ = self.free.send(old.slot);
+                }
+                self.history.clear();
+                continue;
             }
             let newer = if held.is_some() { self.filled.try_take() } else { self.filled.take(WAIT) };
             let is_new = newer.is_some();
@@ -359,7 +420,9 @@ impl<D: Decoder> DecodeStage<D> {
             let messages = self.shared.inputs.joints().messages;
             if is_new || messages != decoded {
                 decoded = messages;
-                self.decode_once(filled);
+                if let Some(chunk) = self.decode_once(filled) {
+                    self.hand_over(chunk);
+                }
             } else {
                 self.shared.inputs.wait_change(self.shared.inputs.changes(), Duration::from_millis(5));
             }
@@ -369,20 +432,26 @@ impl<D: Decoder> DecodeStage<D> {
         }
     }
 
-    fn decode_once(&mut self, filled: &Filled<D::Cache>) {
-        match self.decode(filled) {
-            Ok(Some(chunk)) => self.hand_over(chunk),
-            Ok(None) => {}
-            Err(e) => {
-                tracing::error!("decode: {e}");
-                let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
-                self.shared.report(|r| {
-                    r.decode.errors += 1;
-                    r.last_error = Some(format!("decode: {e}"));
-                    r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
-                });
-            }
+    /// Frees the chunks that the control thread has done with.
+    pub fn free_retired(&mut self) {
+        loop {
+            let Ok(Retired { chunk, taken }) = self.ports().retired.pop() else { break };
+            self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
         }
+    }
+
+    /// A chunk, or a report why there is none.
+    pub fn decode_once(&mut self, filled: &Filled<D::Cache>) -> Option<ActionChunk> {
+        self.decode(filled).unwrap_or_else(|e| {
+            tracing::error!("decode: {e}");
+            let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
+            self.shared.report(|r| {
+                r.decode.errors += 1;
+                r.last_error = Some(format!("decode: {e}"));
+                r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
+            });
+            None
+        })
     }
 
     /// One chunk; `None` when there is no joint state to decode from.
@@ -424,7 +493,12 @@ impl<D: Decoder> DecodeStage<D> {
         };
         let guided = guidance.is_some();
         let input = DecodeInput { state: &self.state, noise: self.noise.current(), steps: live.steps, guidance };
-        self.decoder.decode(&filled.slot, &input, &mut self.actions)?;
+        self.decoder.now.stage.decode(&filled.slot, &input, &mut self.actions)?;
+        if cfg!(debug_assertions) && self.actions.iter().any(|a| !a.is_finite()) {
+            let found = "actions are not finite: a cache slot was read while it was written, or the model diverged";
+            tracing::error!("{found}");
+            shared.report(|r| r.last_error = Some(found.into()));
+        }
         if !live.hold_noise {
             self.noise.advance();
         }
@@ -437,9 +511,13 @@ impl<D: Decoder> DecodeStage<D> {
         for (policy, robot) in absolute.chunks_exact(n).zip(positions.chunks_exact_mut(n)) {
             shared.joints.to_robot(policy, robot);
         }
-        self.sequence += 1;
+        let sequence = {
+            let mut ports = self.ports();
+            ports.sequence += 1;
+            ports.sequence
+        };
         self.history.push(PastChunk {
-            sequence: self.sequence,
+            sequence,
             prompt_generation: filled.prefix.prompt_generation,
             model: self.actions.clone(),
             absolute,
@@ -455,7 +533,7 @@ impl<D: Decoder> DecodeStage<D> {
             r.waiting_for = None;
         });
         Ok(Some(ActionChunk {
-            sequence: self.sequence,
+            sequence,
             epoch,
             prompt_generation: filled.prefix.prompt_generation,
             state_stamp: state.stamp,
@@ -478,7 +556,8 @@ impl<D: Decoder> DecodeStage<D> {
     /// `None` when nothing may guide the next chunk.
     fn prepare_guidance(&mut self, state: &StateSample, prompt_generation: u64) -> Result<Option<usize>, ModelError> {
         let live = self.shared.live();
-        let Some(plan) = (*self.plan.newest()).filter(|_| live.rtc.is_some()) else { return Ok(None) };
+        let plan = *self.ports().plan.newest();
+        let Some(plan) = plan.filter(|_| live.rtc.is_some()) else { return Ok(None) };
         let Some(past) = self.history.adopted(plan.sequence) else { return Ok(None) };
         let expected = self.shared.report(|r| r.decode.time.stats().p50) as f64 * 1e-9;
         let ready = self.shared.clock.ros().plus_seconds(expected);
@@ -511,11 +590,12 @@ impl<D: Decoder> DecodeStage<D> {
         Ok(Some(delay))
     }
 
-    fn hand_over(&mut self, chunk: ActionChunk) {
+    /// Gives a chunk to the control thread, and to whoever looks.
+    pub fn hand_over(&mut self, chunk: ActionChunk) {
         let chunk = Arc::new(chunk);
         // Nobody looking, or looking too slowly, is no reason to wait.
         let _ = self.tap.try_send(chunk.clone());
-        if self.chunks.push(chunk).is_err() {
+        if self.ports().chunks.push(chunk).is_err() {
             self.shared.report(|r| r.not_taken += 1);
         }
     }

@@ -6,11 +6,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Model;
-use super::device::{Buffer, Device, Event, Graph, Pinned, Stream};
+use super::device::{Buffer, Device, Pinned};
 use super::images::Images;
-use super::kernels::{AttentionArgs, GegluArgs, NormArgs, RopeArgs, Shape};
+use super::kernels::{AttentionArgs, GegluArgs, Kernels, NormArgs, RopeArgs, Shape};
+use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands};
 use super::plan::{self, HEAD_DIMS};
+use super::stream::{Event, Graph, Stream};
 use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS};
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
 use crate::model::Dims;
@@ -52,11 +54,10 @@ impl CudaCache {
         self.capacity * self.head_dim
     }
 
-    /// Overwrites keys and values with NaN patterns: what a test expects to be written again.
-    pub fn poison(&mut self) -> Result<(), EngineError> {
-        self.rows = 0;
-        self.keys.fill(0xff)?;
-        self.values.fill(0xff)
+    /// Keys and values of a layer, `[rows, head_dim]` each: for comparison with an oracle.
+    pub fn layer(&self, layer: usize) -> Result<[Vec<f32>; 2], EngineError> {
+        let (at, len) = (layer * self.layer_stride(), self.rows * self.head_dim);
+        Ok([self.keys.read_bf16(at, len)?, self.values.read_bf16(at, len)?])
     }
 
     /// A planted fault: key `row` of every layer becomes that of the row before it.
@@ -80,6 +81,13 @@ impl CudaCache {
 impl KvCache for CudaCache {
     fn len(&self) -> usize {
         self.rows
+    }
+
+    /// NaN patterns.
+    fn poison(&mut self) -> Result<(), EngineError> {
+        self.rows = 0;
+        self.keys.fill(0xff)?;
+        self.values.fill(0xff)
     }
 }
 
@@ -136,10 +144,20 @@ pub struct EncodeTimes {
     pub trunk: f32,
 }
 
+/// The residual stream after every layer, `[rows, width]` each: for comparison with an oracle.
+#[derive(Debug, Default)]
+pub struct EncodeTaps {
+    /// SigLIP, all layers.
+    pub vision: Vec<Vec<f32>>,
+    /// Trunk, all layers but the last, which makes keys and values only.
+    pub trunk: Vec<Vec<f32>>,
+}
+
 /// The first stage on the GPU.
 pub struct CudaEncoder {
     model: Arc<Model>,
     weights: Arc<EncoderWeights>,
+    lane: Arc<Lane>,
     stream: Stream,
     lt: Lt,
     images: Images,
@@ -153,14 +171,14 @@ pub struct CudaEncoder {
 }
 
 impl CudaEncoder {
-    pub(super) fn new(model: Arc<Model>, weights: Arc<EncoderWeights>) -> Result<Self, EngineError> {
+    pub(super) fn new(model: Arc<Model>, weights: Arc<EncoderWeights>, lane: Arc<Lane>) -> Result<Self, EngineError> {
         let device = Arc::clone(&model.device);
         let v = &model.dims.vision;
         let images = Images::new(&device, v.image, v.patch, plan::patch_stride(&model.dims), model.resampler);
-        let event = || Event::new(&device);
+        let event = || Event::new(&lane);
         Ok(Self {
-            stream: Stream::new(&device)?,
-            lt: Lt::new(&device)?,
+            stream: Stream::new(&lane)?,
+            lt: Lt::new(&lane, Arc::clone(&model.algorithms))?,
             images,
             workspace: None,
             vision_graphs: HashMap::new(),
@@ -171,12 +189,13 @@ impl CudaEncoder {
             events: [event()?, event()?, event()?, event()?],
             model,
             weights,
+            lane,
         })
     }
 
     /// Times of the last encode.
     pub fn last_times(&self) -> Result<EncodeTimes, EngineError> {
-        self.model.device.bind()?;
+        let _current = self.lane.enter()?;
         let [start, images, vision, trunk] = &self.events;
         Ok(EncodeTimes {
             images: images.ms_since(start)?,
@@ -283,11 +302,13 @@ impl CudaEncoder {
         }
         let model = Arc::clone(&self.model);
         let weights = Arc::clone(&self.weights);
+        let lane = Arc::clone(&self.lane);
+        let kernels = lane.kernels();
         if !self.vision_graphs.contains_key(&views)
             && let Some(w) = &self.workspace
         {
-            let mut queue =
-                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params: 0 };
+            let (stream, lt) = (&self.stream, &mut self.lt);
+            let mut queue = Queue { model: &model, weights: &weights, stream, kernels, lt, w, params: 0, taps: None };
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
@@ -296,8 +317,8 @@ impl CudaEncoder {
             && let Some(w) = &self.workspace
         {
             let params = self.params.1.pointer();
-            let mut queue =
-                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params };
+            let (stream, lt) = (&self.stream, &mut self.lt);
+            let mut queue = Queue { model: &model, weights: &weights, stream, kernels, lt, w, params, taps: None };
             let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
             let prompt = &self.prompt_rows.1;
@@ -312,7 +333,8 @@ impl CudaEncoder {
 
     /// Everything up to the launch of the graphs; returns the prefix rows.
     fn begin(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<usize, EngineError> {
-        self.model.device.bind()?;
+        let lane = Arc::clone(&self.lane);
+        let _current = lane.enter()?;
         let rows = self.check(input, cache)?;
         cache.rows = 0;
         let (views, tokens) = (input.views.len(), input.tokens.len());
@@ -327,11 +349,36 @@ impl CudaEncoder {
         let view_patches = model.dims.vision.tokens() * plan::patch_stride(&model.dims);
         if let Some(w) = &self.workspace {
             for (i, view) in input.views.iter().enumerate() {
-                self.images.queue(&self.stream, model.device.kernels(), i, view, w.patches.at(i * view_patches))?;
+                self.images.queue(&self.stream, self.lane.kernels(), i, view, w.patches.at(i * view_patches))?;
             }
         }
         self.stream.record(&self.events[1])?;
         Ok(rows)
+    }
+
+    /// As [`Encoder::encode`], without graphs, and returns what every layer left.
+    pub fn encode_with_taps(
+        &mut self,
+        input: &EncodeInput<'_>,
+        cache: &mut CudaCache,
+    ) -> Result<EncodeTaps, EngineError> {
+        let lane = Arc::clone(&self.lane);
+        let _current = lane.enter()?;
+        let kernels = lane.kernels();
+        let rows = self.begin(input, cache)?;
+        let mut taps = EncodeTaps::default();
+        let (model, weights, params) = (&*self.model, &*self.weights, self.params.1.pointer());
+        if let Some(w) = &self.workspace {
+            let (stream, lt) = (&self.stream, &mut self.lt);
+            let mut queue = Queue { model, weights, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
+            queue.vision(input.views.len())?;
+            queue.taps = Some(&mut taps.trunk);
+            queue.prompt(&self.prompt_rows.1, rows, input.tokens.len())?;
+            queue.trunk(rows)?;
+        }
+        self.stream.synchronize()?;
+        cache.rows = rows;
+        Ok(taps)
     }
 
     fn launch_vision(&self, views: usize) -> Result<(), EngineError> {
@@ -393,12 +440,24 @@ struct Queue<'a> {
     model: &'a Model,
     weights: &'a EncoderWeights,
     stream: &'a Stream,
+    kernels: &'a Kernels,
     lt: &'a mut Lt,
     w: &'a Workspace,
     params: u64,
+    /// Where the residual goes after every layer; none but for comparison with an oracle.
+    taps: Option<&'a mut Vec<Vec<f32>>>,
 }
 
 impl Queue<'_> {
+    fn tap(&mut self, residual: &Buffer<f32>, len: usize) -> Result<(), EngineError> {
+        let Some(taps) = &mut self.taps else { return Ok(()) };
+        self.stream.synchronize()?;
+        let mut values = vec![0.0; len];
+        residual.read(0, &mut values)?;
+        taps.push(values);
+        Ok(())
+    }
+
     fn product(
         &mut self,
         rows: usize,
@@ -414,32 +473,28 @@ impl Queue<'_> {
     fn prepare_vision(&mut self, views: usize) -> Result<(), EngineError> {
         let v = &self.model.dims.vision;
         let rows = views * v.tokens();
-        for (outputs, k, epilogue) in [
+        let keys = [
             (v.width, plan::patch_stride(&self.model.dims), Epilogue::Add),
             (3 * v.width, v.width, Epilogue::Bias),
             (v.width, v.width, Epilogue::AddBias),
             (v.mlp, v.width, Epilogue::BiasGelu),
             (v.width, v.mlp, Epilogue::AddBias),
             (self.model.dims.trunk.width, v.width, Epilogue::WideBias),
-        ] {
-            self.lt.prepare(Key { rows, outputs, k, epilogue })?;
-        }
-        Ok(())
+        ];
+        self.lt.prepare(self.stream, &keys.map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue }))
     }
 
     fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
         let t = &self.model.dims.trunk;
         let attention = t.heads * t.head_dim;
-        for (outputs, k, epilogue) in [
+        let keys = [
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
             (t.width, attention, Epilogue::Add),
             (2 * t.mlp, t.width, Epilogue::Store),
             (t.width, t.mlp, Epilogue::Add),
-        ] {
-            self.lt.prepare(Key { rows, outputs, k, epilogue })?;
-        }
-        Ok(())
+        ];
+        self.lt.prepare(self.stream, &keys.map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue }))
     }
 
     fn layer_norm(
@@ -459,7 +514,7 @@ impl Queue<'_> {
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
         };
-        self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
     fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
@@ -473,7 +528,7 @@ impl Queue<'_> {
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
         };
-        self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
     fn attention(
@@ -483,14 +538,20 @@ impl Queue<'_> {
         variant: (usize, usize),
         args: &AttentionArgs,
     ) -> Result<(), EngineError> {
+        let kernels = self.kernels;
+        let wide = kernels.attention_wide.as_ref().filter(|_| args.head_dim as usize == plan::WIDE_HEAD);
+        let (kernel, shared) = match wide {
+            Some(wide) => (wide, plan::WIDE_SHARED),
+            None => (&kernels.attention[variant.0], plan::attention_shared(variant.1)),
+        };
         let shape = Shape {
             grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
             threads: 256,
-            shared: plan::attention_shared(variant.1) as u32,
+            shared: shared as u32,
             cluster: 1,
             dependent: true,
         };
-        self.model.device.kernels().attention[variant.0].launch(self.stream, shape, args)
+        kernel.launch(self.stream, shape, args)
     }
 
     /// Patches to the first rows of x.
@@ -549,6 +610,7 @@ impl Queue<'_> {
             self.product(rows, v.mlp, v.width, Epilogue::BiasGelu, o)?;
             let o = Operands { w: layer.fc2.pointer(), x: mlp, bias: layer.fc2_bias.pointer(), c: h, d: h };
             self.product(rows, v.width, v.mlp, Epilogue::AddBias, o)?;
+            self.tap(&w.vision, rows * v.width)?;
         }
         self.layer_norm(&w.vision, &w.vision_normed, &weights.post_norm, rows, v.width)?;
         let x = w.x.pointer();
@@ -590,7 +652,7 @@ impl Queue<'_> {
                 layer: l as i32,
             };
             let items = rows * (heads + 2) * (t.head_dim / 8);
-            self.model.device.kernels().rope.launch(self.stream, Shape::items(items, 256), &rope)?;
+            self.kernels.rope.launch(self.stream, Shape::items(items, 256), &rope)?;
             let Some(rest) = &layer.rest else { break };
             let args = AttentionArgs {
                 q: qkv,
@@ -614,9 +676,10 @@ impl Queue<'_> {
             let o = Operands { w: rest.gate_up.pointer(), x: normed, bias: 0, c: gate_up, d: gate_up };
             self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
             let geglu = GegluArgs { gate_up, y: w.mlp.pointer(), rows: rows as i32, mlp: t.mlp as i32 };
-            self.model.device.kernels().geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
+            self.kernels.geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
             let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
+            self.tap(&w.x, rows * t.width)?;
         }
         Ok(())
     }
