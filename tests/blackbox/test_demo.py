@@ -36,7 +36,7 @@ def check(summary: dict) -> None:
 
 
 def test_demo_does_its_task_and_keeps_its_books(command: list[str]):
-    run = subprocess.run([*command, "--duration", "16"], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([*command, "--duration", "10"], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     summary = json.loads(run.stdout.splitlines()[-1])
     check(summary)
