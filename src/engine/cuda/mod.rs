@@ -47,6 +47,11 @@ pub fn probe(ordinal: usize) -> Result<String, EngineError> {
     Ok(format!("{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)", gpu.name(), gpu.sms(), gib(free), gib(total)))
 }
 
+/// What GPU `ordinal` could be divided into for this process.
+pub fn offer(ordinal: usize) -> Result<Offer, EngineError> {
+    lane::offer(&*Gpu::open(ordinal)?)
+}
+
 /// What the driver reads once, when it starts: enough hardware queues for both stages (MPS clients get two), and every
 /// kernel loaded at once, so that none is loaded between two frames. To be called before anything else in `main`;
 /// variables that are set stay as they are.
