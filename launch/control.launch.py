@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
@@ -16,6 +17,10 @@ from launch_ros.actions import Node
 from launch_ros.ros_adapters import get_ros_node
 
 PACKAGE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PACKAGE / "launch"))
+
+import mps_daemon  # noqa: E402
+
 NAME = "pi0_mps"
 ARM_ATTEMPT_PERIOD_S = 1.0
 ARM_TIMEOUT_S = 120.0
@@ -50,6 +55,12 @@ ARGUMENTS = [
         choices=TRUE_FALSE,
         description="Start the node again if it dies. It comes up unarmed.",
     ),
+    DeclareLaunchArgument(
+        "mps",
+        default_value="false",
+        choices=TRUE_FALSE,
+        description="See that an MPS daemon runs, so that encoder and decoder get their own multiprocessors (partition mps).",
+    ),
 ]
 
 
@@ -75,7 +86,7 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             {"use_sim_time": given["use_sim_time"] == "true", "autostart": given["autostart"] == "true"},
         ],
         arguments=["--ros-args", "--log-level", given["log_level"]],
-        additional_env=transport_profile(),
+        additional_env=transport_profile() | (mps_daemon.ensure() if given["mps"] == "true" else {}),
         respawn=given["use_respawn"] == "true",
         respawn_delay=2.0,
         output="screen",

@@ -220,7 +220,7 @@ fn shares_change_under_a_running_node() {
         println!("resplit {backend}: {}", status("partition"));
         let before = [status("skipped"), status("deadline_misses")];
         // Three that are ready, then new ones and known ones by turns.
-        let splits = [70, 30, 50, 80, 70, 20, 30, 60, 50, 40, 70, 90, 50, 75, 30, 25, 55, 65, 35, 45];
+        let splits = [70, 30, 50, 80, 20, 70, 60, 40, 30, 90, 50, 80, 20, 60, 40, 90, 70, 80, 20, 60];
         let every = Duration::from_secs_f64(seconds as f64 / (splits.len() + 1) as f64);
         let (start, mut done, mut n) = (Instant::now(), 0, 0u8);
         let mut memory = Vec::new();

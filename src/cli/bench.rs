@@ -13,6 +13,7 @@ use crate::engine::partition::{Backend, Grant, Kind, Offer, Split};
 use crate::engine::{Device, Engine};
 use crate::model::{Checkpoint, Dims, Family, Frame, Resampler, StackDims, VisionDims};
 use crate::pipeline::PipelineMode;
+use crate::telemetry::trace;
 use flow::Load;
 use series::Series;
 
@@ -59,6 +60,9 @@ pub struct Args {
     /// Draw times and rates over the split into this SVG file.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
+    /// Write what the running pipelines did when into this file, for https://ui.perfetto.dev.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -246,7 +250,13 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let loading = Instant::now();
     let (engine, load) = args.setup.load()?;
     let load_s = loading.elapsed().as_secs_f64();
+    if args.trace.is_some() {
+        trace::start();
+    }
     let results = measure(args, &engine, &load)?;
+    if let Some(file) = &args.trace {
+        trace::write(file).map_err(|e| CliError::input(format!("--trace {}: {e}", file.display())))?;
+    }
     if let Some(file) = &args.plot {
         std::fs::write(file, plot::draw(&results, &engine.describe()))
             .map_err(|e| CliError::input(format!("--plot {}: {e}", file.display())))?;

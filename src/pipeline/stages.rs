@@ -18,6 +18,7 @@ use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Gui
 use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
 use crate::rt::latest::Reader;
+use crate::telemetry::trace::{self, What};
 
 /// A stage that waits looks this often whether it should end.
 const WAIT: Duration = Duration::from_millis(100);
@@ -276,6 +277,7 @@ impl<E: Encoder> EncodeStage<E> {
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
         self.encoder.now.stage.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
         let encode_end = shared.clock.monotonic();
+        trace::span(What::Encode, shared.report(|r| r.encode.runs), encode_start, encode_end);
         shared.report(|r| {
             r.encode.runs += 1;
             r.encode.time.record(ns(encode_start, encode_end));
@@ -455,6 +457,7 @@ impl<D: Decoder> DecodeStage<D> {
             shared.joints.to_robot(policy, robot);
         }
         self.sequence += 1;
+        trace::span(What::Decode, self.sequence, decode_start, decode_end);
         self.history.push(PastChunk {
             sequence: self.sequence,
             prompt_generation: filled.prefix.prompt_generation,

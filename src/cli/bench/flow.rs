@@ -5,12 +5,15 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::clock::{Clock, Monotonic};
 use crate::engine::cuda::CudaEngine;
 use crate::engine::partition::Grant;
 use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, View};
 use crate::model::{Dims, Frame, ModelError};
 use crate::pipeline::PipelineMode;
 use crate::pipeline::mailbox::Mailbox;
+use crate::rt::SystemClock;
+use crate::telemetry::trace::{self, What};
 
 /// Runs of each stage before anything is timed.
 const WARM: usize = 5;
@@ -77,6 +80,13 @@ impl Load {
 /// Seconds since `start`, in milliseconds.
 fn ms(start: Instant) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
+}
+
+/// A span from `begun` until now in the trace.
+fn mark(what: What, number: usize, begun: Instant) {
+    let now = SystemClock.monotonic();
+    let begun = Monotonic(now.0 - begun.elapsed().as_nanos() as i64);
+    trace::span(what, number as u64, begun, now);
 }
 
 /// Warm stages, a filled slot, and one to fill.
@@ -248,6 +258,7 @@ pub fn running(
                     return Err(e);
                 }
                 times.push(ms(begun));
+                mark(What::Encode, times.len(), begun);
                 if let Some((old, _)) = filled.put((slot, begun)) {
                     let _ = free.send(old);
                 }
@@ -271,6 +282,7 @@ pub fn running(
                 break;
             }
             out.decode.push(ms(start));
+            mark(What::Decode, out.decode.len(), start);
             out.age.push(ms(*begun));
             let now = Instant::now();
             if let Some(last) = last.replace(now) {
