@@ -17,6 +17,7 @@ mod noise;
 mod report;
 mod resplit;
 mod stages;
+mod stepped;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +42,7 @@ use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, Resplit, StageReport};
 use resplit::{Builder, Message};
+pub use stepped::{StageTimes, SteppedPipeline, SteppedStages};
 
 choice! {
     /// How encoder and decoder share time.
@@ -219,6 +221,21 @@ impl Shared {
     }
 }
 
+/// Input slots of the valid views in the model's order, and the joints in the policy's; refuses what does not fit.
+fn bind(config: &PipelineConfig, policy: &Policy) -> Result<(Vec<usize>, JointMap), PipelineError> {
+    let views = stages::order_views(&config.cameras, policy.cameras())?;
+    let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
+    if policy.state_len() != policy.action_len() {
+        return Err(PipelineError::Config(format!(
+            "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
+            policy.state_len(),
+            policy.action_len()
+        )));
+    }
+    stages::check_mode(config, policy.dims())?;
+    Ok((views, joints))
+}
+
 /// The running stages.
 pub struct Pipeline {
     shared: Arc<Shared>,
@@ -237,17 +254,7 @@ impl Pipeline {
         config: PipelineConfig,
         io: PipelineIo,
     ) -> Result<Self, PipelineError> {
-        let views = stages::order_views(&config.cameras, policy.cameras())?;
-        let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
-        if policy.state_len() != policy.action_len() {
-            return Err(PipelineError::Config(format!(
-                "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
-                policy.state_len(),
-                policy.action_len()
-            )));
-        }
-        stages::check_mode(&config, policy.dims())?;
-
+        let (views, joints) = bind(&config, &policy)?;
         let decision = resplit::decide(engine.offer(), config.mode == PipelineMode::Sequential, config.split);
         let decision = decision.map_err(EngineError::from)?;
         // One more than go round: the builder warms new stages up with it.

@@ -32,9 +32,19 @@ pub(super) struct Filled<C> {
     prefix: Prefix,
 }
 
+impl<C> Filled<C> {
+    pub fn new(slot: C, prefix: Prefix) -> Self {
+        Self { slot, prefix }
+    }
+
+    pub fn into_slot(self) -> C {
+        self.slot
+    }
+}
+
 /// What a slot was filled from.
 #[derive(Debug, Clone)]
-struct Prefix {
+pub(super) struct Prefix {
     prompt_generation: u64,
     oldest_image: RosTime,
     newest_arrival: Monotonic,
@@ -174,24 +184,32 @@ impl<E: Encoder> EncodeStage<E> {
             {
                 tracing::error!("poisoning a cache slot: {e}");
             }
-            match self.encode(&views, &mut slot) {
-                Ok(prefix) => {
+            match self.encode_once(&views, &mut slot) {
+                Some(prefix) => {
                     if let Some(old) = self.filled.put(Filled { slot, prefix }) {
                         self.shared.report(|r| r.displaced += 1);
                         let _ = self.give_back.send(old.slot);
                     }
                 }
-                Err(e) => {
-                    tracing::error!("encode: {e}");
-                    self.shared.report(|r| {
-                        r.encode.errors += 1;
-                        r.last_error = Some(format!("encode: {e}"));
-                        r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
-                    });
+                None => {
                     let _ = self.give_back.send(slot);
                 }
             }
         }
+    }
+
+    /// Fills the slot, or reports why not.
+    pub fn encode_once(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Option<Prefix> {
+        self.encode(views, slot)
+            .inspect_err(|e| {
+                tracing::error!("encode: {e}");
+                self.shared.report(|r| {
+                    r.encode.errors += 1;
+                    r.last_error = Some(format!("encode: {e}"));
+                    r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
+                });
+            })
+            .ok()
     }
 
     /// Waits until every live camera has a new frame (or one has, and the others had their time), or the prompt has
@@ -201,27 +219,41 @@ impl<E: Encoder> EncodeStage<E> {
         let mut seen = shared.inputs.changes();
         let mut first_news = None;
         while !shared.stopping() {
-            let now = shared.clock.monotonic();
-            match self.gather() {
-                Ok(views) => {
-                    let prompt = shared.inputs.prompt().generation;
-                    let fresh = views.iter().filter(|(i, s)| s.count > encoded[*i]).count();
-                    if fresh > 0 || *generation != Some(prompt) {
-                        let since = *first_news.get_or_insert(now);
-                        if fresh == views.len() || now >= since + GATHER {
-                            views.iter().for_each(|(i, s)| encoded[*i] = s.count);
-                            *generation = Some(prompt);
-                            shared.report(|r| r.waiting_for = None);
-                            return Some(views.into_iter().map(|(_, s)| s).collect());
-                        }
-                    }
-                }
-                Err(why) => {
-                    shared.report(|r| r.waiting_for = Some(why));
-                    first_news = None;
-                }
+            if let Some(views) = self.poll_observation(encoded, generation, &mut first_news) {
+                return Some(views);
             }
             seen = shared.inputs.wait_change(seen, if first_news.is_some() { Duration::from_millis(5) } else { WAIT });
+        }
+        None
+    }
+
+    /// The observation to encode now, if there is one; `first_news` is since when some of it is new.
+    pub fn poll_observation(
+        &self,
+        encoded: &mut [u64],
+        generation: &mut Option<u64>,
+        first_news: &mut Option<Monotonic>,
+    ) -> Option<Vec<CameraSample>> {
+        let shared = &*self.shared;
+        let now = shared.clock.monotonic();
+        match self.gather() {
+            Ok(views) => {
+                let prompt = shared.inputs.prompt().generation;
+                let fresh = views.iter().filter(|(i, s)| s.count > encoded[*i]).count();
+                if fresh > 0 || *generation != Some(prompt) {
+                    let since = *first_news.get_or_insert(now);
+                    if fresh == views.len() || now >= since + GATHER {
+                        views.iter().for_each(|(i, s)| encoded[*i] = s.count);
+                        *generation = Some(prompt);
+                        shared.report(|r| r.waiting_for = None);
+                        return Some(views.into_iter().map(|(_, s)| s).collect());
+                    }
+                }
+            }
+            Err(why) => {
+                shared.report(|r| r.waiting_for = Some(why));
+                *first_news = None;
+            }
         }
         None
     }
@@ -358,9 +390,7 @@ impl<D: Decoder> DecodeStage<D> {
         let mut held: Option<Filled<D::Cache>> = None;
         let mut decoded = 0;
         while !self.shared.stopping() {
-            while let Ok(Retired { chunk, taken }) = self.retired.pop() {
-                self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
-            }
+            self.free_retired();
             self.decoder.relieve();
             let newer = if held.is_some() { self.filled.try_take() } else { self.filled.take(WAIT) };
             let is_new = newer.is_some();
@@ -373,7 +403,9 @@ impl<D: Decoder> DecodeStage<D> {
             let messages = self.shared.inputs.joints().messages;
             if is_new || messages != decoded {
                 decoded = messages;
-                self.decode_once(filled);
+                if let Some(chunk) = self.decode_once(filled) {
+                    self.hand_over(chunk);
+                }
             } else {
                 self.shared.inputs.wait_change(self.shared.inputs.changes(), Duration::from_millis(5));
             }
@@ -383,20 +415,25 @@ impl<D: Decoder> DecodeStage<D> {
         }
     }
 
-    fn decode_once(&mut self, filled: &Filled<D::Cache>) {
-        match self.decode(filled) {
-            Ok(Some(chunk)) => self.hand_over(chunk),
-            Ok(None) => {}
-            Err(e) => {
-                tracing::error!("decode: {e}");
-                let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
-                self.shared.report(|r| {
-                    r.decode.errors += 1;
-                    r.last_error = Some(format!("decode: {e}"));
-                    r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
-                });
-            }
+    /// Frees the chunks that the control thread has done with.
+    pub fn free_retired(&mut self) {
+        while let Ok(Retired { chunk, taken }) = self.retired.pop() {
+            self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
         }
+    }
+
+    /// A chunk, or a report why there is none.
+    pub fn decode_once(&mut self, filled: &Filled<D::Cache>) -> Option<ActionChunk> {
+        self.decode(filled).unwrap_or_else(|e| {
+            tracing::error!("decode: {e}");
+            let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
+            self.shared.report(|r| {
+                r.decode.errors += 1;
+                r.last_error = Some(format!("decode: {e}"));
+                r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
+            });
+            None
+        })
     }
 
     /// One chunk; `None` when there is no joint state to decode from.
@@ -531,7 +568,8 @@ impl<D: Decoder> DecodeStage<D> {
         Ok(Some(delay))
     }
 
-    fn hand_over(&mut self, chunk: ActionChunk) {
+    /// Gives a chunk to the control thread, and to whoever looks.
+    pub fn hand_over(&mut self, chunk: ActionChunk) {
         let chunk = Arc::new(chunk);
         // Nobody looking, or looking too slowly, is no reason to wait.
         let _ = self.tap.try_send(chunk.clone());
