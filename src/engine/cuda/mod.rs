@@ -12,6 +12,7 @@
 mod decoder;
 mod device;
 mod encoder;
+mod faults;
 mod images;
 mod kernels;
 mod lane;
@@ -28,7 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
-pub use encoder::{CudaCache, CudaEncoder, EncodeTimes};
+pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
 pub use plan::Stage;
 
 use super::partition::{Grant, Kind, Offer};
@@ -77,6 +78,8 @@ struct Model {
     /// Rows of the rotation table.
     positions: usize,
     rope: Buffer<f32>,
+    /// The same for every share of the GPU, so that results do not depend on it.
+    algorithms: Arc<lt::Algorithms>,
     device: Arc<Gpu>,
 }
 
@@ -189,6 +192,7 @@ impl CudaEngine {
             decode_head: variant(plan::head_dim(&plan::DECODE_HEAD_DIMS, head), head)?,
             positions,
             rope: rope::table(&device, positions, head)?,
+            algorithms: Arc::default(),
             device,
         };
         let offer = lane::offer(&model.device)?;
