@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod infer;
 pub mod jitter;
 pub mod new_checkpoint;
+pub mod replay;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
 #[derive(Debug, Parser)]
@@ -30,6 +31,7 @@ enum Command {
     Infer(infer::Args),
     Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
+    Replay(replay::Args),
 }
 
 fn run(command: Command) -> Result<(), CliError> {
@@ -39,6 +41,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Infer(args) => infer::run(&args),
         Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
+        Command::Replay(args) => replay::run(&args),
     }
 }
 

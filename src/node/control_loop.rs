@@ -17,6 +17,7 @@ use crate::rt::latest::{Reader, Writer};
 use crate::rt::period::{Periodic, Wake};
 
 use super::publisher::Job;
+use super::recorder::{TickRecord, TickTap};
 
 /// What the operator asked for, as bits that one tick takes all at once.
 #[derive(Debug, Default)]
@@ -152,6 +153,7 @@ pub(super) struct ControlLoop {
     pub events: rtrb::Producer<Event>,
     pub changes: rtrb::Consumer<Change>,
     pub discarded: rtrb::Producer<Change>,
+    pub recorder: Option<TickTap>,
 }
 
 /// A change of settings, prepared elsewhere so that taking it over allocates and frees nothing.
@@ -182,14 +184,14 @@ impl ControlLoop {
         };
         let report = self.turn(wake, &mut free, state);
         state.blocked = 0;
+        let times = TickTimes {
+            scheduled: wake.scheduled,
+            woke: wake.woke,
+            computed: self.clock.monotonic(),
+            published: None,
+            plan: state.source.of(&report),
+        };
         if report.published {
-            let times = TickTimes {
-                scheduled: wake.scheduled,
-                woke: wake.woke,
-                computed: self.clock.monotonic(),
-                published: None,
-                plan: state.source.of(&report),
-            };
             // As many places as windows: this cannot fail.
             let _ = self.jobs.push(Job { window: free, times });
             if let Some(publisher) = &self.publisher {
@@ -198,12 +200,13 @@ impl ControlLoop {
         } else {
             state.window = Some(free);
         }
-        self.tell(Some(&report), state);
+        self.tell(Some((&report, &times, wake.skipped)), state);
         Some(report)
     }
 
     fn turn(&mut self, wake: &Wake, window: &mut Window, state: &mut Turn) -> TickReport {
         let (ros_now, now) = (self.clock.ros(), wake.woke);
+        state.ros = ros_now;
         let asked = self.signals.requests.take();
         // After the requests: limits that were set before the robot was armed are in force when it is.
         self.take_changes();
@@ -220,6 +223,7 @@ impl ControlLoop {
             self.retire(older, taken);
         }
         let measured = self.measured(ros_now, now);
+        state.measured = measured.positions;
         let inputs = self.health(ros_now, now);
         let report = self.controller.tick(
             &TickInput {
@@ -313,7 +317,7 @@ impl ControlLoop {
     }
 
     /// Says what a tick did, or that there was none.
-    fn tell(&mut self, report: Option<&TickReport>, state: &Turn) {
+    fn tell(&mut self, tick: Option<(&TickReport, &TickTimes, u64)>, state: &Turn) {
         let mut status = self.controller.status();
         status.counters.chunks += state.superseded;
         status.counters.superseded += state.superseded;
@@ -327,7 +331,23 @@ impl ControlLoop {
             answer: state.answer,
             blocked: state.blocked,
         });
-        let Some(report) = report else { return };
+        let Some((report, times, skipped)) = tick else { return };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.push(&status, |s| TickRecord {
+                ros: state.ros,
+                times: *times,
+                skipped,
+                report: *report,
+                given: state.chunk,
+                measured: state.measured,
+                epoch: s.epoch,
+                plan: s.plan.map(|p| p.sequence),
+                interventions: s.interventions.total(),
+                tracking_error: s.tracking_error,
+                seam_jump: s.seam_jump,
+                command: s.command,
+            });
+        }
         let news = report.mode != report.previous
             || report.refusal.is_some()
             || report.stop.is_some()
@@ -353,6 +373,9 @@ pub(super) struct Turn {
     answer: Option<(u64, Option<Refusal>)>,
     chunk: Option<u64>,
     source: Source,
+    /// ROS time and measured positions of the last tick.
+    ros: RosTime,
+    measured: JointVector,
 }
 
 /// Which observation the commands are made from.
@@ -397,6 +420,8 @@ impl Turn {
             answer: None,
             chunk: None,
             source: Source::default(),
+            ros: RosTime::default(),
+            measured: JointVector::default(),
         }
     }
 }

@@ -10,7 +10,10 @@ mod control_loop;
 mod convert;
 mod core;
 mod loader;
+pub mod messages;
 mod publisher;
+mod recorder;
+mod replay;
 mod status;
 mod stepped;
 
@@ -34,10 +37,14 @@ use crate::rt::period::Periodic;
 use crate::rt::rights::{self, Right};
 
 use control_loop::{ControlLoop, Signals, Snapshot};
+pub use convert::policy_options;
 pub use core::{Commands, Inputs};
 use core::{Core, input_rules, log_event};
 pub use publisher::Outputs;
 use publisher::{Job, Publisher};
+pub use recorder::Identity;
+use recorder::Recorder;
+pub use replay::{ReplayNode, ReplayOptions};
 pub use status::{Diagnostic, Status};
 pub use stepped::SteppedNode;
 
@@ -103,6 +110,7 @@ struct Parts {
     retired: rtrb::Consumer<Retired>,
     plan: Reader<Option<PlanView>>,
     tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
+    recorder: Option<recorder::Waiting>,
 }
 
 impl Parts {
@@ -112,6 +120,7 @@ impl Parts {
         dims: Dims,
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
+        identity: Option<Identity>,
     ) -> Result<Self, NodeError> {
         let controller = Controller::new(convert::control(&settings, &dims))?;
         let names = convert::names(&settings);
@@ -139,6 +148,11 @@ impl Parts {
         let config = controller.config();
         let deadlines = Arc::new(Mutex::new(Deadlines::new(config.deadline, config.period)));
         let rules = Box::new(input_rules(&settings));
+        let recorder = identity.and_then(|identity| recorder::ends(&settings, &controller.window(), identity));
+        let (recorder, ticks, windows, waiting) = match recorder {
+            Some(r) => (Some(r.handle), Some(r.ticks), Some(r.windows), Some(r.recorder)),
+            None => (None, None, None, None),
+        };
 
         let core = Arc::new(Core {
             clock: clock.clone(),
@@ -155,6 +169,7 @@ impl Parts {
             rights: Mutex::new(Vec::new()),
             device: Mutex::new(String::new()),
             failure: Mutex::new(None),
+            recorder,
             asking: Mutex::new(()),
         });
         let publisher = Publisher {
@@ -166,6 +181,7 @@ impl Parts {
             deadlines,
             signals: signals.clone(),
             stopping: Arc::default(),
+            recorder: windows,
         };
         let control = ControlLoop {
             controller: Box::new(controller),
@@ -184,8 +200,18 @@ impl Parts {
             events: events_in,
             changes: changes_out,
             discarded: discarded_in,
+            recorder: ticks,
         };
-        Ok(Self { core, control, publisher, chunks: chunks_in, retired: retired_out, plan: plan_reader, tap: tap_in })
+        Ok(Self {
+            core,
+            control,
+            publisher,
+            chunks: chunks_in,
+            retired: retired_out,
+            plan: plan_reader,
+            tap: tap_in,
+            recorder: waiting,
+        })
     }
 }
 
@@ -194,20 +220,32 @@ pub struct Node {
     core: Arc<Core>,
     threads: Vec<JoinHandle<()>>,
     loader: Option<JoinHandle<()>>,
+    recorder: Option<Recorder>,
     publisher_stop: Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl Node {
     /// Checks checkpoint and settings, starts the control loop unarmed, and loads the policy in a thread of its own.
     pub fn start(settings: Settings, clock: Arc<dyn Clock>, outputs: Box<dyn Outputs>) -> Result<Self, NodeError> {
+        Self::start_as(Identity::default(), settings, clock, outputs)
+    }
+
+    /// The same for a node whose recordings say who it is.
+    pub fn start_as(
+        identity: Identity,
+        settings: Settings,
+        clock: Arc<dyn Clock>,
+        outputs: Box<dyn Outputs>,
+    ) -> Result<Self, NodeError> {
         let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
         let policy = Policy::open(&checkpoint, &settings.model.checkpoint, &convert::policy_options(&settings))?;
         let dims = *checkpoint.dims();
         let (period, process) = (settings.timing.period(), settings.process.clone());
-        let Parts { core, mut control, publisher, chunks, retired, plan, tap } =
-            Parts::new(settings, dims, clock, outputs)?;
+        let Parts { core, mut control, publisher, chunks, retired, plan, tap, recorder } =
+            Parts::new(settings, dims, clock, outputs, Some(identity))?;
         let publisher_stop = publisher.stopping.clone();
-        let mut node = Self { core: core.clone(), threads: Vec::new(), loader: None, publisher_stop };
+        let mut node = Self { core: core.clone(), threads: Vec::new(), loader: None, recorder: None, publisher_stop };
+        node.recorder = recorder.map(|waiting| Recorder::start(core.clone(), waiting)).transpose()?;
         if process.lock_memory {
             node.report_right("lock_memory", &rights::lock_memory());
             checkpoint.unpin()?;
@@ -342,6 +380,10 @@ impl Node {
                 thread.thread().unpark();
             }
             let _ = thread.join();
+        }
+        // Last: it has what the others left.
+        if let Some(mut recorder) = self.recorder.take() {
+            recorder.end();
         }
     }
 }

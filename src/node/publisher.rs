@@ -11,6 +11,7 @@ use crate::control::chunk::ActionChunk;
 use crate::control::{Deadlines, DeadlinesSnapshot, TickTimes, Window};
 
 use super::control_loop::Signals;
+use super::recorder::WindowTap;
 
 /// Where commands go. Called on the publisher thread only.
 pub trait Outputs: Send {
@@ -36,6 +37,7 @@ pub(super) struct Publisher {
     pub deadlines: Arc<Mutex<Deadlines>>,
     pub signals: Arc<Signals>,
     pub stopping: Arc<AtomicBool>,
+    pub recorder: Option<WindowTap>,
 }
 
 /// Without a wake-up the thread looks this often: only chunks and the end of the node come without one.
@@ -64,17 +66,24 @@ impl Publisher {
         }
         for newer in (0..waiting).rev() {
             let Ok(mut job) = self.jobs.pop() else { break };
-            if newer == 0 && !lapsed {
+            let sent = newer == 0 && !lapsed;
+            if sent {
                 self.outputs.trajectory(&job.window);
             } else {
                 self.signals.unsent.fetch_add(1, Ordering::AcqRel);
             }
             job.times.published = Some(self.clock.monotonic());
+            if let Some(recorder) = self.recorder.as_mut().filter(|_| sent) {
+                recorder.sent(&job.times, &job.window);
+            }
             self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).record(&job.times);
             // As many places as windows: this cannot fail.
             let _ = self.free.push(job.window);
         }
         while let Ok(chunk) = self.chunks.try_recv() {
+            if let Some(recorder) = &self.recorder {
+                recorder.chunk(&chunk);
+            }
             self.outputs.chunk(&chunk);
         }
     }

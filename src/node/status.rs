@@ -1,10 +1,12 @@
-//! What the node says about itself: one status for people and machines, and five diagnostics.
+//! What the node says about itself: one status for people and machines, and six diagnostics.
 
 use crate::clock::{Monotonic, RosTime};
 use crate::control::{ChunkRefusal, ControlStatus, DeadlinesSnapshot, InputFault, Level, Mode, Names, Reason, Rule};
 use crate::pipeline::PipelineReport;
 use crate::pipeline::inputs::{CameraFreshness, JointSample, stamp_is_believable};
 use crate::telemetry::Stats;
+
+use super::recorder::Report;
 
 /// The whole node at one moment.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,7 +26,7 @@ pub struct Status {
 /// One entry of `/diagnostics`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Diagnostic {
-    /// `inputs`, `inference`, `control`, `safety` or `gpu`.
+    /// `inputs`, `inference`, `control`, `safety`, `gpu` or `recorder`.
     pub name: &'static str,
     /// How serious.
     pub level: Level,
@@ -75,6 +77,8 @@ pub(super) struct Facts<'a> {
     pub rights: &'a [(String, String)],
     /// Identical frames in a row that count as frozen.
     pub frozen_after: u64,
+    /// What the flight recorder has done; `None` if it is switched off.
+    pub recorder: Option<Report>,
 }
 
 fn ms(ns: f64) -> String {
@@ -103,7 +107,7 @@ fn pair(name: impl Into<String>, value: impl ToString) -> (String, String) {
 
 impl Status {
     pub(super) fn new(f: &Facts<'_>) -> Self {
-        let diagnostics = vec![inputs(f), inference(f), control(f), safety(f), gpu(f)];
+        let diagnostics = vec![inputs(f), inference(f), control(f), safety(f), gpu(f), recorder(f)];
         let message = message(f);
         let worst = |a: Level, d: &Diagnostic| if d.level == Level::Stale { a } else { a.max(d.level) };
         Self {
@@ -360,6 +364,19 @@ fn safety(f: &Facts<'_>) -> Diagnostic {
 
 fn gpu(f: &Facts<'_>) -> Diagnostic {
     Diagnostic { name: "gpu", level: Level::Ok, message: f.device.into(), values: vec![pair("device", f.device)] }
+}
+
+fn recorder(f: &Facts<'_>) -> Diagnostic {
+    let Some(r) = &f.recorder else { return summarise("recorder", Vec::new(), "switched off", Vec::new()) };
+    let values = vec![
+        pair("held_seconds", format!("{:.1}", r.seconds)),
+        pair("held_megabytes", format!("{:.1}", r.bytes as f64 * 1e-6)),
+        pair("messages_lost", r.lost),
+        pair("recordings_written", r.written),
+        pair("last_recording", r.last.as_ref().map(|p| p.display().to_string()).unwrap_or_default()),
+    ];
+    let problems = r.failure.iter().map(|why| (Level::Warn, why.clone())).collect();
+    summarise("recorder", problems, "recording", values)
 }
 
 fn summarise(

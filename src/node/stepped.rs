@@ -11,11 +11,12 @@ use super::publisher::Publisher;
 use super::{Commands, Inputs, NodeError, Outputs, Parts, Status};
 use crate::clock::{Clock, Monotonic};
 use crate::control::chunk::ActionChunk;
-use crate::control::{ControlStatus, Lifecycle, Requests, TickReport};
+use crate::control::{ControlStatus, Lifecycle, PlanView, Requests, TickReport};
 use crate::error::Fault;
 use crate::model::Dims;
 use crate::params::Settings;
-use crate::pipeline::Retired;
+use crate::pipeline::{PipelineIo, Retired};
+use crate::rt::latest::Reader;
 use crate::rt::period::Wake;
 
 /// A node whose periods and publishing are called one by one.
@@ -24,10 +25,17 @@ pub struct SteppedNode {
     control: ControlLoop,
     turn: Turn,
     publisher: Publisher,
-    chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Retired>,
+    ports: Option<Ports>,
     period: Duration,
     scheduled: Monotonic,
+}
+
+/// The decoder's ends of the node.
+struct Ports {
+    chunks: rtrb::Producer<Arc<ActionChunk>>,
+    retired: rtrb::Consumer<Retired>,
+    plan: Reader<Option<PlanView>>,
+    tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }
 
 impl SteppedNode {
@@ -39,8 +47,10 @@ impl SteppedNode {
         outputs: Box<dyn Outputs>,
     ) -> Result<Self, NodeError> {
         let (period, scheduled) = (settings.timing.period(), clock.monotonic());
-        let Parts { core, control, publisher, chunks, retired, .. } = Parts::new(settings, dims, clock, outputs)?;
-        Ok(Self { core, control, turn: Turn::new(scheduled), publisher, chunks, retired, period, scheduled })
+        let Parts { core, control, publisher, chunks, retired, plan, tap, .. } =
+            Parts::new(settings, dims, clock, outputs, None)?;
+        let ports = Some(Ports { chunks, retired, plan, tap });
+        Ok(Self { core, control, turn: Turn::new(scheduled), publisher, ports, period, scheduled })
     }
 
     /// Where subscriptions put what they hear.
@@ -76,10 +86,25 @@ impl SteppedNode {
         self.core.fail_inference(Fault::Internal, why.into());
     }
 
-    /// A chunk from the decoder; false if it finds no room.
+    /// A chunk from the decoder; false if it finds no room, or a pipeline is connected.
     pub fn put_chunk(&mut self, chunk: ActionChunk) -> bool {
-        while self.retired.pop().is_ok() {}
-        self.chunks.push(Arc::new(chunk)).is_ok()
+        let Some(ports) = &mut self.ports else { return false };
+        while ports.retired.pop().is_ok() {}
+        ports.chunks.push(Arc::new(chunk)).is_ok()
+    }
+
+    /// What a pipeline needs to work for this node; `None` once it has been given away.
+    pub(super) fn pipeline_io(&mut self) -> Option<PipelineIo> {
+        let Ports { chunks, retired, plan, tap } = self.ports.take()?;
+        Some(PipelineIo {
+            inputs: self.core.inputs.clone(),
+            clock: self.core.clock.clone(),
+            chunks,
+            retired,
+            plan,
+            epoch: self.core.signals.epoch.clone(),
+            tap,
+        })
     }
 
     /// The epoch that new chunks carry.

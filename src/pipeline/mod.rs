@@ -16,11 +16,13 @@ mod mailbox;
 mod noise;
 mod report;
 mod stages;
+mod stepped;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::choice::choice;
 use crate::clock::{Clock, Monotonic};
@@ -36,6 +38,7 @@ use inputs::InputSlots;
 use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, StageReport};
+pub use stepped::{StageTimes, SteppedPipeline};
 
 choice! {
     /// How encoder and decoder share time.
@@ -196,11 +199,18 @@ struct Shared {
     /// Input slots of the valid views, in the model's order.
     views: Vec<usize>,
     joints: JointMap,
+    /// How long the stages take by a virtual clock; without it as long as they do.
+    times: Option<StageTimes>,
 }
 
 impl Shared {
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// When a stage that began at `start` has ended.
+    fn end_of(&self, start: Monotonic, stage: impl Fn(&StageTimes) -> Duration) -> Monotonic {
+        self.times.as_ref().map_or_else(|| self.clock.monotonic(), |t| start + stage(t))
     }
 
     fn live(&self) -> Arc<LiveConfig> {
@@ -212,21 +222,22 @@ impl Shared {
     }
 }
 
-/// The running stages.
-pub struct Pipeline {
+/// Both stages and what joins them, before anything moves them.
+struct Stages<E: Engine> {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-    close: Box<dyn Fn() + Send + Sync>,
+    encode: stages::EncodeStage<E::Encoder>,
+    decode: stages::DecodeStage<E::Decoder>,
+    filled: Arc<Mailbox<stages::Filled<E::Cache>>>,
 }
 
-impl Pipeline {
-    /// Checks the configuration against the policy, warms both stages up, then starts their threads.
-    /// Nothing of the warm-up reaches the statistics or the control thread.
-    pub fn start<E: Engine>(
+impl<E: Engine> Stages<E> {
+    /// Checks the configuration against the policy and warms both stages up.
+    fn new(
         engine: &E,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
+        times: Option<StageTimes>,
     ) -> Result<Self, PipelineError> {
         let views = stages::order_views(&config.cameras, policy.cameras())?;
         let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
@@ -254,6 +265,7 @@ impl Pipeline {
             views,
             joints,
             config,
+            times,
         });
 
         let (free_tx, free_rx) = crossbeam_channel::unbounded();
@@ -280,8 +292,29 @@ impl Pipeline {
             io.plan,
             io.tap,
         );
+        Ok(Self { shared, encode, decode, filled })
+    }
+}
+
+/// The running stages.
+pub struct Pipeline {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    close: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Pipeline {
+    /// Checks the configuration against the policy, warms both stages up, then starts their threads.
+    /// Nothing of the warm-up reaches the statistics or the control thread.
+    pub fn start<E: Engine>(
+        engine: &E,
+        policy: Arc<Policy>,
+        config: PipelineConfig,
+        io: PipelineIo,
+    ) -> Result<Self, PipelineError> {
+        let Stages { shared, encode, decode, filled } = Stages::new(engine, policy, config, io, None)?;
         let close = {
-            let (shared, filled) = (shared.clone(), filled);
+            let shared = shared.clone();
             Box::new(move || {
                 shared.stopping.store(true, Ordering::Release);
                 filled.close();

@@ -23,22 +23,22 @@ use crate::rt::latest::Reader;
 const WAIT: Duration = Duration::from_millis(100);
 
 /// Frames of one observation that arrive within this time are encoded together.
-const GATHER: Duration = Duration::from_millis(30);
+pub(super) const GATHER: Duration = Duration::from_millis(30);
 
 /// A filled cache slot on its way to the decoder.
 pub(super) struct Filled<C> {
-    slot: C,
-    prefix: Prefix,
+    pub slot: C,
+    pub prefix: Prefix,
 }
 
 /// What a slot was filled from.
 #[derive(Debug, Clone)]
-struct Prefix {
+pub(super) struct Prefix {
     prompt_generation: u64,
     oldest_image: RosTime,
     newest_arrival: Monotonic,
     encode_start: Monotonic,
-    encode_end: Monotonic,
+    pub encode_end: Monotonic,
     /// The joint state that went into the prompt (π0.5 only).
     state: Option<StateSample>,
 }
@@ -146,6 +146,17 @@ fn state_sample(shared: &Shared, joints: &JointSample) -> Result<StateSample, St
     Ok(StateSample { stamp: joints.oldest_stamp(n, ros_now), policy })
 }
 
+/// What of the inputs has been encoded.
+#[derive(Debug, Default)]
+pub(super) struct News {
+    /// Frames of each view.
+    encoded: Vec<u64>,
+    /// The prompt.
+    generation: Option<u64>,
+    /// Since when there is something new to encode.
+    pub first: Option<Monotonic>,
+}
+
 /// The encoder thread.
 pub(super) struct EncodeStage<E: Encoder> {
     pub shared: Arc<Shared>,
@@ -158,11 +169,10 @@ pub(super) struct EncodeStage<E: Encoder> {
 impl<E: Encoder> EncodeStage<E> {
     /// Encodes every new observation into a free slot until the pipeline stops.
     pub fn run(mut self) {
-        let mut encoded = vec![0; self.shared.views.len()];
-        let mut generation = None;
+        let mut news = News::default();
         while !self.shared.stopping() {
             let Ok(mut slot) = self.free.recv_timeout(WAIT) else { continue };
-            let Some(views) = self.next_observation(&mut encoded, &mut generation) else { break };
+            let Some(views) = self.next_observation(&mut news) else { break };
             match self.encode(&views, &mut slot) {
                 Ok(prefix) => {
                     if let Some(old) = self.filled.put(Filled { slot, prefix }) {
@@ -171,46 +181,59 @@ impl<E: Encoder> EncodeStage<E> {
                     }
                 }
                 Err(e) => {
-                    tracing::error!("encode: {e}");
-                    self.shared.report(|r| {
-                        r.encode.errors += 1;
-                        r.last_error = Some(format!("encode: {e}"));
-                        r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
-                    });
+                    self.failed(&e);
                     let _ = self.give_back.send(slot);
                 }
             }
         }
     }
 
+    pub fn failed(&self, e: &EngineError) {
+        tracing::error!("encode: {e}");
+        self.shared.report(|r| {
+            r.encode.errors += 1;
+            r.last_error = Some(format!("encode: {e}"));
+            r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
+        });
+    }
+
     /// Waits until every live camera has a new frame (or one has, and the others had their time), or the prompt has
     /// changed. `None` when the pipeline stops.
-    fn next_observation(&self, encoded: &mut [u64], generation: &mut Option<u64>) -> Option<Vec<CameraSample>> {
+    fn next_observation(&self, news: &mut News) -> Option<Vec<CameraSample>> {
         let shared = &*self.shared;
         let mut seen = shared.inputs.changes();
-        let mut first_news = None;
         while !shared.stopping() {
-            let now = shared.clock.monotonic();
-            match self.gather() {
-                Ok(views) => {
-                    let prompt = shared.inputs.prompt().generation;
-                    let fresh = views.iter().filter(|(i, s)| s.count > encoded[*i]).count();
-                    if fresh > 0 || *generation != Some(prompt) {
-                        let since = *first_news.get_or_insert(now);
-                        if fresh == views.len() || now >= since + GATHER {
-                            views.iter().for_each(|(i, s)| encoded[*i] = s.count);
-                            *generation = Some(prompt);
-                            shared.report(|r| r.waiting_for = None);
-                            return Some(views.into_iter().map(|(_, s)| s).collect());
-                        }
+            if let Some(views) = self.try_observation(news) {
+                return Some(views);
+            }
+            seen = shared.inputs.wait_change(seen, if news.first.is_some() { Duration::from_millis(5) } else { WAIT });
+        }
+        None
+    }
+
+    /// The same without waiting: `None` if it is not time yet.
+    pub fn try_observation(&self, news: &mut News) -> Option<Vec<CameraSample>> {
+        let shared = &*self.shared;
+        let now = shared.clock.monotonic();
+        match self.gather() {
+            Ok(views) => {
+                let prompt = shared.inputs.prompt().generation;
+                news.encoded.resize(shared.views.len(), 0);
+                let fresh = views.iter().filter(|(i, s)| s.count > news.encoded[*i]).count();
+                if fresh > 0 || news.generation != Some(prompt) {
+                    let since = *news.first.get_or_insert(now);
+                    if fresh == views.len() || now >= since + GATHER {
+                        views.iter().for_each(|(i, s)| news.encoded[*i] = s.count);
+                        (news.generation, news.first) = (Some(prompt), None);
+                        shared.report(|r| r.waiting_for = None);
+                        return Some(views.into_iter().map(|(_, s)| s).collect());
                     }
                 }
-                Err(why) => {
-                    shared.report(|r| r.waiting_for = Some(why));
-                    first_news = None;
-                }
             }
-            seen = shared.inputs.wait_change(seen, if first_news.is_some() { Duration::from_millis(5) } else { WAIT });
+            Err(why) => {
+                shared.report(|r| r.waiting_for = Some(why));
+                news.first = None;
+            }
         }
         None
     }
@@ -252,7 +275,7 @@ impl<E: Encoder> EncodeStage<E> {
         Ok(views)
     }
 
-    fn encode(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Result<Prefix, EngineError> {
+    pub fn encode(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Result<Prefix, EngineError> {
         let shared = &*self.shared;
         let encode_start = shared.clock.monotonic();
         let prompt = shared.inputs.prompt();
@@ -265,7 +288,7 @@ impl<E: Encoder> EncodeStage<E> {
         let tokens = shared.policy.tokens(&prompt.text, state.as_ref().map_or(&[], |s| &s.policy))?;
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
         self.encoder.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
-        let encode_end = shared.clock.monotonic();
+        let encode_end = shared.end_of(encode_start, |t| t.encode);
         shared.report(|r| {
             r.encode.runs += 1;
             r.encode.time.record(ns(encode_start, encode_end));
@@ -346,9 +369,7 @@ impl<D: Decoder> DecodeStage<D> {
         let mut held: Option<Filled<D::Cache>> = None;
         let mut decoded = 0;
         while !self.shared.stopping() {
-            while let Ok(Retired { chunk, taken }) = self.retired.pop() {
-                self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
-            }
+            self.free_retired();
             let newer = if held.is_some() { self.filled.try_take() } else { self.filled.take(WAIT) };
             let is_new = newer.is_some();
             if let Some(newer) = newer
@@ -370,10 +391,23 @@ impl<D: Decoder> DecodeStage<D> {
         }
     }
 
+    /// Frees the chunks that the control thread has done with.
+    pub fn free_retired(&mut self) {
+        while let Ok(Retired { chunk, taken }) = self.retired.pop() {
+            self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
+        }
+    }
+
     fn decode_once(&mut self, filled: &Filled<D::Cache>) {
+        if let Some(chunk) = self.try_decode(filled) {
+            self.hand_over(chunk);
+        }
+    }
+
+    /// One chunk, unless there is nothing to decode from or it fails, which is reported.
+    pub fn try_decode(&mut self, filled: &Filled<D::Cache>) -> Option<ActionChunk> {
         match self.decode(filled) {
-            Ok(Some(chunk)) => self.hand_over(chunk),
-            Ok(None) => {}
+            Ok(chunk) => chunk,
             Err(e) => {
                 tracing::error!("decode: {e}");
                 let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
@@ -382,6 +416,7 @@ impl<D: Decoder> DecodeStage<D> {
                     r.last_error = Some(format!("decode: {e}"));
                     r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
                 });
+                None
             }
         }
     }
@@ -429,7 +464,7 @@ impl<D: Decoder> DecodeStage<D> {
         if !live.hold_noise {
             self.noise.advance();
         }
-        let decode_end = shared.clock.monotonic();
+        let decode_end = shared.end_of(decode_start, |t| t.decode);
 
         let n = self.grid.action_len;
         let mut absolute = vec![0.0; self.grid.horizon * n];
@@ -512,7 +547,7 @@ impl<D: Decoder> DecodeStage<D> {
         Ok(Some(delay))
     }
 
-    fn hand_over(&mut self, chunk: ActionChunk) {
+    pub fn hand_over(&mut self, chunk: ActionChunk) {
         let chunk = Arc::new(chunk);
         // Nobody looking, or looking too slowly, is no reason to wait.
         let _ = self.tap.try_send(chunk.clone());

@@ -1,5 +1,6 @@
-//! Figures about a running node: histograms and their snapshots.
+//! Figures about a running node: histograms and their snapshots, and the flight recorder's memory.
 
 mod histogram;
+pub mod recorder;
 
 pub use histogram::{Histogram, Stats};
