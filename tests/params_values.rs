@@ -235,7 +235,10 @@ fn what_cannot_change_says_why() {
 #[test]
 fn one_share_alone_moves_the_other_to_the_complement() {
     let mut p = with(&[("mps_encoder_percentage", Value::Int(70))]).unwrap();
-    let shares = |p: &Params| (p.settings().gpu.encoder_percentage, p.settings().gpu.decoder_percentage);
+    let shares = |p: &Params| {
+        let split = p.settings().gpu.split;
+        (split.encoder, split.decoder)
+    };
     assert_eq!(shares(&p), (70, 30), "at start too");
 
     let changes = set(&mut p, true, &[("mps_decoder_percentage", Value::Int(40))]).unwrap();
@@ -268,8 +271,8 @@ proptest! {
             match set(&mut p, true, &[(name, Value::Int(percent))]) {
                 Ok(_) => {
                     let g = p.settings().gpu;
-                    prop_assert!(g.encoder_percentage + g.decoder_percentage <= 100);
-                    prop_assert!(g.encoder_percentage >= 1 && g.decoder_percentage >= 1);
+                    prop_assert!(g.split.encoder + g.split.decoder <= 100);
+                    prop_assert!(g.split.encoder >= 1 && g.split.decoder >= 1);
                 }
                 Err(_) => {
                     prop_assert!(!(1..=99).contains(&percent));

@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pi0_mps::clock::{Clock, Monotonic, RosTime};
 use pi0_mps::control::PlanView;
 use pi0_mps::control::chunk::ActionChunk;
 use pi0_mps::engine::cpu::CpuEngine;
+use pi0_mps::engine::partition::{Backend, Grant, Granularity, Offer, Split};
 use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, GuidanceSchedule, KvCache, View,
 };
@@ -22,6 +23,7 @@ use pi0_mps::pipeline::{
 };
 use pi0_mps::rt::SystemClock;
 use pi0_mps::rt::latest::{Writer, latest};
+use pi0_mps::rt::signals::Epoch;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -37,6 +39,7 @@ fn config(mode: PipelineMode) -> PipelineConfig {
     let camera = |name: &str| CameraBinding { name: name.into(), model_key: format!("observation.images.{name}") };
     PipelineConfig {
         mode,
+        split: Split { backend: Backend::Auto, encoder: 50, decoder: 50 },
         cameras: vec![camera("base"), camera("wrist")],
         joint_names: names(),
         joints: (0..7).map(|index| JointBinding { index, scale: 1.0, offset: 0.0 }).collect(),
@@ -62,20 +65,20 @@ struct Rig {
     inputs: Arc<InputSlots>,
     chunks: rtrb::Consumer<Arc<ActionChunk>>,
     retired: rtrb::Producer<Retired>,
-    epoch: Arc<AtomicU64>,
+    epoch: Arc<Epoch>,
     plan: Writer<Option<PlanView>>,
     pipeline: Pipeline,
 }
 
 impl Rig {
-    fn start<E: Engine>(engine: &E, policy: Arc<Policy>, config: PipelineConfig) -> Self {
+    fn start<E: Engine>(engine: &Arc<E>, policy: Arc<Policy>, config: PipelineConfig) -> Self {
         let (inputs, _control) = InputSlots::new(2, &names(), "pick up the cube");
         let inputs = Arc::new(inputs);
         let (to_control, chunks) = rtrb::RingBuffer::new(4096);
         let (back, retired) = rtrb::RingBuffer::new(4);
         let (plan_writer, plan) = latest(None::<PlanView>);
         let (tap, _) = crossbeam_channel::bounded(1);
-        let epoch = Arc::new(AtomicU64::new(0));
+        let epoch = Arc::new(Epoch::default());
         let io = PipelineIo {
             inputs: inputs.clone(),
             clock: Arc::new(SystemClock),
@@ -85,7 +88,7 @@ impl Rig {
             epoch: epoch.clone(),
             tap,
         };
-        let pipeline = Pipeline::start(engine, policy, config, io).unwrap();
+        let pipeline = Pipeline::start(Arc::clone(engine), policy, config, io).unwrap();
         Self { inputs, chunks, retired: back, epoch, plan: plan_writer, pipeline }
     }
 
@@ -151,7 +154,7 @@ fn alone(engine: &CpuEngine, policy: &Policy, frame: &Frame, state: &[f64; 7], n
 fn overlapped_stages_compute_what_one_thread_computes_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, policy) = synthetic_policy(dir.path());
-    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
     let noise = {
         use rand_distr::{Distribution, StandardNormal};
         let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -193,7 +196,7 @@ fn overlapped_stages_compute_what_one_thread_computes_bit_for_bit() {
 fn dual_rate_decodes_each_joint_state_on_the_newest_cache() {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, policy) = synthetic_policy(dir.path());
-    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
     let mut rig = Rig::start(&engine, policy, config(PipelineMode::DualRate));
     rig.joints(&MEAN_POSE);
     let image = rig.observe(&frame(1));
@@ -214,7 +217,7 @@ fn dual_rate_decodes_each_joint_state_on_the_newest_cache() {
 fn a_chunk_that_comes_back_is_freed_and_its_hand_over_is_counted() {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, policy) = synthetic_policy(dir.path());
-    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
     let mut rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
     rig.joints(&MEAN_POSE);
     rig.observe(&frame(1));
@@ -241,7 +244,7 @@ fn a_chunk_that_comes_back_is_freed_and_its_hand_over_is_counted() {
 fn guidance_keeps_a_new_chunk_on_the_committed_steps_of_the_running_plan() {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, policy) = synthetic_policy(dir.path());
-    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
     let mut config = config(PipelineMode::Pipelined);
     config.live.replan_steps = 20;
     let free = config.live.clone();
@@ -302,12 +305,12 @@ fn guidance_keeps_a_new_chunk_on_the_committed_steps_of_the_running_plan() {
 fn a_chunk_carries_the_epoch_in_which_it_was_begun() {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, policy) = synthetic_policy(dir.path());
-    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
     let mut rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
     rig.joints(&MEAN_POSE);
     rig.observe(&frame(1));
     assert_eq!(rig.wait_for("chunk", |_| true).epoch, 0);
-    rig.epoch.store(4, Ordering::Release);
+    rig.epoch.set(4);
     let stamp = rig.observe(&frame(2));
     assert_eq!(rig.wait_for("chunk", |c| c.oldest_image_stamp == stamp).epoch, 4);
 }
@@ -316,7 +319,7 @@ fn a_chunk_carries_the_epoch_in_which_it_was_begun() {
 fn no_chunk_is_made_from_a_joint_state_that_is_garbage() {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, policy) = synthetic_policy(dir.path());
-    let engine = CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap();
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
     let mut rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
     let mut pose = MEAN_POSE;
     pose[2] = f64::NAN;
@@ -341,6 +344,25 @@ struct Canary {
     planted: bool,
     /// Every encode of an image whose first byte is in here fails.
     poison: Vec<u8>,
+    /// What it can be divided into, and the shares it was asked to build stages for.
+    offer: Offer,
+    built: Mutex<Vec<Grant>>,
+    /// Every encoder holds one.
+    alive: Arc<()>,
+}
+
+impl Canary {
+    fn new(policy: &Policy) -> Self {
+        let green = Ok(Granularity { least: 8, step: 8, groups: 15 });
+        Self {
+            dims: *policy.dims(),
+            planted: false,
+            poison: Vec::new(),
+            offer: Offer { sms: 132, chip: 132, mps: false, green },
+            built: Mutex::default(),
+            alive: Arc::default(),
+        }
+    }
 }
 
 struct Words(Arc<Vec<AtomicU64>>, usize);
@@ -355,6 +377,7 @@ struct CanaryEncoder {
     poison: Vec<u8>,
     shared: Option<Arc<Vec<AtomicU64>>>,
     rng: ChaCha8Rng,
+    _alive: Arc<()>,
 }
 
 struct CanaryDecoder(ChaCha8Rng);
@@ -376,13 +399,23 @@ impl Engine for Canary {
         "canary".into()
     }
 
+    fn offer(&self) -> Option<&Offer> {
+        Some(&self.offer)
+    }
+
+    fn stages_on(&self, grant: Grant) -> Result<(CanaryEncoder, CanaryDecoder), EngineError> {
+        self.built.lock().unwrap().push(grant);
+        self.stages()
+    }
+
     fn cache(&self, _views: usize, _tokens: usize) -> Result<Words, EngineError> {
         Ok(Words(Arc::new((0..16).map(|_| AtomicU64::new(u64::MAX)).collect()), 0))
     }
 
     fn stages(&self) -> Result<(CanaryEncoder, CanaryDecoder), EngineError> {
         let shared = self.planted.then(|| Arc::new((0..16).map(|_| AtomicU64::new(0)).collect()));
-        let encoder = CanaryEncoder { poison: self.poison.clone(), shared, rng: ChaCha8Rng::seed_from_u64(1) };
+        let rng = ChaCha8Rng::seed_from_u64(1);
+        let encoder = CanaryEncoder { poison: self.poison.clone(), shared, rng, _alive: self.alive.clone() };
         Ok((encoder, CanaryDecoder(ChaCha8Rng::seed_from_u64(2))))
     }
 }
@@ -441,17 +474,23 @@ impl Decoder for CanaryDecoder {
     }
 }
 
+/// What the canary's answers 0 and 1 become as a position of the first joint.
+fn canary_scale(policy: &Policy) -> (f64, f64) {
+    let position = |v: f32| {
+        let mut out = vec![0.0; 7];
+        policy.to_robot(&vec![v; policy.dims().action_dim], &MEAN_POSE, &mut out).unwrap();
+        out[0]
+    };
+    (position(0.0), position(1.0))
+}
+
 /// Runs observations past the canary engine; the chunks whose slot was written while it was read, or held another
 /// image than the chunk says.
 fn torn_chunks(mode: PipelineMode, planted: bool) -> (usize, usize) {
     let dir = tempfile::tempdir().unwrap();
     let (_, policy) = synthetic_policy(dir.path());
-    let mut zero = vec![0.0; 7];
-    let width = policy.dims().action_dim;
-    policy.to_robot(&vec![0.0; width], &MEAN_POSE, &mut zero).unwrap();
-    let mut one = vec![0.0; 7];
-    policy.to_robot(&vec![1.0; width], &MEAN_POSE, &mut one).unwrap();
-    let engine = Canary { dims: *policy.dims(), planted, poison: Vec::new() };
+    let (zero, one) = canary_scale(&policy);
+    let engine = Arc::new(Canary { planted, ..Canary::new(&policy) });
     let mut rig = Rig::start(&engine, policy, config(mode));
     rig.joints(&MEAN_POSE);
     let mut sent = HashMap::new();
@@ -465,7 +504,7 @@ fn torn_chunks(mode: PipelineMode, planted: bool) -> (usize, usize) {
     std::thread::sleep(Duration::from_millis(50));
     let (mut chunks, mut torn) = (0, 0);
     while let Ok(chunk) = rig.chunks.pop() {
-        let value = (chunk.positions[0] - zero[0]) / (one[0] - zero[0]);
+        let value = (chunk.positions[0] - zero) / (one - zero);
         chunks += 1;
         torn += usize::from((value - f64::from(sent[&chunk.oldest_image_stamp])).abs() > 1e-3 || value.is_nan());
     }
@@ -487,11 +526,72 @@ fn the_canary_fires_when_slots_share_memory() {
 }
 
 #[test]
+fn shares_change_under_running_stages() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    let (zero, one) = canary_scale(&policy);
+    for mode in [PipelineMode::Pipelined, PipelineMode::DualRate] {
+        let engine = Arc::new(Canary::new(&policy));
+        let mut rig = Rig::start(&engine, policy.clone(), config(mode));
+        let pool = engine.built.lock().unwrap().clone();
+        let shares = |g: &Grant| (g.encoder, g.decoder);
+        assert_eq!(pool.iter().map(shares).collect::<Vec<_>>(), [(68, 64), (92, 40), (36, 96)], "ready at start");
+        let (mut sent, mut value) = (HashMap::new(), 0u8);
+        let mut split_to = |percent: u8, resplits: u64| {
+            let split = Split { backend: Backend::Auto, encoder: percent, decoder: 100 - percent };
+            rig.pipeline.set_split(split).unwrap();
+            let end = Instant::now() + PATIENCE;
+            while rig.pipeline.report().resplits < resplits {
+                assert!(Instant::now() < end, "{percent} %: {:?}", rig.pipeline.report());
+                value = value % 250 + 1;
+                rig.joints(&MEAN_POSE);
+                sent.insert(rig.observe(&frame(value)), value);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            rig.pipeline.report()
+        };
+        // Two of the pool, then more than the shelf holds, then one that has gone from it.
+        for (i, percent) in [70, 30, 80, 20, 60, 90, 75, 40, 70].into_iter().enumerate() {
+            let report = split_to(percent, i as u64 + 1);
+            let resplit = report.last_resplit.unwrap();
+            assert_eq!(resplit.cached, i < 2, "{percent} %");
+            assert!(resplit.total_ms >= resplit.build_ms);
+            assert!(report.partition.starts_with("green: encoder "), "{}", report.partition);
+        }
+        assert_eq!(engine.built.lock().unwrap().len(), pool.len() + 7);
+        // 69 % is the 92 SMs that run already.
+        assert!(split_to(69, 0).partition.starts_with("green: encoder 92 SMs, decoder 40 SMs"));
+        let over = Split { backend: Backend::Green, encoder: 70, decoder: 70 };
+        assert!(rig.pipeline.set_split(over).unwrap_err().to_string().contains("at most 30 %"));
+        // The engine's own, those on the shelf, the one at work.
+        assert!(Arc::strong_count(&engine.alive) <= 1 + 4 + 1, "{}", Arc::strong_count(&engine.alive));
+        let mut chunks = 0;
+        while let Ok(chunk) = rig.chunks.pop() {
+            let found = (chunk.positions[0] - zero) / (one - zero);
+            chunks += 1;
+            assert!((found - f64::from(sent[&chunk.oldest_image_stamp])).abs() < 1e-3, "{found}");
+        }
+        let report = rig.pipeline.report();
+        assert!(chunks > 9 && report.encode.errors + report.decode.errors == 0, "{chunks} {report:?}");
+    }
+}
+
+#[test]
+fn without_shares_a_split_is_not_applicable() {
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, policy) = synthetic_policy(dir.path());
+    let engine = Arc::new(CpuEngine::load(&checkpoint, policy.origin().into(), 1).unwrap());
+    let rig = Rig::start(&engine, policy, config(PipelineMode::Pipelined));
+    assert!(rig.pipeline.report().partition.contains("not applicable"), "{}", rig.pipeline.report().partition);
+    rig.pipeline.set_split(Split { backend: Backend::Mps, encoder: 70, decoder: 70 }).unwrap();
+}
+
+#[test]
 fn a_failed_encode_is_counted_and_the_next_observation_goes_through() {
     let dir = tempfile::tempdir().unwrap();
     let (_, policy) = synthetic_policy(dir.path());
     for mode in MODES {
-        let engine = Canary { dims: *policy.dims(), planted: false, poison: vec![1, 2, 3, 4, 5] };
+        let engine = Arc::new(Canary { poison: vec![1, 2, 3, 4, 5], ..Canary::new(&policy) });
         let mut rig = Rig::start(&engine, policy.clone(), config(mode));
         rig.joints(&MEAN_POSE);
         // More failures than slots: a slot that got lost would end it.
@@ -516,7 +616,7 @@ fn a_failed_encode_is_counted_and_the_next_observation_goes_through() {
 fn a_camera_whose_stamps_cannot_be_true_is_dated_by_arrival() {
     let dir = tempfile::tempdir().unwrap();
     let (_, policy) = synthetic_policy(dir.path());
-    let engine = Canary { dims: *policy.dims(), planted: false, poison: Vec::new() };
+    let engine = Arc::new(Canary::new(&policy));
     let mut live = config(PipelineMode::Pipelined);
     live.live.max_camera_skew_ms = 10_000.0;
     let mut rig = Rig::start(&engine, policy, live);

@@ -183,10 +183,8 @@ fn a_foreign_bag_is_told_from_a_damaged_one() {
     // In another namespace it is found, unless there are two.
     let spaced: Vec<_> = bench.records.iter().map(|r| renamed(r, &format!("/left{}", r.topic.name))).collect();
     assert_eq!(bench.done(&bench.mcap("left.mcap", &spaced), &[])["mode"], "ramp");
-    let two: Vec<_> = spaced
-        .iter()
-        .flat_map(|r| [r.clone(), renamed(r, &r.topic.name.replace("/left", "/right"))])
-        .collect();
+    let two: Vec<_> =
+        spaced.iter().flat_map(|r| [r.clone(), renamed(r, &r.topic.name.replace("/left", "/right"))]).collect();
     let two = bench.mcap("two.mcap", &two);
     bench.refused(&two, &[], &["/left", "/right", "--name"]);
     assert_eq!(bench.done(&two, &["--name", "/right/pi0_mps"])["mode"], "ramp");

@@ -116,8 +116,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let resampler = policy.origin().into();
     let replay = Replay { args, settings, policy, times };
     let outcome = match device.device {
-        Device::Cuda(index) => replay.run(&CudaEngine::load(&checkpoint, resampler, index as usize)?)?,
-        Device::Auto | Device::Cpu => replay.run(&CpuEngine::load(&checkpoint, resampler, threads)?)?,
+        Device::Cuda(index) => replay.run(CudaEngine::load(&checkpoint, resampler, index as usize)?)?,
+        Device::Auto | Device::Cpu => replay.run(CpuEngine::load(&checkpoint, resampler, threads)?)?,
     };
     let comparison = other.map(|tape| Comparison::new(&outcome.tape, &tape)).transpose()?;
     if args.json {
@@ -256,7 +256,8 @@ struct Outcome {
 }
 
 impl Replay<'_> {
-    fn run<E: Engine>(&self, engine: &E) -> Result<Outcome, CliError> {
+    fn run<E: Engine>(&self, engine: E) -> Result<Outcome, CliError> {
+        let engine = Arc::new(engine);
         let (args, settings) = (self.args, &self.settings);
         let mut reader = BagReader::open(&args.bag)?;
         let mut routes = Routes::new(settings, &args.name, &args.remap)?;
@@ -268,7 +269,7 @@ impl Replay<'_> {
         let collector = Collector::new(messages, settings, begin, args.out.as_deref())?;
         let options = ReplayOptions { times: self.times, rearm: args.rearm };
         let outputs = Box::new(collector.clone());
-        let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), engine, begin, outputs, options)?;
+        let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), engine.clone(), begin, outputs, options)?;
         let names = node.names().clone();
         let mut events = Vec::new();
         let mut told = |at: RosTime, report: &TickReport, _: &ControlStatus| {

@@ -52,9 +52,11 @@ impl Bound {
 
     /// Whether the cubic from `(q, v)` to `(q1, v1)` in `h` seconds keeps every rule, and which it breaks.
     pub(crate) fn allows(&self, q: f64, v: f64, q1: f64, v1: f64, h: f64) -> Result<(), Breach> {
-        let slope = (q1 - q) / h;
-        let a0 = (6.0 * slope - 4.0 * v - 2.0 * v1) / h;
-        let a1 = (-6.0 * slope + 2.0 * v + 4.0 * v1) / h;
+        // Divisions are what this costs: there is one by `h`, and the rarer questions are asked last.
+        let per_h = 1.0 / h;
+        let slope = (q1 - q) * per_h;
+        let a0 = (6.0 * slope - 4.0 * v - 2.0 * v1) * per_h;
+        let a1 = (-6.0 * slope + 2.0 * v + 4.0 * v1) * per_h;
         let a_max = self.acceleration * (1.0 + EPS);
         let v_max = self.velocity * (1.0 + EPS);
         if !(a0.abs() <= a_max && a1.abs() <= a_max) {
@@ -64,17 +66,23 @@ impl Bound {
         if v1.abs() > v_max {
             return Err(Breach::Velocity);
         }
-        let jerk = (a1 - a0) / h;
-        if a0 * a1 < 0.0 {
+        let jerk = (a1 - a0) * per_h;
+        let monotone = a0 * a1 >= 0.0;
+        if !monotone {
             let t = -a0 / jerk;
             if (v + 0.5 * a0 * t).abs() > v_max {
                 return Err(Breach::Velocity);
             }
         }
-        if q1 + self.grid_brake(v1.max(0.0), h) > self.max || q1 - self.grid_brake((-v1).max(0.0), h) < self.min {
+        let brake = self.grid_brake(v1.abs(), h);
+        let (lowest, highest) = if v1 < 0.0 { (q1 - brake, q1) } else { (q1, q1 + brake) };
+        if highest > self.max || lowest < self.min {
             return Err(Breach::Position);
         }
         // Where the velocity passes zero the position turns: it must turn inside the limits.
+        if monotone && v * v1 > 0.0 {
+            return Ok(());
+        }
         let disc = a0 * a0 - 2.0 * jerk * v;
         if disc >= 0.0 {
             let root = -a0 - disc.sqrt().copysign(a0);

@@ -36,8 +36,9 @@ impl State {
         let (cap, limiting) = if here.0 < there.0 { here } else { there };
         if self.pace == 1.0 && cap == 1.0 {
             curve.sample(self.x + h, bounds, &mut q, &mut v);
-            if self.keeps(bounds, &q, &v, h) {
-                return self.land(bounds, Target { x: self.x + h, pace: 1.0, q, v, limiting }, h, tally);
+            if let Some(untouched) = self.keeps(bounds, &q, &v, h) {
+                let target = Target { x: self.x + h, pace: 1.0, q, v, limiting, untouched };
+                return self.land(bounds, target, h, tally);
             }
         }
         // The pace changes by what the accelerations allow; the highest that keeps all joints on the path is taken.
@@ -50,21 +51,27 @@ impl State {
             let x = self.x + 0.5 * (self.pace + pace) * h;
             curve.sample(x, bounds, &mut q, &mut v);
             v.iter_mut().for_each(|v| *v *= pace);
-            Target { x, pace, q, v, limiting }
+            Target { x, pace, q, v, limiting, untouched: false }
         };
         let target = (0..=4)
             .map(|k| at(high - (high - low) * 0.25 * f64::from(k)))
-            .find(|t| self.keeps(bounds, &t.q, &t.v, h))
+            .find_map(|t| self.keeps(bounds, &t.q, &t.v, h).map(|untouched| Target { untouched, ..t }))
             .unwrap_or_else(|| at(high));
         self.land(bounds, target, h, tally);
     }
 
-    /// Whether all joints can take the step within velocity and acceleration. Positions are each joint's own affair.
-    fn keeps(&self, bounds: &[Bound], q: &[f64], v: &[f64], h: f64) -> bool {
-        bounds
-            .iter()
-            .enumerate()
-            .all(|(j, b)| matches!(b.allows(self.q[j], self.v[j], q[j], v[j], h), Ok(()) | Err(Breach::Position)))
+    /// Whether all joints can take the step within velocity and acceleration; positions are each joint's own affair.
+    /// True if none of them minds, false if only positions are in the way, `None` if it cannot be taken.
+    fn keeps(&self, bounds: &[Bound], q: &[f64], v: &[f64], h: f64) -> Option<bool> {
+        let mut untouched = true;
+        for (j, b) in bounds.iter().enumerate() {
+            match b.allows(self.q[j], self.v[j], q[j], v[j], h) {
+                Ok(()) => {}
+                Err(Breach::Position) => untouched = false,
+                Err(_) => return None,
+            }
+        }
+        Some(untouched)
     }
 
     /// Takes the step: joints that may go to the target do so untouched, the others approach it within their limits.
@@ -79,7 +86,8 @@ impl State {
         }
         for (j, b) in bounds.iter().enumerate() {
             let (q, v) = (target.q[j], target.v[j]);
-            match b.allows(self.q[j], self.v[j], q, v, h) {
+            let verdict = if target.untouched { Ok(()) } else { b.allows(self.q[j], self.v[j], q, v, h) };
+            match verdict {
                 Ok(()) => (self.q[j], self.v[j]) = (q.max(b.min).min(b.max), v),
                 Err(breach) => {
                     (self.q[j], self.v[j]) = b.approach(self.q[j], self.v[j], q, v, h);
@@ -106,4 +114,6 @@ struct Target {
     q: JointVector,
     v: JointVector,
     limiting: usize,
+    /// Whether every joint is known to take it as it is.
+    untouched: bool,
 }

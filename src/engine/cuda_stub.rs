@@ -25,6 +25,9 @@ pub enum CudaDecoder {}
 #[derive(Debug)]
 pub enum CudaCache {}
 
+/// Nothing: there is no driver to prepare for.
+pub fn prepare_process() {}
+
 /// The GPU's name, or why it cannot be used.
 pub fn probe(ordinal: usize) -> Result<String, EngineError> {
     Err(absent(ordinal))

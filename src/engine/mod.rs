@@ -12,8 +12,10 @@ pub mod cuda;
 pub mod cuda;
 mod device;
 pub mod guidance;
+pub mod partition;
 
 pub use device::{Device, Resolved};
+use partition::{Grant, Offer, Refusal};
 
 use crate::choice::choice;
 use crate::error::{Blame, Fault};
@@ -89,6 +91,11 @@ pub trait KvCache: Send + 'static {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Overwrites what it holds with what no encoder writes, so that a decoder that reads it too early is noticed.
+    fn poison(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
 }
 
 /// The first stage: images and prompt to keys and values.
@@ -126,7 +133,7 @@ pub trait Decoder: Send + 'static {
 }
 
 /// A device with a checkpoint loaded.
-pub trait Engine: Send + 'static {
+pub trait Engine: Send + Sync + 'static {
     /// Its cache slot.
     type Cache: KvCache;
     /// Its encoder.
@@ -143,8 +150,19 @@ pub trait Engine: Send + 'static {
     /// An empty cache slot for up to `views` views and `tokens` prompt tokens.
     fn cache(&self, views: usize, tokens: usize) -> Result<Self::Cache, EngineError>;
 
-    /// The two stages; they share the weights.
+    /// What of the device each stage could be given; `None` where it has nothing to divide.
+    fn offer(&self) -> Option<&Offer> {
+        None
+    }
+
+    /// The two stages, each with the whole device; they share the weights.
     fn stages(&self) -> Result<(Self::Encoder, Self::Decoder), EngineError>;
+
+    /// The two stages, each on its share; they share the weights, with those of other grants too.
+    fn stages_on(&self, grant: Grant) -> Result<(Self::Encoder, Self::Decoder), EngineError> {
+        let _ = grant;
+        self.stages()
+    }
 }
 
 /// What can go wrong on a device.
@@ -173,6 +191,9 @@ pub enum EngineError {
         /// What to do.
         remedy: String,
     },
+    /// The shares asked for cannot be had.
+    #[error(transparent)]
+    Partition(#[from] Refusal),
     /// A call to the device failed; the engine cannot be used further.
     #[error("GPU, {what}: {reason}. {remedy}")]
     Device {
@@ -208,7 +229,7 @@ impl Blame for EngineError {
     fn fault(&self) -> Fault {
         match self {
             EngineError::Model(e) => e.fault(),
-            EngineError::Shape { .. } => Fault::Input,
+            EngineError::Shape { .. } | EngineError::Partition(_) => Fault::Input,
             EngineError::Unavailable { .. } | EngineError::Device { .. } | EngineError::Memory { .. } => Fault::Machine,
         }
     }

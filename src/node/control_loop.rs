@@ -15,29 +15,10 @@ use crate::pipeline::Retired;
 use crate::pipeline::inputs::{InputSlots, JointSample};
 use crate::rt::latest::{Reader, Writer};
 use crate::rt::period::{Periodic, Wake};
+use crate::rt::signals::{Epoch, RequestBits};
 
 use super::publisher::Job;
 use super::recorder::{TickRecord, TickTap};
-
-/// What the operator asked for, as bits that one tick takes all at once.
-#[derive(Debug, Default)]
-pub(super) struct RequestBits(AtomicU8);
-
-impl RequestBits {
-    pub const ENABLE: u8 = 1;
-    pub const DISABLE: u8 = 2;
-    pub const STOP: u8 = 4;
-    pub const RESET: u8 = 8;
-
-    /// Asks; takes effect at the next tick. Lock-free.
-    pub fn ask(&self, bits: u8) {
-        self.0.fetch_or(bits, Ordering::AcqRel);
-    }
-
-    fn take(&self) -> u8 {
-        self.0.swap(0, Ordering::AcqRel)
-    }
-}
 
 /// What is wrong with an output, as one number that the control thread can read.
 #[derive(Debug, Default)]
@@ -72,7 +53,7 @@ pub(super) struct Signals {
     pub lifecycle: AtomicU8,
     pub has_prompt: AtomicBool,
     pub inference_failed: AtomicBool,
-    pub epoch: Arc<AtomicU64>,
+    pub epoch: Arc<Epoch>,
     pub stopping: AtomicBool,
     /// Windows that counted as published when they were computed and were never sent.
     pub unsent: AtomicU64,
@@ -249,7 +230,7 @@ impl ControlLoop {
         state.chunk = chunk.as_ref().map(|c| c.sequence);
         state.source.follow(&report, chunk.as_deref());
         self.retire(chunk, taken);
-        self.signals.epoch.store(self.controller.epoch(), Ordering::Release);
+        self.signals.epoch.set(self.controller.epoch());
         report
     }
 

@@ -88,6 +88,7 @@ pub(super) fn live(s: &Settings) -> LiveConfig {
 pub(super) fn pipeline(s: &Settings) -> PipelineConfig {
     PipelineConfig {
         mode: s.gpu.pipeline_mode,
+        split: s.gpu.split,
         cameras: s
             .inputs
             .cameras

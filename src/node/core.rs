@@ -4,17 +4,19 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::control_loop::{Change, Event, InputRules, RequestBits, Signals, Snapshot};
+use super::control_loop::{Change, Event, InputRules, Signals, Snapshot};
 use super::status::{self, Status};
 use super::{NodeError, convert, lock, publisher, recorder};
 use crate::clock::{Clock, RosTime};
 use crate::control::{ChunkVerdict, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport};
+use crate::engine::EngineError;
 use crate::error::Fault;
 use crate::model::{Dims, Frame, ModelError};
 use crate::params::Settings;
 use crate::pipeline::inputs::InputSlots;
 use crate::pipeline::{Pipeline, PipelineReport};
 use crate::rt::latest::Reader;
+use crate::rt::signals::RequestBits;
 
 /// So many identical frames in a row count as a frozen camera; a still scene has sensor noise, a frozen driver has not.
 const FROZEN_FRAMES: u64 = 30;
@@ -258,6 +260,10 @@ impl Core {
         if new.model.prompt.trim().is_empty() && !old.model.prompt.trim().is_empty() {
             return Err(NodeError::Refused(EMPTY_PROMPT.into()));
         }
+        let pipeline = lock(&self.pipeline);
+        if let Some(pipeline) = &*pipeline {
+            pipeline.decide(new.gpu.split).map_err(EngineError::from)?;
+        }
         let control = convert::control(new, &self.dims);
         if control != convert::control(old, &self.dims) {
             let controller = Box::new(Controller::new(control)?);
@@ -268,8 +274,11 @@ impl Core {
         if rules != input_rules(old) {
             self.send(Change::Rules(Box::new(rules)))?;
         }
-        if let Some(pipeline) = &*lock(&self.pipeline) {
+        if let Some(pipeline) = &*pipeline {
             pipeline.set_live(convert::live(new));
+            if new.gpu.split != old.gpu.split {
+                pipeline.set_split(new.gpu.split).map_err(EngineError::from)?;
+            }
         }
         if new.model.prompt != old.model.prompt {
             self.inputs.put_prompt(&new.model.prompt);

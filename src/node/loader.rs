@@ -55,16 +55,16 @@ fn load(core: &Core, parts: Parts) -> Result<(), NodeError> {
     match resolved.device {
         Device::Cuda(index) => {
             let engine = CudaEngine::load(&parts.checkpoint, resampler, index as usize)?;
-            start(core, &engine, parts)
+            start(core, engine, parts)
         }
         Device::Auto | Device::Cpu => {
             let engine = CpuEngine::load(&parts.checkpoint, resampler, threads)?;
-            start(core, &engine, parts)
+            start(core, engine, parts)
         }
     }
 }
 
-fn start<E: Engine>(core: &Core, engine: &E, parts: Parts) -> Result<(), NodeError> {
+fn start<E: Engine>(core: &Core, engine: E, parts: Parts) -> Result<(), NodeError> {
     *lock(&core.device) = engine.describe();
     core.signals.set_lifecycle(Lifecycle::Warmup);
     let config = convert::pipeline(&lock(&core.settings));
@@ -77,7 +77,13 @@ fn start<E: Engine>(core: &Core, engine: &E, parts: Parts) -> Result<(), NodeErr
         epoch: core.signals.epoch.clone(),
         tap: parts.tap,
     };
-    let pipeline = Pipeline::start(engine, parts.policy, config, io)?;
+    let pipeline = Pipeline::start(Arc::new(engine), parts.policy, config, io)?;
+    // What was changed meanwhile.
+    let settings = lock(&core.settings);
+    pipeline.set_live(convert::live(&settings));
+    if let Err(e) = pipeline.set_split(settings.gpu.split) {
+        tracing::error!("{e}; the shares stay as they were at start");
+    }
     *lock(&core.pipeline) = Some(pipeline);
     Ok(())
 }

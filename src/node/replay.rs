@@ -42,7 +42,7 @@ impl<E: Engine> ReplayNode<E> {
     pub fn new(
         settings: Settings,
         policy: Arc<Policy>,
-        engine: &E,
+        engine: Arc<E>,
         start: RosTime,
         outputs: Box<dyn Outputs>,
         options: ReplayOptions,

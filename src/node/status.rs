@@ -363,7 +363,15 @@ fn safety(f: &Facts<'_>) -> Diagnostic {
 }
 
 fn gpu(f: &Facts<'_>) -> Diagnostic {
-    Diagnostic { name: "gpu", level: Level::Ok, message: f.device.into(), values: vec![pair("device", f.device)] }
+    let p = f.pipeline;
+    let mut values = vec![pair("device", f.device), pair("partition", &p.partition), pair("resplits", p.resplits)];
+    if let Some(r) = p.last_resplit {
+        let how = if r.cached { "kept ready" } else { "built" };
+        values.push(pair("last_resplit", how));
+        values.push(pair("last_resplit_build_ms", format!("{:.1}", r.build_ms)));
+        values.push(pair("last_resplit_in_force_ms", format!("{:.1}", r.total_ms)));
+    }
+    Diagnostic { name: "gpu", level: Level::Ok, message: f.device.into(), values }
 }
 
 fn recorder(f: &Facts<'_>) -> Diagnostic {

@@ -2,10 +2,9 @@
 //! policy and no sleep. For tests and replay.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::control_loop::{ControlLoop, RequestBits, Turn};
+use super::control_loop::{ControlLoop, Turn};
 use super::core::Core;
 use super::publisher::Publisher;
 use super::{Commands, Inputs, NodeError, Outputs, Parts, Status};
@@ -18,6 +17,7 @@ use crate::params::Settings;
 use crate::pipeline::{PipelineIo, Retired};
 use crate::rt::latest::Reader;
 use crate::rt::period::Wake;
+use crate::rt::signals::RequestBits;
 
 /// A node whose periods and publishing are called one by one.
 pub struct SteppedNode {
@@ -109,7 +109,7 @@ impl SteppedNode {
 
     /// The epoch that new chunks carry.
     pub fn epoch(&self) -> u64 {
-        self.core.signals.epoch.load(Ordering::Acquire)
+        self.core.signals.epoch.current()
     }
 
     /// One period of the control thread at the clock's time, `skipped` periods having passed without one. What its

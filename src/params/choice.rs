@@ -3,19 +3,6 @@
 use crate::choice::choice;
 
 choice! {
-    /// How the two stages share the multiprocessors.
-    Partition {
-        /// `mps` if the device says MPS is on, else `green`, else `shared`.
-        Auto = "auto",
-        /// Two driver contexts with an SM count each, under the MPS daemon.
-        Mps = "mps",
-        /// Two green contexts.
-        Green = "green",
-        /// Two streams, the decoder's with the higher priority.
-        Shared = "shared",
-    }
-}
-choice! {
     /// What happens when a camera goes silent.
     OnCameraLoss {
         /// Decelerating stop.

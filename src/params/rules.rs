@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::choice::Partition;
 use super::{ParamError, Params, Placeholder, Value};
 use crate::engine::Device;
+use crate::engine::partition::Backend;
 
 /// Every rule that these values break.
 pub fn broken(p: &Params) -> Vec<ParamError> {
@@ -177,7 +177,7 @@ fn device_is_one(p: &Params, errors: &mut Vec<ParamError>) {
 fn shares_fit_the_partition(p: &Params, errors: &mut Vec<ParamError>) {
     let percent = |name| p.get(name).and_then(|e| e.value.as_int()).unwrap_or_default();
     let (encoder, decoder) = (percent("mps_encoder_percentage"), percent("mps_decoder_percentage"));
-    if string(p, "partition") == Partition::Green.name() && encoder + decoder > 100 {
+    if string(p, "partition") == Backend::Green.name() && encoder + decoder > 100 {
         let reason = format!(
             "{encoder} % and mps_decoder_percentage {decoder} % are more than the GPU has, and shares of partition \
              green cannot overlap; use at most 100 % in sum"

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::choice::*;
 use super::{Params, Value};
 use crate::control::{JointLimits, MissPolicy, Seam};
+use crate::engine::partition::{Backend, Split};
 use crate::engine::{Device, GuidanceSchedule};
 use crate::model::ActionMode;
 use crate::pipeline::PipelineMode;
@@ -162,11 +163,7 @@ pub struct Gpu {
     /// How they share time.
     pub pipeline_mode: PipelineMode,
     /// How they share multiprocessors.
-    pub partition: Partition,
-    /// Share of the encoder in percent, 1 to 100.
-    pub encoder_percentage: u32,
-    /// Share of the decoder in percent, 1 to 100.
-    pub decoder_percentage: u32,
+    pub split: Split,
 }
 
 /// How chunks follow one another.
@@ -329,9 +326,11 @@ impl Settings {
             },
             gpu: Gpu {
                 pipeline_mode: PipelineMode::from_name(r.text("pipeline_mode")).unwrap_or(PipelineMode::Sequential),
-                partition: Partition::from_name(r.text("partition")).unwrap_or(Partition::Auto),
-                encoder_percentage: r.int("mps_encoder_percentage"),
-                decoder_percentage: r.int("mps_decoder_percentage"),
+                split: Split {
+                    backend: Backend::from_name(r.text("partition")).unwrap_or(Backend::Auto),
+                    encoder: r.int("mps_encoder_percentage"),
+                    decoder: r.int("mps_decoder_percentage"),
+                },
             },
             chunks: Chunks {
                 replan_steps: r.int("replan_steps"),

@@ -5,6 +5,7 @@ use super::choice::*;
 use super::value::{Kind, Value};
 use crate::control::{MissPolicy, Seam};
 use crate::engine::GuidanceSchedule;
+use crate::engine::partition::Backend;
 use crate::model::ActionMode;
 use crate::pipeline::PipelineMode;
 
@@ -296,7 +297,7 @@ pub const TABLE: &[ParamSpec] = &[
 
     row("GPU", "pipeline_mode", one_of("pipelined", PipelineMode::NAMES), Start,
         "sequential: shortest latency; pipelined: most chunks a second; dual_rate: decodes the newest cache again with the newest joint state."),
-    row("GPU", "partition", one_of("auto", Partition::NAMES), Start,
+    row("GPU", "partition", one_of("auto", Backend::NAMES), Start,
         "How encoder and decoder share the multiprocessors; auto takes mps if it is on, else green, else shared."),
     row("GPU", "mps_encoder_percentage", int(50, 1, 100, "%"), Any,
         "Share of the encoder. Set alone past a sum of 100, it moves the decoder's to the complement."),

@@ -15,29 +15,33 @@ pub mod leftover;
 mod mailbox;
 mod noise;
 mod report;
+mod resplit;
 mod stages;
 mod stepped;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::choice::choice;
 use crate::clock::{Clock, Monotonic};
 use crate::control::PlanView;
 use crate::control::chunk::ActionChunk;
+use crate::engine::partition::{Decision, Offer, Refusal, Split};
 use crate::engine::{Engine, EngineError, GuidanceSchedule};
 use crate::error::{Blame, Fault};
 use crate::model::{ModelError, Policy};
 use crate::rt::latest::Reader;
 use crate::rt::rights;
+use crate::rt::signals::Epoch;
 
 use inputs::InputSlots;
 use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
-pub use report::{PipelineReport, StageReport};
+pub use report::{PipelineReport, Resplit, StageReport};
+use resplit::{Builder, Message};
 pub use stepped::{StageTimes, SteppedPipeline};
 
 choice! {
@@ -110,6 +114,8 @@ pub struct LiveConfig {
 pub struct PipelineConfig {
     /// How the stages share time.
     pub mode: PipelineMode,
+    /// How they share the device; may be changed later.
+    pub split: Split,
     /// In the order of the input slots.
     pub cameras: Vec<CameraBinding>,
     /// Joint names in robot order, for messages.
@@ -139,7 +145,7 @@ pub struct PipelineIo {
     /// The plan in execution.
     pub plan: Reader<Option<PlanView>>,
     /// Reset epoch; chunks carry the one they were started in.
-    pub epoch: Arc<AtomicU64>,
+    pub epoch: Arc<Epoch>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }
@@ -192,7 +198,7 @@ struct Shared {
     policy: Arc<Policy>,
     inputs: Arc<InputSlots>,
     clock: Arc<dyn Clock>,
-    epoch: Arc<AtomicU64>,
+    epoch: Arc<Epoch>,
     live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,
@@ -228,12 +234,15 @@ struct Stages<E: Engine> {
     encode: stages::EncodeStage<E::Encoder>,
     decode: stages::DecodeStage<E::Decoder>,
     filled: Arc<Mailbox<stages::Filled<E::Cache>>>,
+    builder: Builder<E>,
+    to_builder: crossbeam_channel::Sender<Message<E::Encoder, E::Decoder>>,
+    offer: Option<Offer>,
 }
 
 impl<E: Engine> Stages<E> {
     /// Checks the configuration against the policy and warms both stages up.
     fn new(
-        engine: &E,
+        engine: Arc<E>,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
@@ -250,13 +259,15 @@ impl<E: Engine> Stages<E> {
         }
         stages::check_mode(&config, policy.dims())?;
 
-        let (mut encoder, mut decoder) = engine.stages()?;
-        let slots = (0..config.mode.slots())
+        let decision = resplit::decide(engine.offer(), config.mode == PipelineMode::Sequential, config.split);
+        let decision = decision.map_err(EngineError::from)?;
+        // One more than go round: the builder warms new stages up with it.
+        let mut slots = (0..=config.mode.slots())
             .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
             .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
             live: Mutex::new(Arc::new(config.live.clone())),
-            report: Mutex::new(PipelineReport::default()),
+            report: Mutex::new(PipelineReport { partition: decision.to_string(), ..Default::default() }),
             stopping: AtomicBool::new(false),
             policy,
             inputs: io.inputs,
@@ -268,9 +279,12 @@ impl<E: Engine> Stages<E> {
             times,
         });
 
+        let offer = engine.offer().cloned();
+        tracing::info!("partition: {decision}");
+        let Some(spare) = slots.pop() else { return Err(PipelineError::Config("no cache slots".into())) };
+        let (encoder, decoder, builder, to_builder) = Builder::start(engine, shared.clone(), spare, decision.grant)?;
         let (free_tx, free_rx) = crossbeam_channel::unbounded();
-        for mut slot in slots {
-            stages::warm_up(&shared, &mut encoder, &mut decoder, &mut slot)?;
+        for slot in slots {
             // The receiver lives in this function: the send cannot fail.
             let _ = free_tx.send(slot);
         }
@@ -292,7 +306,7 @@ impl<E: Engine> Stages<E> {
             io.plan,
             io.tap,
         );
-        Ok(Self { shared, encode, decode, filled })
+        Ok(Self { shared, encode, decode, filled, builder, to_builder, offer })
     }
 }
 
@@ -301,30 +315,37 @@ pub struct Pipeline {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     close: Box<dyn Fn() + Send + Sync>,
+    offer: Option<Offer>,
+    ask: Box<dyn Fn(Decision) + Send + Sync>,
 }
 
 impl Pipeline {
     /// Checks the configuration against the policy, warms both stages up, then starts their threads.
     /// Nothing of the warm-up reaches the statistics or the control thread.
     pub fn start<E: Engine>(
-        engine: &E,
+        engine: Arc<E>,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
     ) -> Result<Self, PipelineError> {
-        let Stages { shared, encode, decode, filled } = Stages::new(engine, policy, config, io, None)?;
+        let Stages { shared, encode, decode, filled, builder, to_builder, offer } =
+            Stages::new(engine, policy, config, io, None)?;
         let close = {
-            let shared = shared.clone();
+            let (shared, to_builder) = (shared.clone(), to_builder.clone());
             Box::new(move || {
                 shared.stopping.store(true, Ordering::Release);
+                let _ = to_builder.send(Message::Stop);
                 filled.close();
                 shared.inputs.wake();
             })
         };
-        let mut pipeline = Self { shared, threads: Vec::new(), close };
+        // Where the builder has ended, nothing is to be built any more.
+        let ask = Box::new(move |decision| _ = to_builder.send(Message::Ask(decision, Instant::now())));
+        let mut pipeline = Self { shared, threads: Vec::new(), close, offer, ask };
         let [encoder_cpu, decoder_cpu] = pipeline.shared.config.cpus;
         pipeline.spawn("pi0_encoder", encoder_cpu, move || encode.run())?;
         pipeline.spawn("pi0_decoder", decoder_cpu, move || decode.run())?;
+        pipeline.spawn("pi0_builder", None, move || builder.run())?;
         Ok(pipeline)
     }
 
@@ -367,6 +388,18 @@ impl Pipeline {
     /// Changes what may change; in force from the next chunk on.
     pub fn set_live(&self, live: LiveConfig) {
         *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    /// What `split` would give each stage here, or why it cannot be had and what could.
+    pub fn decide(&self, split: Split) -> Result<Decision, Refusal> {
+        resplit::decide(self.offer.as_ref(), self.shared.config.mode == PipelineMode::Sequential, split)
+    }
+
+    /// Other shares, in force between two frames as soon as their stages are ready; [`report`](Self::report) says when.
+    pub fn set_split(&self, split: Split) -> Result<Decision, Refusal> {
+        let decision = self.decide(split)?;
+        (self.ask)(decision.clone());
+        Ok(decision)
     }
 
     /// Ends both stages after the work in hand; returns when their threads have ended.

@@ -14,6 +14,17 @@ pub struct StageReport {
     pub time: Histogram,
 }
 
+/// A re-split that is in force.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Resplit {
+    /// Making the new stages beside the running ones, ms.
+    pub build_ms: f64,
+    /// From the request until both stages had swapped, ms.
+    pub total_ms: f64,
+    /// Whether the stages were kept ready.
+    pub cached: bool,
+}
+
 /// Both stages; a clone is a snapshot.
 #[derive(Debug, Clone, Default)]
 pub struct PipelineReport {
@@ -37,6 +48,12 @@ pub struct PipelineReport {
     pub skewed: u64,
     /// Chunks guided by the plan in execution.
     pub guided: u64,
+    /// The shares in force and why.
+    pub partition: String,
+    /// Re-splits that came into force.
+    pub resplits: u64,
+    /// The newest of them.
+    pub last_resplit: Option<Resplit>,
     /// Why nothing is being encoded or decoded just now.
     pub waiting_for: Option<String>,
     /// Newest error of a stage.

@@ -1,7 +1,6 @@
 //! The bodies of the two stage threads.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -10,11 +9,12 @@ use super::inputs::{CameraSample, JointSample, believed};
 use super::leftover::{Grid, History, PastChunk, leftover};
 use super::mailbox::Mailbox;
 use super::noise::NoiseSource;
+use super::resplit::Seat;
 use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Retired, Shared};
 use crate::clock::{Monotonic, RosTime};
 use crate::control::chunk::{ActionChunk, ChunkTiming};
 use crate::control::{MAX_JOINTS, PlanView};
-use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, View};
+use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, KvCache, View};
 use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
 use crate::rt::latest::Reader;
@@ -105,7 +105,8 @@ pub(super) fn check_mode(config: &PipelineConfig, dims: &Dims) -> Result<(), Pip
     Ok(())
 }
 
-/// Runs both stages once on grey images and a zero state, so that the first real chunk is as fast as the others.
+/// Runs both stages once, so that the first real chunk is as fast as the others: on the newest frames, or grey images
+/// where there are none yet, and a zero state.
 pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     shared: &Shared,
     encoder: &mut E,
@@ -114,7 +115,9 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
 ) -> Result<(), PipelineError> {
     let dims = *shared.policy.dims();
     let grey = vec![0.0; 3 * dims.vision.image * dims.vision.image];
-    let views = vec![View::Planes(&grey); shared.views.len()];
+    let newest: Vec<_> = shared.views.iter().map(|&camera| shared.inputs.frame(camera)).collect();
+    let views: Vec<_> =
+        newest.iter().map(|s| s.as_ref().map_or(View::Planes(&grey), |s| View::Frame(&s.frame))).collect();
     let tokens = shared.policy.tokens(&shared.inputs.prompt().text, &vec![0.0; shared.policy.state_len()])?;
     encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, slot)?;
     let len = dims.horizon * dims.action_dim;
@@ -160,7 +163,7 @@ pub(super) struct News {
 /// The encoder thread.
 pub(super) struct EncodeStage<E: Encoder> {
     pub shared: Arc<Shared>,
-    pub encoder: E,
+    pub encoder: Seat<E>,
     pub free: Receiver<E::Cache>,
     pub give_back: Sender<E::Cache>,
     pub filled: Arc<Mailbox<Filled<E::Cache>>>,
@@ -173,6 +176,13 @@ impl<E: Encoder> EncodeStage<E> {
         while !self.shared.stopping() {
             let Ok(mut slot) = self.free.recv_timeout(WAIT) else { continue };
             let Some(views) = self.next_observation(&mut news) else { break };
+            self.encoder.relieve();
+            // The canary of debug builds: whoever still reads this slot gets NaN, and the decoder notices.
+            if cfg!(debug_assertions)
+                && let Err(e) = slot.poison()
+            {
+                tracing::error!("poisoning a cache slot: {e}");
+            }
             match self.encode(&views, &mut slot) {
                 Ok(prefix) => {
                     if let Some(old) = self.filled.put(Filled { slot, prefix }) {
@@ -287,7 +297,7 @@ impl<E: Encoder> EncodeStage<E> {
         };
         let tokens = shared.policy.tokens(&prompt.text, state.as_ref().map_or(&[], |s| &s.policy))?;
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
-        self.encoder.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
+        self.encoder.now.stage.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
         let encode_end = shared.end_of(encode_start, |t| t.encode);
         shared.report(|r| {
             r.encode.runs += 1;
@@ -311,7 +321,7 @@ impl<E: Encoder> EncodeStage<E> {
 /// The decoder thread.
 pub(super) struct DecodeStage<D: Decoder> {
     shared: Arc<Shared>,
-    decoder: D,
+    decoder: Seat<D>,
     free: Sender<D::Cache>,
     filled: Arc<Mailbox<Filled<D::Cache>>>,
     chunks: rtrb::Producer<Arc<ActionChunk>>,
@@ -333,7 +343,7 @@ impl<D: Decoder> DecodeStage<D> {
     #[allow(clippy::too_many_arguments)] // the ends of every channel that meets here
     pub fn new(
         shared: Arc<Shared>,
-        decoder: D,
+        decoder: Seat<D>,
         free: Sender<D::Cache>,
         filled: Arc<Mailbox<Filled<D::Cache>>>,
         chunks: rtrb::Producer<Arc<ActionChunk>>,
@@ -370,6 +380,7 @@ impl<D: Decoder> DecodeStage<D> {
         let mut decoded = 0;
         while !self.shared.stopping() {
             self.free_retired();
+            self.decoder.relieve();
             let newer = if held.is_some() { self.filled.try_take() } else { self.filled.take(WAIT) };
             let is_new = newer.is_some();
             if let Some(newer) = newer
@@ -425,7 +436,7 @@ impl<D: Decoder> DecodeStage<D> {
     fn decode(&mut self, filled: &Filled<D::Cache>) -> Result<Option<ActionChunk>, PipelineError> {
         let shared = self.shared.clone();
         // Read before the state: a stop that comes after this makes the chunk stale, whatever it was made from.
-        let epoch = shared.epoch.load(Ordering::Acquire);
+        let epoch = shared.epoch.current();
         if epoch != self.epoch {
             self.epoch = epoch;
             self.history.clear();
@@ -460,7 +471,12 @@ impl<D: Decoder> DecodeStage<D> {
         };
         let guided = guidance.is_some();
         let input = DecodeInput { state: &self.state, noise: self.noise.current(), steps: live.steps, guidance };
-        self.decoder.decode(&filled.slot, &input, &mut self.actions)?;
+        self.decoder.now.stage.decode(&filled.slot, &input, &mut self.actions)?;
+        if cfg!(debug_assertions) && self.actions.iter().any(|a| !a.is_finite()) {
+            let found = "actions are not finite: a cache slot was read while it was written, or the model diverged";
+            tracing::error!("{found}");
+            shared.report(|r| r.last_error = Some(found.into()));
+        }
         if !live.hold_noise {
             self.noise.advance();
         }

@@ -41,7 +41,7 @@ pub struct SteppedPipeline<E: Engine> {
 impl<E: Engine> SteppedPipeline<E> {
     /// As [`Pipeline::start`](super::Pipeline::start), by the clock in `io`.
     pub fn new(
-        engine: &E,
+        engine: Arc<E>,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
@@ -106,7 +106,7 @@ impl<E: Engine> SteppedPipeline<E> {
     }
 
     fn begin_decode(&mut self) {
-        let Stages { shared, encode, decode, filled } = &mut self.stages;
+        let Stages { shared, encode, decode, filled, .. } = &mut self.stages;
         if self.decoding.is_some() {
             return;
         }

@@ -3,6 +3,9 @@
 pub mod latest;
 pub mod period;
 pub mod rights;
+pub mod signals;
+mod sync;
+mod triple;
 
 /// A bounded queue from one thread to one other, without locks.
 pub use rtrb as ring;

@@ -7,10 +7,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::device::{Buffer, Event, Graph, Pinned, Stream};
+use super::device::{Buffer, Pinned};
 use super::encoder::CudaCache;
 use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, Shape, Skinny, SkinnyArgs};
+use super::lane::Lane;
 use super::plan::{self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
+use super::stream::{Event, Graph, Stream};
 use super::time::Tables;
 use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
 use super::{Model, Tuning, check_finite, check_len};
@@ -66,6 +68,7 @@ struct Plans {
 pub struct CudaDecoder {
     model: Arc<Model>,
     weights: Arc<DecoderWeights>,
+    lane: Arc<Lane>,
     stream: Stream,
     graphs: HashMap<Key, Graph>,
     tables: HashMap<usize, Tables>,
@@ -92,7 +95,12 @@ pub struct CudaDecoder {
 }
 
 impl CudaDecoder {
-    pub(super) fn new(model: Arc<Model>, weights: Arc<DecoderWeights>, tuning: Tuning) -> Result<Self, EngineError> {
+    pub(super) fn new(
+        model: Arc<Model>,
+        weights: Arc<DecoderWeights>,
+        lane: Arc<Lane>,
+        tuning: Tuning,
+    ) -> Result<Self, EngineError> {
         let device = Arc::clone(&model.device);
         let dims = model.dims;
         let e = dims.expert;
@@ -113,7 +121,7 @@ impl CudaDecoder {
         let block = Block::new(&dims);
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride * 8);
         Ok(Self {
-            stream: Stream::new(&device)?,
+            stream: Stream::new(&lane)?,
             graphs: HashMap::new(),
             tables: HashMap::new(),
             tokens,
@@ -132,18 +140,19 @@ impl CudaDecoder {
             suffix_keys: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
             suffix_values: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
             squares: Buffer::zeroed(&device, sizes.width_rows / TILE * 64)?,
-            events: [Event::new(&device)?, Event::new(&device)?],
+            events: [Event::new(&lane)?, Event::new(&lane)?],
             sizes,
             plans,
             tuning,
             model,
             weights,
+            lane,
         })
     }
 
     /// Milliseconds the last decode took on the GPU, upload and download included.
     pub fn last_ms(&self) -> Result<f32, EngineError> {
-        self.model.device.bind()?;
+        let _current = self.lane.enter()?;
         self.events[1].ms_since(&self.events[0])
     }
 
@@ -235,7 +244,7 @@ impl CudaDecoder {
     }
 
     fn skinny(&self) -> &Skinny {
-        &self.model.device.kernels().skinny[self.tokens]
+        &self.lane.kernels().skinny[self.tokens]
     }
 
     fn stride(&self) -> i32 {
@@ -343,7 +352,7 @@ impl CudaDecoder {
             dependent: self.tuning.dependent,
         };
         for _ in 0..self.times(Stage::Attention) {
-            self.model.device.kernels().decode_attention[variant].launch(&self.stream, shape, &args)?;
+            self.lane.kernels().decode_attention[variant].launch(&self.stream, shape, &args)?;
         }
 
         let (next, next_bytes) = self.next(Stage::Out, l);
@@ -450,7 +459,7 @@ impl CudaDecoder {
             dependent: self.tuning.dependent && done.is_some(),
             ..Shape::blocks(rows, 256)
         };
-        self.model.device.kernels().flow.launch(&self.stream, shape, &args)
+        self.lane.kernels().flow.launch(&self.stream, shape, &args)
     }
 
     /// Fills the pinned input block.
@@ -499,7 +508,7 @@ impl CudaDecoder {
     }
 
     fn run(&mut self, cache: &CudaCache, input: &DecodeInput<'_>, actions: &mut [f32]) -> Result<(), EngineError> {
-        self.model.device.bind()?;
+        let _current = self.lane.enter()?;
         let dims = self.model.dims;
         check_len("actions", actions, dims.horizon * dims.action_dim)?;
         if input.steps == 0 || input.steps > MAX_STEPS {

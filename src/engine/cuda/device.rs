@@ -1,4 +1,4 @@
-//! Owning types over the driver API: device, stream, event, memory, graph. Every call's result is checked.
+//! Owning types over the driver API: device and memory. Every call's result is checked.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
@@ -45,6 +45,29 @@ pub(super) fn check(result: sys::CUresult, what: &'static str) -> Result<(), Eng
 
 fn unavailable(ordinal: usize, reason: impl Into<String>, remedy: impl Into<String>) -> EngineError {
     EngineError::Unavailable { device: format!("cuda:{ordinal}"), reason: reason.into(), remedy: remedy.into() }
+}
+
+/// A context that is current on this thread until this goes; then the one before it is again.
+pub(super) struct Current {
+    /// Guards belong to the thread that entered.
+    of: PhantomData<*const ()>,
+}
+
+impl Current {
+    /// Enters `context`, which whoever calls keeps alive.
+    pub fn enter(context: sys::CUcontext) -> Result<Self, EngineError> {
+        // SAFETY: a live context: device and lanes own theirs and enter only from their own methods.
+        check(unsafe { sys::cuCtxPushCurrent_v2(context) }, "binding the GPU's context")?;
+        Ok(Self { of: PhantomData })
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut left = std::ptr::null_mut();
+        // SAFETY: pops what `enter` pushed: guards of one thread go in the reverse order of their coming.
+        unsafe { sys::cuCtxPopCurrent_v2(&mut left) };
+    }
 }
 
 /// One GPU with its primary context and the kernels loaded into it.
@@ -137,8 +160,7 @@ impl Device {
             }
             let mut context = std::ptr::null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "opening the GPU's context")?;
-            let kernels =
-                check(sys::cuCtxSetCurrent(context), "binding the GPU's context").and_then(|()| Kernels::load());
+            let kernels = Current::enter(context).and_then(|_current| Kernels::load());
             if kernels.is_err() {
                 sys::cuDevicePrimaryCtxRelease_v2(handle);
             }
@@ -147,10 +169,14 @@ impl Device {
         }
     }
 
-    /// Makes the context current on the calling thread.
-    pub(super) fn bind(&self) -> Result<(), EngineError> {
-        // SAFETY: the context is retained for as long as `self` lives.
-        check(unsafe { sys::cuCtxSetCurrent(self.context) }, "binding the GPU's context")
+    /// Makes the primary context, which owns all memory, current on the calling thread until the guard goes.
+    pub(super) fn enter(&self) -> Result<Current, EngineError> {
+        Current::enter(self.context)
+    }
+
+    /// The driver's number of it.
+    pub(super) fn handle(&self) -> sys::CUdevice {
+        self.handle
     }
 
     pub(super) fn kernels(&self) -> &Kernels {
@@ -179,7 +205,7 @@ impl Device {
 
     /// Free and total memory in bytes.
     pub fn memory(&self) -> Result<(usize, usize), EngineError> {
-        self.bind()?;
+        let _current = self.enter()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: two out-parameters on this stack.
         check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "reading free memory")?;
@@ -189,9 +215,11 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let _ = self.bind();
-        // SAFETY: dropped here and nowhere else, while the context is still there.
-        unsafe { ManuallyDrop::drop(&mut self.kernels) };
+        {
+            let _current = self.enter();
+            // SAFETY: dropped here and nowhere else, while the context is still there.
+            unsafe { ManuallyDrop::drop(&mut self.kernels) };
+        }
         // SAFETY: retained once in `open`; everything that used the context holds an Arc of this device and is gone.
         unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
     }
@@ -235,7 +263,7 @@ unsafe impl<T> Sync for Buffer<T> {}
 impl<T: Plain> Buffer<T> {
     /// Zeroed memory for `len` elements (at least one).
     pub fn zeroed(device: &Arc<Device>, len: usize) -> Result<Self, EngineError> {
-        device.bind()?;
+        let _current = device.enter()?;
         let bytes = len.max(1) * size_of::<T>();
         let mut pointer = 0;
         // SAFETY: out-parameter on this stack; the size is not zero.
@@ -276,7 +304,7 @@ impl<T: Plain> Buffer<T> {
     /// Copies `values` to element `at` on and waits.
     pub fn write(&self, at: usize, values: &[T]) -> Result<(), EngineError> {
         assert!(at + values.len() <= self.len, "write past a device buffer");
-        self.device.bind()?;
+        let _current = self.device.enter()?;
         // SAFETY: both ranges are live and checked.
         let code = unsafe { sys::cuMemcpyHtoD_v2(self.at(at), values.as_ptr().cast(), size_of_val(values)) };
         check(code, "copying to the GPU")?;
@@ -286,7 +314,7 @@ impl<T: Plain> Buffer<T> {
     /// Copies elements from `at` on into `out` and waits.
     pub fn read(&self, at: usize, out: &mut [T]) -> Result<(), EngineError> {
         assert!(at + out.len() <= self.len, "read past a device buffer");
-        self.device.bind()?;
+        let _current = self.device.enter()?;
         // SAFETY: both ranges are live and checked.
         let code = unsafe { sys::cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), self.at(at), size_of_val(out)) };
         check(code, "copying from the GPU")
@@ -294,7 +322,7 @@ impl<T: Plain> Buffer<T> {
 
     /// Sets every byte to `byte` and waits: poison for tests.
     pub fn fill(&self, byte: u8) -> Result<(), EngineError> {
-        self.device.bind()?;
+        let _current = self.device.enter()?;
         // SAFETY: the whole of a live allocation.
         check(unsafe { sys::cuMemsetD8_v2(self.pointer, byte, self.len * size_of::<T>()) }, "filling GPU memory")?;
         settle()
@@ -303,7 +331,7 @@ impl<T: Plain> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        let _ = self.device.bind();
+        let _current = self.device.enter();
         // SAFETY: allocated in `zeroed`, freed once; cuMemFree waits for work that uses it.
         unsafe { sys::cuMemFree_v2(self.pointer) };
     }
@@ -323,7 +351,7 @@ unsafe impl<T: Sync> Sync for Pinned<T> {}
 
 impl<T: Plain> Pinned<T> {
     pub fn zeroed(device: &Arc<Device>, len: usize) -> Result<Self, EngineError> {
-        device.bind()?;
+        let _current = device.enter()?;
         let bytes = len.max(1) * size_of::<T>();
         let mut p: *mut c_void = std::ptr::null_mut();
         // SAFETY: out-parameter on this stack.
@@ -349,6 +377,10 @@ impl<T: Plain> Pinned<T> {
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
     }
 
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     pub fn as_ptr(&self) -> *const T {
         self.pointer.as_ptr()
     }
@@ -356,188 +388,8 @@ impl<T: Plain> Pinned<T> {
 
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
-        let _ = self.device.bind();
+        let _current = self.device.enter();
         // SAFETY: allocated by cuMemHostAlloc, freed once.
         unsafe { sys::cuMemFreeHost(self.pointer.as_ptr().cast()) };
-    }
-}
-
-/// A queue of device work.
-pub(super) struct Stream {
-    device: Arc<Device>,
-    raw: sys::CUstream,
-}
-
-// SAFETY: a driver handle; calls on it are thread-safe.
-unsafe impl Send for Stream {}
-
-impl Stream {
-    pub fn new(device: &Arc<Device>) -> Result<Self, EngineError> {
-        device.bind()?;
-        let mut raw = std::ptr::null_mut();
-        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: out-parameter on this stack.
-        check(unsafe { sys::cuStreamCreate(&mut raw, flags) }, "creating a stream")?;
-        Ok(Self { device: Arc::clone(device), raw })
-    }
-
-    pub fn raw(&self) -> sys::CUstream {
-        self.raw
-    }
-
-    /// Waits for everything queued.
-    pub fn synchronize(&self) -> Result<(), EngineError> {
-        // SAFETY: a live stream.
-        check(unsafe { sys::cuStreamSynchronize(self.raw) }, "waiting for the GPU")
-    }
-
-    /// Queues a copy of the first `len` elements of `from` to `to`, `at` elements in. `from` must stay as it is until
-    /// the stream is synchronised, which every caller does before it returns.
-    pub fn upload<T: Plain>(&self, from: &Pinned<T>, len: usize, to: &Buffer<T>, at: usize) -> Result<(), EngineError> {
-        assert!(len <= from.len && at + len <= to.len, "upload past a buffer");
-        // SAFETY: both ranges are checked and live.
-        let code =
-            unsafe { sys::cuMemcpyHtoDAsync_v2(to.at(at), from.as_ptr().cast(), len * size_of::<T>(), self.raw) };
-        check(code, "copying to the GPU")
-    }
-
-    /// As [`upload`](Self::upload), for a range of elements that keep their places.
-    pub fn upload_part<T: Plain>(
-        &self,
-        from: &Pinned<T>,
-        part: std::ops::Range<usize>,
-        to: &Buffer<T>,
-    ) -> Result<(), EngineError> {
-        let bytes = size_of_val(&from.as_slice()[part.clone()]);
-        assert!(part.end <= to.len, "upload past a buffer");
-        // SAFETY: both ranges are checked and live.
-        let code = unsafe {
-            let source = from.as_ptr().add(part.start).cast();
-            sys::cuMemcpyHtoDAsync_v2(to.at(part.start), source, bytes, self.raw)
-        };
-        check(code, "copying to the GPU")
-    }
-
-    /// Queues a copy of `len` elements from element `at` of `from` into `to`.
-    pub fn download<T: Plain>(&self, from: &Buffer<T>, len: usize, to: &Pinned<T>) -> Result<(), EngineError> {
-        assert!(len <= to.len && len <= from.len, "download past a buffer");
-        // SAFETY: both ranges are checked and live; the pinned memory is read only after synchronising.
-        let code = unsafe {
-            sys::cuMemcpyDtoHAsync_v2(to.pointer.as_ptr().cast(), from.pointer(), len * size_of::<T>(), self.raw)
-        };
-        check(code, "copying from the GPU")
-    }
-
-    /// Queues a copy between device buffers.
-    pub fn copy<T: Plain>(&self, from: &Buffer<T>, len: usize, to: &Buffer<T>, at: usize) -> Result<(), EngineError> {
-        assert!(len <= from.len && at + len <= to.len, "copy past a buffer");
-        // SAFETY: both ranges are checked and live.
-        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.at(at), from.pointer(), len * size_of::<T>(), self.raw) };
-        check(code, "copying on the GPU")
-    }
-
-    /// Records what `queue` puts on this stream as a graph instead of running it.
-    pub fn capture(&self, queue: impl FnOnce() -> Result<(), EngineError>) -> Result<Graph, EngineError> {
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: a live stream that nobody else uses while `self` is borrowed by its stage.
-        check(unsafe { sys::cuStreamBeginCapture_v2(self.raw, mode) }, "capturing a graph")?;
-        let queued = queue();
-        let mut graph = std::ptr::null_mut();
-        // SAFETY: ends the capture begun above, also when `queue` failed.
-        let ended = unsafe { sys::cuStreamEndCapture(self.raw, &mut graph) };
-        queued?;
-        check(ended, "capturing a graph")?;
-        let mut exec = std::ptr::null_mut();
-        // SAFETY: a graph just captured; it may be destroyed once instantiated.
-        let code = unsafe {
-            let code = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0);
-            sys::cuGraphDestroy(graph);
-            code
-        };
-        check(code, "instantiating a graph")?;
-        // SAFETY: a live executable and stream.
-        let code = unsafe { sys::cuGraphUpload(exec, self.raw) };
-        let graph = Graph { device: Arc::clone(&self.device), exec };
-        check(code, "uploading a graph")?;
-        self.synchronize()?;
-        Ok(graph)
-    }
-
-    /// Queues a run of `graph`, which must have been captured on this stream.
-    pub fn launch_graph(&self, graph: &Graph) -> Result<(), EngineError> {
-        // SAFETY: both are live.
-        check(unsafe { sys::cuGraphLaunch(graph.exec, self.raw) }, "launching a graph")
-    }
-
-    /// Queues a time stamp.
-    pub fn record(&self, event: &Event) -> Result<(), EngineError> {
-        // SAFETY: both are live and of one context.
-        check(unsafe { sys::cuEventRecord(event.raw, self.raw) }, "recording an event")
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        let _ = self.device.bind();
-        // SAFETY: created in `new`, destroyed once; the driver finishes its work first.
-        unsafe { sys::cuStreamDestroy_v2(self.raw) };
-    }
-}
-
-/// A captured sequence of device work. Buffers it uses belong to the stage that owns it.
-pub(super) struct Graph {
-    device: Arc<Device>,
-    exec: sys::CUgraphExec,
-}
-
-// SAFETY: a driver handle, launched only through its stage.
-unsafe impl Send for Graph {}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        let _ = self.device.bind();
-        // SAFETY: instantiated in `capture`, destroyed once.
-        unsafe { sys::cuGraphExecDestroy(self.exec) };
-    }
-}
-
-/// A time stamp in a stream.
-pub(super) struct Event {
-    device: Arc<Device>,
-    raw: sys::CUevent,
-}
-
-// SAFETY: a driver handle.
-unsafe impl Send for Event {}
-
-impl Event {
-    pub fn new(device: &Arc<Device>) -> Result<Self, EngineError> {
-        device.bind()?;
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: out-parameter on this stack.
-        check(unsafe { sys::cuEventCreate(&mut raw, 0) }, "creating an event")?;
-        Ok(Self { device: Arc::clone(device), raw })
-    }
-
-    /// Waits until it has passed; an event never recorded has.
-    pub fn wait(&self) -> Result<(), EngineError> {
-        // SAFETY: a live event.
-        check(unsafe { sys::cuEventSynchronize(self.raw) }, "waiting for an event")
-    }
-
-    /// Milliseconds from `earlier` to this one; both must have passed.
-    pub fn ms_since(&self, earlier: &Event) -> Result<f32, EngineError> {
-        let mut ms = 0.0;
-        // SAFETY: live events and an out-parameter on this stack.
-        check(unsafe { sys::cuEventElapsedTime_v2(&mut ms, earlier.raw, self.raw) }, "reading an event")?;
-        Ok(ms)
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        let _ = self.device.bind();
-        // SAFETY: created in `new`, destroyed once.
-        unsafe { sys::cuEventDestroy_v2(self.raw) };
     }
 }

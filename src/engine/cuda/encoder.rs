@@ -6,11 +6,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Model;
-use super::device::{Buffer, Device, Event, Graph, Pinned, Stream};
+use super::device::{Buffer, Device, Pinned};
 use super::images::Images;
-use super::kernels::{AttentionArgs, GegluArgs, NormArgs, RopeArgs, Shape};
+use super::kernels::{AttentionArgs, GegluArgs, Kernels, NormArgs, RopeArgs, Shape};
+use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands};
 use super::plan::{self, HEAD_DIMS};
+use super::stream::{Event, Graph, Stream};
 use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS};
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
 use crate::model::Dims;
@@ -52,13 +54,6 @@ impl CudaCache {
         self.capacity * self.head_dim
     }
 
-    /// Overwrites keys and values with NaN patterns: what a test expects to be written again.
-    pub fn poison(&mut self) -> Result<(), EngineError> {
-        self.rows = 0;
-        self.keys.fill(0xff)?;
-        self.values.fill(0xff)
-    }
-
     /// A planted fault: key `row` of every layer becomes that of the row before it.
     pub fn drop_key(&mut self, row: usize) -> Result<(), EngineError> {
         let mut line = vec![0u16; self.head_dim];
@@ -80,6 +75,13 @@ impl CudaCache {
 impl KvCache for CudaCache {
     fn len(&self) -> usize {
         self.rows
+    }
+
+    /// NaN patterns.
+    fn poison(&mut self) -> Result<(), EngineError> {
+        self.rows = 0;
+        self.keys.fill(0xff)?;
+        self.values.fill(0xff)
     }
 }
 
@@ -140,6 +142,7 @@ pub struct EncodeTimes {
 pub struct CudaEncoder {
     model: Arc<Model>,
     weights: Arc<EncoderWeights>,
+    lane: Arc<Lane>,
     stream: Stream,
     lt: Lt,
     images: Images,
@@ -153,14 +156,14 @@ pub struct CudaEncoder {
 }
 
 impl CudaEncoder {
-    pub(super) fn new(model: Arc<Model>, weights: Arc<EncoderWeights>) -> Result<Self, EngineError> {
+    pub(super) fn new(model: Arc<Model>, weights: Arc<EncoderWeights>, lane: Arc<Lane>) -> Result<Self, EngineError> {
         let device = Arc::clone(&model.device);
         let v = &model.dims.vision;
         let images = Images::new(&device, v.image, v.patch, plan::patch_stride(&model.dims), model.resampler);
-        let event = || Event::new(&device);
+        let event = || Event::new(&lane);
         Ok(Self {
-            stream: Stream::new(&device)?,
-            lt: Lt::new(&device)?,
+            stream: Stream::new(&lane)?,
+            lt: Lt::new(&lane)?,
             images,
             workspace: None,
             vision_graphs: HashMap::new(),
@@ -171,12 +174,13 @@ impl CudaEncoder {
             events: [event()?, event()?, event()?, event()?],
             model,
             weights,
+            lane,
         })
     }
 
     /// Times of the last encode.
     pub fn last_times(&self) -> Result<EncodeTimes, EngineError> {
-        self.model.device.bind()?;
+        let _current = self.lane.enter()?;
         let [start, images, vision, trunk] = &self.events;
         Ok(EncodeTimes {
             images: images.ms_since(start)?,
@@ -283,11 +287,20 @@ impl CudaEncoder {
         }
         let model = Arc::clone(&self.model);
         let weights = Arc::clone(&self.weights);
+        let lane = Arc::clone(&self.lane);
+        let kernels = lane.kernels();
         if !self.vision_graphs.contains_key(&views)
             && let Some(w) = &self.workspace
         {
-            let mut queue =
-                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params: 0 };
+            let mut queue = Queue {
+                model: &model,
+                weights: &weights,
+                stream: &self.stream,
+                kernels,
+                lt: &mut self.lt,
+                w,
+                params: 0,
+            };
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
@@ -297,7 +310,7 @@ impl CudaEncoder {
         {
             let params = self.params.1.pointer();
             let mut queue =
-                Queue { model: &model, weights: &weights, stream: &self.stream, lt: &mut self.lt, w, params };
+                Queue { model: &model, weights: &weights, stream: &self.stream, kernels, lt: &mut self.lt, w, params };
             let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
             let prompt = &self.prompt_rows.1;
@@ -312,7 +325,8 @@ impl CudaEncoder {
 
     /// Everything up to the launch of the graphs; returns the prefix rows.
     fn begin(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<usize, EngineError> {
-        self.model.device.bind()?;
+        let lane = Arc::clone(&self.lane);
+        let _current = lane.enter()?;
         let rows = self.check(input, cache)?;
         cache.rows = 0;
         let (views, tokens) = (input.views.len(), input.tokens.len());
@@ -327,7 +341,7 @@ impl CudaEncoder {
         let view_patches = model.dims.vision.tokens() * plan::patch_stride(&model.dims);
         if let Some(w) = &self.workspace {
             for (i, view) in input.views.iter().enumerate() {
-                self.images.queue(&self.stream, model.device.kernels(), i, view, w.patches.at(i * view_patches))?;
+                self.images.queue(&self.stream, self.lane.kernels(), i, view, w.patches.at(i * view_patches))?;
             }
         }
         self.stream.record(&self.events[1])?;
@@ -393,6 +407,7 @@ struct Queue<'a> {
     model: &'a Model,
     weights: &'a EncoderWeights,
     stream: &'a Stream,
+    kernels: &'a Kernels,
     lt: &'a mut Lt,
     w: &'a Workspace,
     params: u64,
@@ -459,7 +474,7 @@ impl Queue<'_> {
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
         };
-        self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
     fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
@@ -473,7 +488,7 @@ impl Queue<'_> {
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
         };
-        self.model.device.kernels().norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
     fn attention(
@@ -490,7 +505,7 @@ impl Queue<'_> {
             cluster: 1,
             dependent: true,
         };
-        self.model.device.kernels().attention[variant.0].launch(self.stream, shape, args)
+        self.kernels.attention[variant.0].launch(self.stream, shape, args)
     }
 
     /// Patches to the first rows of x.
@@ -590,7 +605,7 @@ impl Queue<'_> {
                 layer: l as i32,
             };
             let items = rows * (heads + 2) * (t.head_dim / 8);
-            self.model.device.kernels().rope.launch(self.stream, Shape::items(items, 256), &rope)?;
+            self.kernels.rope.launch(self.stream, Shape::items(items, 256), &rope)?;
             let Some(rest) = &layer.rest else { break };
             let args = AttentionArgs {
                 q: qkv,
@@ -614,7 +629,7 @@ impl Queue<'_> {
             let o = Operands { w: rest.gate_up.pointer(), x: normed, bias: 0, c: gate_up, d: gate_up };
             self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
             let geglu = GegluArgs { gate_up, y: w.mlp.pointer(), rows: rows as i32, mlp: t.mlp as i32 };
-            self.model.device.kernels().geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
+            self.kernels.geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
             let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
         }

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::device::{Buffer, Device, Pinned, Stream};
+use super::device::{Buffer, Device, Pinned};
 use super::kernels::{ImageArgs, Kernels, Shape};
+use super::stream::Stream;
 use super::{check_finite, check_len};
 use crate::engine::{EngineError, View};
 use crate::model::{Encoding, Frame, ModelError, Resampler};

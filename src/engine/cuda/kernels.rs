@@ -8,7 +8,8 @@ use std::marker::PhantomData;
 
 use cudarc::driver::sys;
 
-use super::device::{Stream, check};
+use super::device::check;
+use super::stream::Stream;
 use crate::engine::EngineError;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));

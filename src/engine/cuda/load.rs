@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::device::{Buffer, Device, Event, Pinned, Stream};
+use super::device::{Buffer, Device, Pinned};
 use super::kernels::{Kernel, RandomArgs, Shape};
+use super::lane::Lane;
+use super::stream::{Event, Stream};
 use super::weights::TokenTable;
 use crate::engine::EngineError;
 use crate::model::{Checkpoint, Dtype};
@@ -92,9 +94,10 @@ pub(super) struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     pub fn new(device: &Arc<Device>, source: Source<'a>) -> Result<Self, EngineError> {
-        let stream = Stream::new(device)?;
+        let lane = Lane::whole(device);
+        let stream = Stream::new(&lane)?;
         let piece = || -> Result<(Pinned<u8>, Event), EngineError> {
-            let pair = (Pinned::zeroed(device, PIECE)?, Event::new(device)?);
+            let pair = (Pinned::zeroed(device, PIECE)?, Event::new(&lane)?);
             stream.record(&pair.1)?;
             Ok(pair)
         };

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
-use super::device::{Buffer, Device, Stream};
+use super::device::Buffer;
+use super::lane::Lane;
+use super::stream::Stream;
 use crate::engine::EngineError;
 
 /// Bytes of scratch memory one stage lends to the library (NVIDIA's advice for Hopper).
@@ -128,17 +130,19 @@ pub(super) struct Lt {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
     plans: HashMap<Key, Plan>,
+    lane: Arc<Lane>,
 }
 
 // SAFETY: handle and plans are used by one thread at a time: every method that uses them takes `&mut self`.
 unsafe impl Send for Lt {}
 
 impl Lt {
-    pub fn new(device: &Arc<Device>) -> Result<Self, EngineError> {
-        device.bind()?;
-        let workspace = Buffer::zeroed(device, WORKSPACE)?;
+    /// A handle of the lane's context.
+    pub fn new(lane: &Arc<Lane>) -> Result<Self, EngineError> {
+        let _current = lane.enter()?;
+        let workspace = Buffer::zeroed(lane.device(), WORKSPACE)?;
         let handle = result::create_handle().map_err(|e| fail("opening cuBLASLt", e))?;
-        Ok(Self { handle, workspace, plans: HashMap::new() })
+        Ok(Self { handle, workspace, plans: HashMap::new(), lane: Arc::clone(lane) })
     }
 
     /// Makes the plan of `key` if there is none: not while a graph is being captured.
@@ -233,6 +237,7 @@ impl Lt {
 
 impl Drop for Lt {
     fn drop(&mut self) {
+        let _current = self.lane.enter();
         self.plans.clear();
         // SAFETY: created in `new`, destroyed once.
         let _ = unsafe { result::destroy_handle(self.handle) };

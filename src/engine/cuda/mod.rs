@@ -1,7 +1,8 @@
 //! π0 and π0.5 on an NVIDIA GPU: bf16 weights, float32 sums and residuals.
 //!
 //! Data flow: `images` (bytes to patches) → `encoder` (SigLIP and trunk, fills the cache) → `decoder` (action expert,
-//! one graph of all steps). `device` owns driver objects, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix
+//! one graph of all steps). `device` owns
+//! the driver's objects, `lane` says where a stage runs, `stream` what runs there, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix
 //! products, `plan` every choice of kernel and shape, `load` and `weights` the way from a file to the layouts above,
 //! `time` what depends on flow time alone.
 //!
@@ -13,10 +14,12 @@ mod device;
 mod encoder;
 mod images;
 mod kernels;
+mod lane;
 mod load;
 mod lt;
 mod plan;
 mod rope;
+mod stream;
 mod time;
 mod weights;
 
@@ -27,9 +30,11 @@ pub use device::{Capability, Device as Gpu};
 pub use encoder::{CudaCache, CudaEncoder, EncodeTimes};
 pub use plan::Stage;
 
+use super::partition::{Grant, Offer};
 use super::{Engine, EngineError};
 use crate::model::{Checkpoint, Dims, Resampler};
 use device::Buffer;
+use lane::Lane;
 use load::Source;
 use weights::{DecoderWeights, EncoderWeights, MAX_VIEWS};
 
@@ -40,6 +45,19 @@ pub fn probe(ordinal: usize) -> Result<String, EngineError> {
     let (major, minor) = gpu.capability();
     let gib = |n: usize| n as f64 / f64::from(1 << 30);
     Ok(format!("{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)", gpu.name(), gpu.sms(), gib(free), gib(total)))
+}
+
+/// What the driver reads once, when it starts: enough hardware queues for both stages (MPS clients get two), and every
+/// kernel loaded at once, so that none is loaded between two frames. To be called before anything else in `main`;
+/// variables that are set stay as they are.
+pub fn prepare_process() {
+    let alone = std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1);
+    for (name, value) in [("CUDA_DEVICE_MAX_CONNECTIONS", "8"), ("CUDA_MODULE_LOADING", "EAGER")] {
+        if alone && std::env::var_os(name).is_none() {
+            // SAFETY: this is the only thread of the process, so nobody reads the environment meanwhile.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
 }
 
 /// What the stages share beside their weights.
@@ -124,6 +142,7 @@ pub struct CudaEngine {
     encoder: Arc<EncoderWeights>,
     decoder: Arc<DecoderWeights>,
     tuning: Tuning,
+    offer: Offer,
 }
 
 impl CudaEngine {
@@ -163,7 +182,9 @@ impl CudaEngine {
             rope: rope::table(&device, positions, head)?,
             device,
         };
+        let offer = lane::offer(&model.device)?;
         Ok(Self {
+            offer,
             model: Arc::new(model),
             encoder: Arc::new(encoder),
             decoder: Arc::new(decoder),
@@ -175,6 +196,18 @@ impl CudaEngine {
     pub fn tuned(mut self, tuning: Tuning) -> Self {
         self.tuning = tuning;
         self
+    }
+
+    fn on(&self, [encoder, decoder]: [Arc<Lane>; 2]) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
+        Ok((
+            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder), encoder)?,
+            CudaDecoder::new(Arc::clone(&self.model), Arc::clone(&self.decoder), decoder, self.tuning)?,
+        ))
+    }
+
+    /// Stages in two contexts of their own that are not partitioned: for tests of what `mps` needs, without its daemon.
+    pub fn stages_in_own_contexts(&self) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
+        self.on(Lane::unpartitioned(&self.model.device)?)
     }
 
     /// The GPU it runs on.
@@ -210,11 +243,16 @@ impl Engine for CudaEngine {
         CudaCache::new(&self.model.device, &self.model.dims, rows)
     }
 
+    fn offer(&self) -> Option<&Offer> {
+        Some(&self.offer)
+    }
+
     fn stages(&self) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
-        Ok((
-            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder))?,
-            CudaDecoder::new(Arc::clone(&self.model), Arc::clone(&self.decoder), self.tuning)?,
-        ))
+        self.stages_on(Grant::whole(self.offer.sms))
+    }
+
+    fn stages_on(&self, grant: Grant) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
+        self.on(Lane::pair(&self.model.device, grant)?)
     }
 }
 

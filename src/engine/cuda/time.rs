@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use super::device::{Buffer, Device, Stream};
+use super::device::{Buffer, Device};
 use super::kernels::{ProductArgs, Shape};
+use super::lane::Lane;
 use super::plan::{STEP_K, pad};
+use super::stream::Stream;
 use super::weights::{DecoderWeights, ExpertNorm, ExpertSizes, Suffix};
 use crate::engine::EngineError;
 use crate::model::Dims;
@@ -120,7 +122,7 @@ impl Tables {
             qkv_bias: Buffer::zeroed(device, layers * steps * n.qkv_rows)?,
             gate_up_bias: Buffer::zeroed(device, layers * steps * n.gate_up_rows)?,
         };
-        let stream = Stream::new(device)?;
+        let stream = Stream::new(&Lane::whole(device))?;
         let kernel = &device.kernels().product;
         let run = |args: ProductArgs| {
             let threads = args.rows as usize * steps * 32;

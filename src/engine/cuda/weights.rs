@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use super::device::{Buffer, Device, Stream};
+use super::device::{Buffer, Device};
 use super::kernels::{CopyArgs, PackArgs};
 use super::load::{Loader, Source};
 use super::plan::{self, STEP_K, TILE, pad};
+use super::stream::Stream;
 use crate::engine::EngineError;
 use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
 
