@@ -111,7 +111,7 @@ impl BagError {
 impl Blame for BagError {
     fn fault(&self) -> Fault {
         match self {
-            BagError::Io { .. } => Fault::Machine,
+            BagError::Io { source, .. } if source.kind() != std::io::ErrorKind::NotFound => Fault::Machine,
             _ => Fault::Input,
         }
     }

@@ -67,6 +67,9 @@ pub struct Args {
     /// How long a decode takes by the virtual clock [default: the median in a flight recording, else 20].
     #[arg(long, value_name = "MS")]
     decode_ms: Option<f64>,
+    /// Do not arm before this time after the first message [default: as soon as the node would allow it].
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    arm_after: f64,
     /// Arm again after a stop.
     #[arg(long)]
     rearm: bool,
@@ -100,7 +103,7 @@ const NO_TRACKING_LIMIT: f64 = 1e6;
 
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
-    let own = OwnRecording::look(&args.bag, args.salvage)?;
+    let own = OwnRecording::look(&args.bag)?;
     let settings = settings(args, own.parameters.as_deref())?;
     let times = StageTimes {
         encode: stage_time("--encode-ms", args.encode_ms, own.encode_ms)?,
@@ -149,15 +152,12 @@ struct OwnRecording {
 }
 
 impl OwnRecording {
-    fn look(path: &Path, salvage: bool) -> Result<Self, CliError> {
+    fn look(path: &Path) -> Result<Self, CliError> {
         let mut own = Self::default();
         let mut reader = BagReader::open(path)?;
         for record in reader.by_ref().take(LOOKED_AT) {
-            let record = match record {
-                Ok(record) => record,
-                Err(_) if salvage => break,
-                Err(e) => return Err(damaged(e, &BagReader::open(path)?)),
-            };
+            // What is wrong with it is said when it is replayed.
+            let Ok(record) = record else { break };
             if record.topic.name.ends_with("/parameters") && record.topic.kind == Text::TYPE {
                 own.parameters = Some(record.decode::<Text>()?.0).filter(|text| !text.is_empty());
                 break;
@@ -267,7 +267,8 @@ impl Replay<'_> {
         let begin = first.time;
         let messages = Arc::new(Messages::new(settings, &args.name));
         let collector = Collector::new(messages, settings, begin, args.out.as_deref())?;
-        let options = ReplayOptions { times: self.times, rearm: args.rearm };
+        let arm_from = begin.plus_seconds(args.arm_after);
+        let options = ReplayOptions { times: self.times, arm_from, rearm: args.rearm };
         let outputs = Box::new(collector.clone());
         let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), engine.clone(), begin, outputs, options)?;
         let names = node.names().clone();

@@ -24,8 +24,8 @@ use crate::control::{ControlStatus, JointVector, Mode, Reason, TickReport, TickT
 use crate::params::{self, Settings};
 use crate::telemetry::recorder::{MOST_BYTES, Ring, Shelf};
 
-/// Ticks on their way to the recorder: a fifth of a second at 1 kHz is far more than it ever sleeps.
-const TICKS: usize = 1024;
+/// Ticks on their way to the recorder: half a second at 1 kHz is far more than it ever sleeps.
+const TICKS: usize = 512;
 /// Published windows on their way.
 const WINDOWS: usize = 64;
 /// Windows are recorded at most this often; every tick has its command anyhow.
@@ -77,6 +77,40 @@ pub(super) struct TickRecord {
     pub tracking_error: f64,
     pub seam_jump: f64,
     pub command: JointVector,
+}
+
+impl TickRecord {
+    /// Of no tick.
+    const NONE: Self = Self {
+        ros: RosTime(0),
+        times: TickTimes {
+            scheduled: Monotonic(0),
+            woke: Monotonic(0),
+            computed: Monotonic(0),
+            published: None,
+            plan: None,
+        },
+        skipped: 0,
+        report: TickReport {
+            published: false,
+            previous: Mode::Unconfigured,
+            mode: Mode::Unconfigured,
+            refusal: None,
+            chunk: None,
+            dropped: None,
+            adoption: None,
+            stop: None,
+            restarted: false,
+        },
+        given: None,
+        measured: JointVector::NONE,
+        epoch: 0,
+        plan: None,
+        interventions: 0,
+        tracking_error: 0.0,
+        seam_jump: 0.0,
+        command: JointVector::NONE,
+    };
 }
 
 /// The control thread's end: pushing allocates nothing and takes no lock.
@@ -204,8 +238,8 @@ pub(super) fn ends(settings: &Settings, window: &Window, identity: Identity) -> 
         return None;
     }
     let lost = Arc::new(AtomicU64::new(0));
-    let (ticks_in, ticks) = rtrb::RingBuffer::new(TICKS);
-    let (sent_in, sent) = rtrb::RingBuffer::new(TICKS);
+    let (ticks_in, ticks) = touched(TICKS, || TickRecord::NONE);
+    let (sent_in, sent) = touched(TICKS, || Sent { times: TickTimes::default(), window: None });
     let (mut spare, spare_out) = rtrb::RingBuffer::new(WINDOWS);
     for _ in 0..WINDOWS {
         // As many places as windows: this cannot fail.
@@ -222,6 +256,14 @@ pub(super) fn ends(settings: &Settings, window: &Window, identity: Identity) -> 
         windows: WindowTap { spare: spare_out, ring: sent_in, chunks: chunks_in, next: Monotonic(i64::MIN), lost },
         recorder: Waiting { ticks, sent, spare, chunks, joints, requests, handle, identity },
     })
+}
+
+/// A ring every page of which has been written to: who fills it later meets no page fault.
+fn touched<T>(places: usize, value: impl Fn() -> T) -> (rtrb::Producer<T>, rtrb::Consumer<T>) {
+    let (mut to, mut from) = rtrb::RingBuffer::new(places);
+    while to.push(value()).is_ok() {}
+    while from.pop().is_ok() {}
+    (to, from)
 }
 
 /// The folder of recordings if none is given: where ROS keeps what it writes.

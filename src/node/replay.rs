@@ -20,6 +20,8 @@ const BEGIN: Monotonic = Monotonic(1_000_000_000);
 pub struct ReplayOptions {
     /// How long the stages take.
     pub times: StageTimes,
+    /// Arm not before.
+    pub arm_from: RosTime,
     /// Arm again after a stop, not only once.
     pub rearm: bool,
 }
@@ -99,7 +101,7 @@ impl<E: Engine> ReplayNode<E> {
             self.ready = true;
             self.node.set_lifecycle(Lifecycle::Ready);
         }
-        let idle = self.node.control_status().mode == Mode::Active;
+        let idle = self.node.control_status().mode == Mode::Active && self.clock.ros() >= self.options.arm_from;
         if idle && (!self.armed || self.options.rearm) {
             self.node.ask(Requests { enable: true, ..Requests::default() });
         }

@@ -130,14 +130,17 @@ impl Shelf {
         free.unwrap_or_else(|| name(0))
     }
 
-    /// Removes the oldest recordings beyond those that stay. Names sort by time; other files are left alone.
+    /// Removes the oldest recordings beyond those that stay; other files are left alone.
     fn clear(&self) {
         let Ok(entries) = std::fs::read_dir(&self.folder) else { return };
         let ours = |name: &str| name.starts_with(NAME.0) && name.ends_with(NAME.1);
-        let mut found: Vec<_> =
-            entries.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|n| ours(n)).collect();
+        let dated = |e: std::fs::DirEntry| {
+            let name = e.file_name().into_string().ok().filter(|n| ours(n))?;
+            Some((e.metadata().ok()?.modified().ok()?, name))
+        };
+        let mut found: Vec<_> = entries.flatten().filter_map(dated).collect();
         found.sort();
-        for old in found.iter().take(found.len().saturating_sub(self.keep)) {
+        for (_, old) in found.iter().take(found.len().saturating_sub(self.keep)) {
             let _ = std::fs::remove_file(self.folder.join(old));
         }
     }

@@ -34,6 +34,7 @@ class NodeUnderTest:
         self._enable = ros.create_client(SetBool, "/pi0_mps/enable")
         self._stop = ros.create_client(Trigger, "/pi0_mps/stop")
         self._reset = ros.create_client(Trigger, "/pi0_mps/reset")
+        self._save_recording = ros.create_client(Trigger, "/pi0_mps/save_recording")
         self._set = ros.create_client(SetParameters, "/pi0_mps/set_parameters")
         self._get = ros.create_client(GetParameters, "/pi0_mps/get_parameters")
         self.process = Process("control_node", command, log)
@@ -93,11 +94,18 @@ class NodeUnderTest:
     def enable(self, on: bool = True) -> SetBool.Response:
         return self.call(self._enable, SetBool.Request(data=on))
 
+    def ask_to_enable(self):
+        """Without waiting for the answer."""
+        return self._enable.call_async(SetBool.Request(data=True))
+
     def stop(self) -> Trigger.Response:
         return self.call(self._stop, Trigger.Request())
 
     def reset(self) -> Trigger.Response:
         return self.call(self._reset, Trigger.Request())
+
+    def save_recording(self) -> Trigger.Response:
+        return self.call(self._save_recording, Trigger.Request())
 
     def say(self, prompt: str) -> None:
         self.wait(lambda: self._prompt.get_subscription_count() > 0, "subscription of ~/prompt")
