@@ -1,7 +1,8 @@
 """A simulated arm with two cameras as a ROS 2 node: MuJoCo physics, headless rendering, joint_trajectory_controller's rules.
 
 It publishes camera/base/image_raw, camera/wrist/image_raw and joint_states, executes the JointTrajectory it is sent,
-and reports on ~/report how well that went: tracking error, jumps between trajectories, what was refused and why.
+and reports on ~/report how well that went: tracking error, jumps between trajectories, what was refused and why, and
+which blocks the fingers touched. The service ~/reset puts arm and blocks where the parameter `seed` says.
 """
 
 from __future__ import annotations
@@ -10,21 +11,15 @@ import argparse
 import array
 import json
 import math
-import os
 import signal
-import struct
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("MUJOCO_GL", "osmesa")
-
-import mujoco
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
@@ -33,86 +28,17 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
+from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from sim_arm import CAMERAS, JOINTS, MODEL, Arm, write_picture
+from touch import Touch
 from trajectory import Sample, Trajectory, brakes, refusal, seconds
 
-ROOT = Path(__file__).resolve().parent.parent
-JOINTS = ["shoulder_pan", "shoulder_lift", "elbow", "wrist_pitch", "wrist_yaw", "wrist_roll", "gripper"]
-CAMERAS = ["base", "wrist"]
 CYCLE_S = 0.01  # one joint_states message a cycle
 MAX_BACKLOG_S = 0.1  # further behind than this and the missed time is dropped, and counted
 REPORT_PERIOD_S = 0.5
 AT_REST_RAD_S = 0.02  # measured speed below which the arm counts as standing
-
-
-class Arm:
-    """The physics and the cameras."""
-
-    def __init__(self, model_path: Path, width: int, height: int):
-        self.model = mujoco.MjModel.from_xml_path(str(model_path))
-        self.data = mujoco.MjData(self.model)
-        joints = [self.model.joint(name) for name in JOINTS]
-        self._qpos = np.array([j.qposadr[0] for j in joints])
-        self._qvel = np.array([j.dofadr[0] for j in joints])
-        self._ctrl = np.array([self.model.actuator(name).id for name in JOINTS])
-        # Force of a MuJoCo position actuator: gain·ctrl + bias·(1, q, q̇); the joint adds damping of its own.
-        stiffness = self.model.actuator_gainprm[self._ctrl, 0]
-        # A column per polynomial order from MuJoCo 4 on, one number before.
-        damping = self.model.dof_damping.reshape(self.model.nv, -1)[self._qvel, 0]
-        drag = damping - self.model.actuator_biasprm[self._ctrl, 2]
-        self._feed_forward = drag / stiffness
-        self.step_s = self.model.opt.timestep
-        mujoco.mj_resetDataKeyframe(self.model, self.data, self.model.key("home").id)
-        mujoco.mj_forward(self.model, self.data)
-        self.renderer = mujoco.Renderer(self.model, height, width)
-
-    def command(self, desired: Sample) -> None:
-        """Position loop with velocity feed-forward, as servo drives have it: no lag at constant speed."""
-        self.data.ctrl[self._ctrl] = desired.position + self._feed_forward * desired.velocity
-
-    def step(self) -> None:
-        mujoco.mj_step(self.model, self.data)
-
-    def position(self) -> np.ndarray:
-        return self.data.qpos[self._qpos]
-
-    def velocity(self) -> np.ndarray:
-        return self.data.qvel[self._qvel]
-
-    def image(self, camera: str) -> np.ndarray:
-        self.renderer.update_scene(self.data, camera)
-        return self.renderer.render()
-
-
-def write_picture(path: Path, model_path: Path, data: mujoco.MjData, width: int = 1280, height: int = 960) -> None:
-    """The scene from outside with shadows and smooth edges, which the policy's cameras do without."""
-    spec = mujoco.MjSpec.from_file(str(model_path))
-    spec.visual.quality.shadowsize = 4096
-    spec.visual.quality.offsamples = 8
-    spec.visual.global_.offwidth, spec.visual.global_.offheight = width, height
-    model = spec.compile()
-    scene = mujoco.MjData(model)
-    scene.qpos[:] = data.qpos
-    mujoco.mj_forward(model, scene)
-    with mujoco.Renderer(model, height, width) as renderer:
-        renderer.update_scene(scene, "scene")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(renderer.render()))
-
-
-def png(image: np.ndarray) -> bytes:
-    """An rgb8 image as PNG."""
-    height, width, _ = image.shape
-    # Filter 2 (difference to the row above) compresses rendered images well.
-    rows = np.diff(image.astype(np.int16), axis=0, prepend=0).astype(np.uint8).reshape(height, -1)
-    raw = np.hstack([np.full((height, 1), 2, np.uint8), rows]).tobytes()
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
 
 
 @dataclass
@@ -130,6 +56,7 @@ class Report:
     at_rest: bool = True
     last_brakes: bool = True
     camera_frames: int = 0
+    touched: list = field(default_factory=list)  # colours and the seconds since the reset, in order
 
     def as_dict(self) -> dict:
         def per_joint(values: np.ndarray) -> dict:
@@ -148,6 +75,7 @@ class Report:
             "at_rest": self.at_rest,
             "last_trajectory_brakes": self.last_brakes,
             "camera_frames": self.camera_frames,
+            "touched": [[colour, round(seconds, 3)] for colour, seconds in self.touched],
         }
 
 
@@ -189,7 +117,7 @@ class Controller:
         np.maximum(self.report.max_velocity, np.abs(velocity), out=self.report.max_velocity)
         np.maximum(self.report.max_acceleration, np.abs(acceleration), out=self.report.max_acceleration)
         self.desired, self._last_position = desired, desired.position
-        self.arm.command(desired)
+        self.arm.command(desired.position, desired.velocity)
         self.arm.step()
 
     def measure(self, now: float) -> None:
@@ -258,6 +186,11 @@ class SimRobot:
         self.options = options
         self.report = Report()
         self.arm = Arm(options.model, options.width, options.height)
+        self.touch = Touch(self.arm)
+        self.report.touched = self.touch.touches.order
+        self._begun = time.monotonic()
+        if options.seed is not None:
+            self._reset(options.seed)
         self.controller = Controller(self.arm, self.report)
         self.recorder = Recorder(options.record) if options.record else None
         self._newest: JointTrajectory | None = None
@@ -273,6 +206,23 @@ class SimRobot:
         self._joints = node.create_publisher(JointState, "joint_states", 10)
         self._report = node.create_publisher(DiagnosticStatus, "~/report", 1)
         node.create_subscription(JointTrajectory, options.trajectory_topic, self._on_trajectory, 1)
+        node.declare_parameter("seed", options.seed or 0)
+        self._wanted_reset: threading.Event | None = None
+        node.create_service(Trigger, "~/reset", self._on_reset)
+
+    def _on_reset(self, _, response: Trigger.Response) -> Trigger.Response:
+        # The physics belong to the other thread.
+        done = threading.Event()
+        self._wanted_reset = done
+        response.success = done.wait(2.0)
+        seed = self.node.get_parameter("seed").value
+        response.message = f"scene of seed {seed}" if response.success else "the simulation does not answer"
+        return response
+
+    def _reset(self, seed: int) -> None:
+        self.touch.reset(seed)
+        self._begun = time.monotonic()
+        self.report.touched = self.touch.touches.order
 
     def _on_trajectory(self, msg: JointTrajectory) -> None:
         with self._lock:
@@ -294,6 +244,11 @@ class SimRobot:
         cycle = start
         while not stopped.is_set() and cycle < end:
             now = time.monotonic()
+            if done := self._wanted_reset:
+                self._reset(self.node.get_parameter("seed").value)
+                self.controller = Controller(self.arm, self.report)
+                self._wanted_reset = None
+                done.set()
             if msg := self._take_trajectory() or (script and script(now)):
                 self.controller.receive(msg, self.node.get_clock().now().nanoseconds * 1e-9, now, physics)
             if now - physics > MAX_BACKLOG_S:
@@ -303,6 +258,7 @@ class SimRobot:
                 physics += self.arm.step_s
                 self.controller.step(physics)
             self.controller.measure(physics)
+            self.touch.judge(now - self._begun)
             self._publish_joints()
             # One camera a cycle, so that rendering both does not hold up the joint states.
             due = min(next_image, key=next_image.get)
@@ -351,7 +307,7 @@ class SimRobot:
         msg.level = DiagnosticStatus.WARN if refused else DiagnosticStatus.OK
         msg.message = f"{refused} trajectories refused" if refused else "following"
         for key, value in self.report.as_dict().items():
-            text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+            text = json.dumps(value) if isinstance(value, (dict, list, bool)) else str(value)
             msg.values.append(KeyValue(key=key, value=text))
         self._report.publish(msg)
 
@@ -386,12 +342,13 @@ def gentle_motion(home: np.ndarray, start: float) -> Callable[[float], JointTraj
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "config/robots/sim_arm.xml", help="MJCF of the robot")
+    parser.add_argument("--model", type=Path, default=MODEL, help="MJCF of the robot")
     parser.add_argument("--trajectory-topic", default="/pi0_mps/arm/joint_trajectory", help="what to follow")
     parser.add_argument("--width", type=int, default=224, help="camera width, pixels")
     parser.add_argument("--height", type=int, default=224, help="camera height, pixels")
     parser.add_argument("--camera-rate", type=float, default=15.0, help="images per second and camera")
     parser.add_argument("--duration", type=float, default=0.0, help="seconds to run; 0 runs until a signal")
+    parser.add_argument("--seed", type=int, help="scene to begin with; without it everything is where the model has it")
     parser.add_argument("--move", action="store_true", help="move by itself, gently, without a policy")
     parser.add_argument("--record", type=Path, help="write what is published to this rosbag2 folder (MCAP)")
     parser.add_argument("--picture", type=Path, help="write a PNG of the scene at the end")

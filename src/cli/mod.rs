@@ -15,6 +15,7 @@ pub mod infer;
 pub mod jitter;
 pub mod new_checkpoint;
 pub mod replay;
+pub mod step;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
 #[derive(Debug, Parser)]
@@ -32,6 +33,7 @@ enum Command {
     Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
     Replay(replay::Args),
+    Step(step::Args),
 }
 
 fn run(command: Command) -> Result<(), CliError> {
@@ -42,6 +44,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Step(args) => step::run(&args),
     }
 }
 

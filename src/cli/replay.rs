@@ -21,7 +21,7 @@ use crate::engine::cuda::CudaEngine;
 use crate::engine::{Device, Engine};
 use crate::model::{Checkpoint, Policy};
 use crate::node::messages::{DEFAULT_NAME, Messages};
-use crate::node::{ReplayNode, ReplayOptions, policy_options};
+use crate::node::{ReplayNode, ReplayOptions, SteppedNode};
 use crate::params::{Params, Settings, Value, yaml};
 use crate::pipeline::{PipelineReport, StageTimes};
 
@@ -113,7 +113,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let other = args.compare.as_deref().map(|path| Tape::read(path, &settings, &args.name)).transpose()?;
 
     let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
-    let policy = Arc::new(Policy::open(&checkpoint, &settings.model.checkpoint, &policy_options(&settings))?);
+    let policy = Arc::new(SteppedNode::policy(&settings, &checkpoint)?);
     let device = settings.model.device.resolve()?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let resampler = policy.origin().into();
@@ -257,7 +257,6 @@ struct Outcome {
 
 impl Replay<'_> {
     fn run<E: Engine>(&self, engine: E) -> Result<Outcome, CliError> {
-        let engine = Arc::new(engine);
         let (args, settings) = (self.args, &self.settings);
         let mut reader = BagReader::open(&args.bag)?;
         let mut routes = Routes::new(settings, &args.name, &args.remap)?;
@@ -270,7 +269,7 @@ impl Replay<'_> {
         let arm_from = begin.plus_seconds(args.arm_after);
         let options = ReplayOptions { times: self.times, arm_from, rearm: args.rearm };
         let outputs = Box::new(collector.clone());
-        let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), engine.clone(), begin, outputs, options)?;
+        let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), &engine, begin, outputs, options)?;
         let names = node.names().clone();
         let mut events = Vec::new();
         let mut told = |at: RosTime, report: &TickReport, _: &ControlStatus| {

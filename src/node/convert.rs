@@ -7,8 +7,7 @@ use crate::params::choice::{Noise, OnCameraLoss};
 use crate::pipeline::joint_map::JointBinding;
 use crate::pipeline::{CameraBinding, LiveConfig, PipelineConfig, RtcConfig};
 
-/// How a policy is opened.
-pub fn policy_options(s: &Settings) -> PolicyOptions {
+pub(super) fn policy_options(s: &Settings) -> PolicyOptions {
     let mask = s.joints.iter().any(|j| j.action_absolute).then(|| {
         let mut relative = vec![true; s.joints.len()];
         for j in &s.joints {

@@ -37,7 +37,6 @@ use crate::rt::period::Periodic;
 use crate::rt::rights::{self, Right};
 
 use control_loop::{ControlLoop, Signals, Snapshot};
-pub use convert::policy_options;
 pub use core::{Commands, Inputs};
 use core::{Core, input_rules, log_event};
 pub use publisher::Outputs;

@@ -10,7 +10,7 @@ use crate::control::{ControlStatus, Lifecycle, Mode, Names, Requests, TickReport
 use crate::engine::Engine;
 use crate::model::Policy;
 use crate::params::Settings;
-use crate::pipeline::{PipelineReport, StageTimes, SteppedPipeline};
+use crate::pipeline::{PipelineReport, StageTimes};
 
 /// The virtual monotonic clock begins here: zero would mean "never".
 const BEGIN: Monotonic = Monotonic(1_000_000_000);
@@ -27,9 +27,8 @@ pub struct ReplayOptions {
 }
 
 /// A node that is fed from a recording. It arms itself: there is no robot.
-pub struct ReplayNode<E: Engine> {
+pub struct ReplayNode {
     node: SteppedNode,
-    pipeline: SteppedPipeline<E>,
     clock: VirtualClock,
     options: ReplayOptions,
     names: Names,
@@ -39,25 +38,22 @@ pub struct ReplayNode<E: Engine> {
     armed: bool,
 }
 
-impl<E: Engine> ReplayNode<E> {
+impl ReplayNode {
     /// A node at `start`, the time of the first message.
-    pub fn new(
+    pub fn new<E: Engine>(
         settings: Settings,
         policy: Arc<Policy>,
-        engine: Arc<E>,
+        engine: &E,
         start: RosTime,
         outputs: Box<dyn Outputs>,
         options: ReplayOptions,
     ) -> Result<Self, NodeError> {
         let clock = VirtualClock::new(BEGIN, start);
-        let (period, config, names) =
-            (settings.timing.period(), convert::pipeline(&settings), convert::names(&settings));
-        let mut node = SteppedNode::new(settings, *policy.dims(), Arc::new(clock.clone()), outputs)?;
+        let (period, names) = (settings.timing.period(), convert::names(&settings));
+        let shared = Arc::new(clock.clone());
+        let node = SteppedNode::with_policy(settings, policy, engine, options.times, shared, outputs)?;
         node.set_lifecycle(Lifecycle::Warmup);
-        let io = node.pipeline_io().ok_or_else(|| NodeError::Refused("the pipeline is connected already".into()))?;
-        let pipeline = SteppedPipeline::new(engine, policy, config, io, options.times)?;
-        let tick_due = BEGIN + period;
-        Ok(Self { node, pipeline, clock, options, names, period, tick_due, ready: false, armed: false })
+        Ok(Self { node, clock, options, names, period, tick_due: BEGIN + period, ready: false, armed: false })
     }
 
     /// Where messages go, at the time that the node has been brought to.
@@ -78,26 +74,23 @@ impl<E: Engine> ReplayNode<E> {
     ) -> Result<(), NodeError> {
         loop {
             // What came in at this time may let a stage begin.
-            self.pipeline.step();
+            self.node.think();
             let (now, ros) = (self.clock.monotonic(), self.clock.ros());
             let end = Monotonic(now.0.saturating_add(until.0.saturating_sub(ros.0).max(0)));
-            let next = self.pipeline.due(now).map_or(self.tick_due, |t| t.min(self.tick_due)).min(end);
+            let next = self.node.due().map_or(self.tick_due, |t| t.min(self.tick_due)).min(end);
             self.clock.advance(Duration::from_nanos(u64::try_from(next.0.saturating_sub(now.0)).unwrap_or(0)));
-            self.pipeline.step();
-            if let Some((_, why)) = self.pipeline.fault() {
-                return Err(NodeError::Refused(why));
-            }
+            self.node.think();
             if next >= self.tick_due {
-                self.tick(&mut told);
+                self.tick(&mut told)?;
             } else if next >= end {
                 return Ok(());
             }
         }
     }
 
-    fn tick(&mut self, told: &mut impl FnMut(RosTime, &TickReport, &ControlStatus)) {
+    fn tick(&mut self, told: &mut impl FnMut(RosTime, &TickReport, &ControlStatus)) -> Result<(), NodeError> {
         self.tick_due = self.tick_due + self.period;
-        if !self.ready && self.pipeline.chunks() > 0 {
+        if !self.ready && self.node.chunks() > 0 {
             self.ready = true;
             self.node.set_lifecycle(Lifecycle::Ready);
         }
@@ -110,6 +103,7 @@ impl<E: Engine> ReplayNode<E> {
             told(self.clock.ros(), &report, &self.node.control_status());
         }
         self.node.publish();
+        self.node.fault().map_or(Ok(()), |(_, why)| Err(NodeError::Refused(why)))
     }
 
     /// Whether every input was heard and a chunk has come of them.
@@ -124,6 +118,6 @@ impl<E: Engine> ReplayNode<E> {
 
     /// What the stages have done.
     pub fn pipeline_report(&self) -> PipelineReport {
-        self.pipeline.report()
+        self.node.pipeline_report()
     }
 }

@@ -1,5 +1,5 @@
-//! The node under a clock that the caller moves: the same slots, control loop, publisher and status, with no thread, no
-//! policy and no sleep. For tests and replay.
+//! The node under a clock that the caller moves: the same slots, control loop, publisher and status, with no thread and
+//! no sleep; with a policy whose stages take a given time, or one that the caller plays. For tests and evaluation.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,14 +7,15 @@ use std::time::Duration;
 use super::control_loop::{ControlLoop, Turn};
 use super::core::Core;
 use super::publisher::Publisher;
-use super::{Commands, Inputs, NodeError, Outputs, Parts, Status};
+use super::{Commands, Inputs, NodeError, Outputs, Parts, Status, convert};
 use crate::clock::{Clock, Monotonic};
 use crate::control::chunk::ActionChunk;
 use crate::control::{ControlStatus, Lifecycle, PlanView, Requests, TickReport};
+use crate::engine::Engine;
 use crate::error::Fault;
-use crate::model::Dims;
+use crate::model::{Checkpoint, Dims, Policy};
 use crate::params::Settings;
-use crate::pipeline::{PipelineIo, Retired};
+use crate::pipeline::{PipelineIo, PipelineReport, Retired, StageTimes, SteppedPipeline, SteppedStages};
 use crate::rt::latest::Reader;
 use crate::rt::period::Wake;
 use crate::rt::signals::RequestBits;
@@ -25,13 +26,21 @@ pub struct SteppedNode {
     control: ControlLoop,
     turn: Turn,
     publisher: Publisher,
-    ports: Option<Ports>,
+    chunks: Chunks,
     period: Duration,
     scheduled: Monotonic,
 }
 
-/// The decoder's ends of the node.
-struct Ports {
+/// Where chunks come from.
+enum Chunks {
+    /// The caller.
+    Played { chunks: rtrb::Producer<Arc<ActionChunk>>, retired: rtrb::Consumer<Retired> },
+    /// A policy.
+    Decoded(Box<dyn SteppedStages>),
+}
+
+/// The ends of the chunk rings, for whoever makes chunks.
+struct Ends {
     chunks: rtrb::Producer<Arc<ActionChunk>>,
     retired: rtrb::Consumer<Retired>,
     plan: Reader<Option<PlanView>>,
@@ -46,11 +55,55 @@ impl SteppedNode {
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
     ) -> Result<Self, NodeError> {
+        Self::make(settings, dims, clock, outputs, |_, ends| {
+            Ok(Chunks::Played { chunks: ends.chunks, retired: ends.retired })
+        })
+    }
+
+    /// The policy of a checkpoint as these settings have it.
+    pub fn policy(settings: &Settings, checkpoint: &Checkpoint) -> Result<Policy, NodeError> {
+        Ok(Policy::open(checkpoint, &settings.model.checkpoint, &convert::policy_options(settings))?)
+    }
+
+    /// A node that is inactive, with a policy on an engine whose stages take `times` of the clock.
+    pub fn with_policy<E: Engine>(
+        settings: Settings,
+        policy: Arc<Policy>,
+        engine: &E,
+        times: StageTimes,
+        clock: Arc<dyn Clock>,
+        outputs: Box<dyn Outputs>,
+    ) -> Result<Self, NodeError>
+    where
+        SteppedPipeline<E>: 'static,
+    {
+        let config = convert::pipeline(&settings);
+        Self::make(settings, *engine.dims(), clock, outputs, |core, ends| {
+            let io = PipelineIo {
+                inputs: core.inputs.clone(),
+                clock: core.clock.clone(),
+                chunks: ends.chunks,
+                retired: ends.retired,
+                plan: ends.plan,
+                epoch: core.signals.epoch.clone(),
+                tap: ends.tap,
+            };
+            Ok(Chunks::Decoded(Box::new(SteppedPipeline::new(engine, policy, config, io, times)?)))
+        })
+    }
+
+    fn make(
+        settings: Settings,
+        dims: Dims,
+        clock: Arc<dyn Clock>,
+        outputs: Box<dyn Outputs>,
+        chunks_from: impl FnOnce(&Core, Ends) -> Result<Chunks, NodeError>,
+    ) -> Result<Self, NodeError> {
         let (period, scheduled) = (settings.timing.period(), clock.monotonic());
         let Parts { core, control, publisher, chunks, retired, plan, tap, .. } =
             Parts::new(settings, dims, clock, outputs, None)?;
-        let ports = Some(Ports { chunks, retired, plan, tap });
-        Ok(Self { core, control, turn: Turn::new(scheduled), publisher, ports, period, scheduled })
+        let chunks = chunks_from(&core, Ends { chunks, retired, plan, tap })?;
+        Ok(Self { core, control, turn: Turn::new(scheduled), publisher, chunks, period, scheduled })
     }
 
     /// Where subscriptions put what they hear.
@@ -86,25 +139,50 @@ impl SteppedNode {
         self.core.fail_inference(Fault::Internal, why.into());
     }
 
-    /// A chunk from the decoder; false if it finds no room, or a pipeline is connected.
+    /// A chunk from the decoder that the caller plays; false if it finds no room, or there is a policy.
     pub fn put_chunk(&mut self, chunk: ActionChunk) -> bool {
-        let Some(ports) = &mut self.ports else { return false };
-        while ports.retired.pop().is_ok() {}
-        ports.chunks.push(Arc::new(chunk)).is_ok()
+        let Chunks::Played { chunks, retired } = &mut self.chunks else { return false };
+        while retired.pop().is_ok() {}
+        chunks.push(Arc::new(chunk)).is_ok()
     }
 
-    /// What a pipeline needs to work for this node; `None` once it has been given away.
-    pub(super) fn pipeline_io(&mut self) -> Option<PipelineIo> {
-        let Ports { chunks, retired, plan, tap } = self.ports.take()?;
-        Some(PipelineIo {
-            inputs: self.core.inputs.clone(),
-            clock: self.core.clock.clone(),
-            chunks,
-            retired,
-            plan,
-            epoch: self.core.signals.epoch.clone(),
-            tap,
-        })
+    /// Lets the policy's stages start and finish what they can at the clock's time.
+    pub fn think(&mut self) {
+        if let Chunks::Decoded(stages) = &mut self.chunks {
+            stages.advance();
+        }
+    }
+
+    /// When the policy's stages have something to do next, if nothing comes in before.
+    pub fn due(&self) -> Option<Monotonic> {
+        match &self.chunks {
+            Chunks::Played { .. } => None,
+            Chunks::Decoded(stages) => stages.due(),
+        }
+    }
+
+    /// Why the policy's stages cannot go on, if they cannot, and who has to act.
+    pub fn fault(&self) -> Option<(Fault, String)> {
+        match &self.chunks {
+            Chunks::Played { .. } => None,
+            Chunks::Decoded(stages) => stages.fault(),
+        }
+    }
+
+    /// Chunks that the policy has made.
+    pub fn chunks(&self) -> u64 {
+        match &self.chunks {
+            Chunks::Played { .. } => 0,
+            Chunks::Decoded(stages) => stages.chunks(),
+        }
+    }
+
+    /// What the policy's stages have done; nothing without a policy.
+    pub fn pipeline_report(&self) -> PipelineReport {
+        match &self.chunks {
+            Chunks::Played { .. } => PipelineReport::default(),
+            Chunks::Decoded(stages) => stages.report(),
+        }
     }
 
     /// The epoch that new chunks carry.

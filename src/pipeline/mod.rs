@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::choice::choice;
 use crate::clock::{Clock, Monotonic};
@@ -42,7 +42,7 @@ use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, Resplit, StageReport};
 use resplit::{Builder, Message};
-pub use stepped::{StageTimes, SteppedPipeline};
+pub use stepped::{StageTimes, SteppedPipeline, SteppedStages};
 
 choice! {
     /// How encoder and decoder share time.
@@ -205,18 +205,11 @@ struct Shared {
     /// Input slots of the valid views, in the model's order.
     views: Vec<usize>,
     joints: JointMap,
-    /// How long the stages take by a virtual clock; without it as long as they do.
-    times: Option<StageTimes>,
 }
 
 impl Shared {
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
-    }
-
-    /// When a stage that began at `start` has ended.
-    fn end_of(&self, start: Monotonic, stage: impl Fn(&StageTimes) -> Duration) -> Monotonic {
-        self.times.as_ref().map_or_else(|| self.clock.monotonic(), |t| start + stage(t))
     }
 
     fn live(&self) -> Arc<LiveConfig> {
@@ -228,37 +221,40 @@ impl Shared {
     }
 }
 
-/// Both stages and what joins them, before anything moves them.
-struct Stages<E: Engine> {
-    shared: Arc<Shared>,
-    encode: stages::EncodeStage<E::Encoder>,
-    decode: stages::DecodeStage<E::Decoder>,
-    filled: Arc<Mailbox<stages::Filled<E::Cache>>>,
-    builder: Builder<E>,
-    to_builder: crossbeam_channel::Sender<Message<E::Encoder, E::Decoder>>,
-    offer: Option<Offer>,
+/// Input slots of the valid views in the model's order, and the joints in the policy's; refuses what does not fit.
+fn bind(config: &PipelineConfig, policy: &Policy) -> Result<(Vec<usize>, JointMap), PipelineError> {
+    let views = stages::order_views(&config.cameras, policy.cameras())?;
+    let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
+    if policy.state_len() != policy.action_len() {
+        return Err(PipelineError::Config(format!(
+            "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
+            policy.state_len(),
+            policy.action_len()
+        )));
+    }
+    stages::check_mode(config, policy.dims())?;
+    Ok((views, joints))
 }
 
-impl<E: Engine> Stages<E> {
-    /// Checks the configuration against the policy and warms both stages up.
-    fn new(
+/// The running stages.
+pub struct Pipeline {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    close: Box<dyn Fn() + Send + Sync>,
+    offer: Option<Offer>,
+    ask: Box<dyn Fn(Decision) + Send + Sync>,
+}
+
+impl Pipeline {
+    /// Checks the configuration against the policy, warms both stages up, then starts their threads.
+    /// Nothing of the warm-up reaches the statistics or the control thread.
+    pub fn start<E: Engine>(
         engine: Arc<E>,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
-        times: Option<StageTimes>,
     ) -> Result<Self, PipelineError> {
-        let views = stages::order_views(&config.cameras, policy.cameras())?;
-        let joints = JointMap::new(&config.joint_names, config.joints.clone(), policy.action_len(), "action")?;
-        if policy.state_len() != policy.action_len() {
-            return Err(PipelineError::Config(format!(
-                "the policy's state has {} values and its action {}: only policies that command the joints they measure can be run",
-                policy.state_len(),
-                policy.action_len()
-            )));
-        }
-        stages::check_mode(&config, policy.dims())?;
-
+        let (views, joints) = bind(&config, &policy)?;
         let decision = resplit::decide(engine.offer(), config.mode == PipelineMode::Sequential, config.split);
         let decision = decision.map_err(EngineError::from)?;
         // One more than go round: the builder warms new stages up with it.
@@ -276,7 +272,6 @@ impl<E: Engine> Stages<E> {
             views,
             joints,
             config,
-            times,
         });
 
         let offer = engine.offer().cloned();
@@ -306,32 +301,8 @@ impl<E: Engine> Stages<E> {
             io.plan,
             io.tap,
         );
-        Ok(Self { shared, encode, decode, filled, builder, to_builder, offer })
-    }
-}
-
-/// The running stages.
-pub struct Pipeline {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-    close: Box<dyn Fn() + Send + Sync>,
-    offer: Option<Offer>,
-    ask: Box<dyn Fn(Decision) + Send + Sync>,
-}
-
-impl Pipeline {
-    /// Checks the configuration against the policy, warms both stages up, then starts their threads.
-    /// Nothing of the warm-up reaches the statistics or the control thread.
-    pub fn start<E: Engine>(
-        engine: Arc<E>,
-        policy: Arc<Policy>,
-        config: PipelineConfig,
-        io: PipelineIo,
-    ) -> Result<Self, PipelineError> {
-        let Stages { shared, encode, decode, filled, builder, to_builder, offer } =
-            Stages::new(engine, policy, config, io, None)?;
         let close = {
-            let (shared, to_builder) = (shared.clone(), to_builder.clone());
+            let (shared, filled, to_builder) = (shared.clone(), filled, to_builder.clone());
             Box::new(move || {
                 shared.stopping.store(true, Ordering::Release);
                 let _ = to_builder.send(Message::Stop);

@@ -35,6 +35,12 @@ pub(super) struct Seat<S> {
 }
 
 impl<S> Seat<S> {
+    /// A place that nobody else ever takes.
+    pub fn fixed(stage: S) -> Self {
+        let now = Seated { grant: Grant::whole(0), stage };
+        Self { now, next: Arc::default(), back: Box::new(|_| ()) }
+    }
+
     /// Between two frames: the successor takes over, if one waits.
     pub fn relieve(&mut self) {
         if let Some(next) = self.next.try_take() {

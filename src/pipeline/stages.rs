@@ -27,8 +27,18 @@ pub(super) const GATHER: Duration = Duration::from_millis(30);
 
 /// A filled cache slot on its way to the decoder.
 pub(super) struct Filled<C> {
-    pub slot: C,
-    pub prefix: Prefix,
+    slot: C,
+    prefix: Prefix,
+}
+
+impl<C> Filled<C> {
+    pub fn new(slot: C, prefix: Prefix) -> Self {
+        Self { slot, prefix }
+    }
+
+    pub fn into_slot(self) -> C {
+        self.slot
+    }
 }
 
 /// What a slot was filled from.
@@ -38,7 +48,7 @@ pub(super) struct Prefix {
     oldest_image: RosTime,
     newest_arrival: Monotonic,
     encode_start: Monotonic,
-    pub encode_end: Monotonic,
+    encode_end: Monotonic,
     /// The joint state that went into the prompt (π0.5 only).
     state: Option<StateSample>,
 }
@@ -149,17 +159,6 @@ fn state_sample(shared: &Shared, joints: &JointSample) -> Result<StateSample, St
     Ok(StateSample { stamp: joints.oldest_stamp(n, ros_now), policy })
 }
 
-/// What of the inputs has been encoded.
-#[derive(Debug, Default)]
-pub(super) struct News {
-    /// Frames of each view.
-    encoded: Vec<u64>,
-    /// The prompt.
-    generation: Option<u64>,
-    /// Since when there is something new to encode.
-    pub first: Option<Monotonic>,
-}
-
 /// The encoder thread.
 pub(super) struct EncodeStage<E: Encoder> {
     pub shared: Arc<Shared>,
@@ -172,10 +171,11 @@ pub(super) struct EncodeStage<E: Encoder> {
 impl<E: Encoder> EncodeStage<E> {
     /// Encodes every new observation into a free slot until the pipeline stops.
     pub fn run(mut self) {
-        let mut news = News::default();
+        let mut encoded = vec![0; self.shared.views.len()];
+        let mut generation = None;
         while !self.shared.stopping() {
             let Ok(mut slot) = self.free.recv_timeout(WAIT) else { continue };
-            let Some(views) = self.next_observation(&mut news) else { break };
+            let Some(views) = self.next_observation(&mut encoded, &mut generation) else { break };
             self.encoder.relieve();
             // The canary of debug builds: whoever still reads this slot gets NaN, and the decoder notices.
             if cfg!(debug_assertions)
@@ -183,58 +183,67 @@ impl<E: Encoder> EncodeStage<E> {
             {
                 tracing::error!("poisoning a cache slot: {e}");
             }
-            match self.encode(&views, &mut slot) {
-                Ok(prefix) => {
+            match self.encode_once(&views, &mut slot) {
+                Some(prefix) => {
                     if let Some(old) = self.filled.put(Filled { slot, prefix }) {
                         self.shared.report(|r| r.displaced += 1);
                         let _ = self.give_back.send(old.slot);
                     }
                 }
-                Err(e) => {
-                    self.failed(&e);
+                None => {
                     let _ = self.give_back.send(slot);
                 }
             }
         }
     }
 
-    pub fn failed(&self, e: &EngineError) {
-        tracing::error!("encode: {e}");
-        self.shared.report(|r| {
-            r.encode.errors += 1;
-            r.last_error = Some(format!("encode: {e}"));
-            r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
-        });
+    /// Fills the slot, or reports why not.
+    pub fn encode_once(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Option<Prefix> {
+        self.encode(views, slot)
+            .inspect_err(|e| {
+                tracing::error!("encode: {e}");
+                self.shared.report(|r| {
+                    r.encode.errors += 1;
+                    r.last_error = Some(format!("encode: {e}"));
+                    r.fault = r.fault.take().or(e.is_fatal().then(|| (e.fault(), e.to_string())));
+                });
+            })
+            .ok()
     }
 
     /// Waits until every live camera has a new frame (or one has, and the others had their time), or the prompt has
     /// changed. `None` when the pipeline stops.
-    fn next_observation(&self, news: &mut News) -> Option<Vec<CameraSample>> {
+    fn next_observation(&self, encoded: &mut [u64], generation: &mut Option<u64>) -> Option<Vec<CameraSample>> {
         let shared = &*self.shared;
         let mut seen = shared.inputs.changes();
+        let mut first_news = None;
         while !shared.stopping() {
-            if let Some(views) = self.try_observation(news) {
+            if let Some(views) = self.poll_observation(encoded, generation, &mut first_news) {
                 return Some(views);
             }
-            seen = shared.inputs.wait_change(seen, if news.first.is_some() { Duration::from_millis(5) } else { WAIT });
+            seen = shared.inputs.wait_change(seen, if first_news.is_some() { Duration::from_millis(5) } else { WAIT });
         }
         None
     }
 
-    /// The same without waiting: `None` if it is not time yet.
-    pub fn try_observation(&self, news: &mut News) -> Option<Vec<CameraSample>> {
+    /// The observation to encode now, if there is one; `first_news` is since when some of it is new.
+    pub fn poll_observation(
+        &self,
+        encoded: &mut [u64],
+        generation: &mut Option<u64>,
+        first_news: &mut Option<Monotonic>,
+    ) -> Option<Vec<CameraSample>> {
         let shared = &*self.shared;
         let now = shared.clock.monotonic();
         match self.gather() {
             Ok(views) => {
                 let prompt = shared.inputs.prompt().generation;
-                news.encoded.resize(shared.views.len(), 0);
-                let fresh = views.iter().filter(|(i, s)| s.count > news.encoded[*i]).count();
-                if fresh > 0 || news.generation != Some(prompt) {
-                    let since = *news.first.get_or_insert(now);
+                let fresh = views.iter().filter(|(i, s)| s.count > encoded[*i]).count();
+                if fresh > 0 || *generation != Some(prompt) {
+                    let since = *first_news.get_or_insert(now);
                     if fresh == views.len() || now >= since + GATHER {
-                        views.iter().for_each(|(i, s)| news.encoded[*i] = s.count);
-                        (news.generation, news.first) = (Some(prompt), None);
+                        views.iter().for_each(|(i, s)| encoded[*i] = s.count);
+                        *generation = Some(prompt);
                         shared.report(|r| r.waiting_for = None);
                         return Some(views.into_iter().map(|(_, s)| s).collect());
                     }
@@ -242,7 +251,7 @@ impl<E: Encoder> EncodeStage<E> {
             }
             Err(why) => {
                 shared.report(|r| r.waiting_for = Some(why));
-                news.first = None;
+                *first_news = None;
             }
         }
         None
@@ -285,7 +294,7 @@ impl<E: Encoder> EncodeStage<E> {
         Ok(views)
     }
 
-    pub fn encode(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Result<Prefix, EngineError> {
+    fn encode(&mut self, views: &[CameraSample], slot: &mut E::Cache) -> Result<Prefix, EngineError> {
         let shared = &*self.shared;
         let encode_start = shared.clock.monotonic();
         let prompt = shared.inputs.prompt();
@@ -298,7 +307,7 @@ impl<E: Encoder> EncodeStage<E> {
         let tokens = shared.policy.tokens(&prompt.text, state.as_ref().map_or(&[], |s| &s.policy))?;
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
         self.encoder.now.stage.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
-        let encode_end = shared.end_of(encode_start, |t| t.encode);
+        let encode_end = shared.clock.monotonic();
         shared.report(|r| {
             r.encode.runs += 1;
             r.encode.time.record(ns(encode_start, encode_end));
@@ -392,7 +401,9 @@ impl<D: Decoder> DecodeStage<D> {
             let messages = self.shared.inputs.joints().messages;
             if is_new || messages != decoded {
                 decoded = messages;
-                self.decode_once(filled);
+                if let Some(chunk) = self.decode_once(filled) {
+                    self.hand_over(chunk);
+                }
             } else {
                 self.shared.inputs.wait_change(self.shared.inputs.changes(), Duration::from_millis(5));
             }
@@ -409,27 +420,18 @@ impl<D: Decoder> DecodeStage<D> {
         }
     }
 
-    fn decode_once(&mut self, filled: &Filled<D::Cache>) {
-        if let Some(chunk) = self.try_decode(filled) {
-            self.hand_over(chunk);
-        }
-    }
-
-    /// One chunk, unless there is nothing to decode from or it fails, which is reported.
-    pub fn try_decode(&mut self, filled: &Filled<D::Cache>) -> Option<ActionChunk> {
-        match self.decode(filled) {
-            Ok(chunk) => chunk,
-            Err(e) => {
-                tracing::error!("decode: {e}");
-                let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
-                self.shared.report(|r| {
-                    r.decode.errors += 1;
-                    r.last_error = Some(format!("decode: {e}"));
-                    r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
-                });
-                None
-            }
-        }
+    /// A chunk, or a report why there is none.
+    pub fn decode_once(&mut self, filled: &Filled<D::Cache>) -> Option<ActionChunk> {
+        self.decode(filled).unwrap_or_else(|e| {
+            tracing::error!("decode: {e}");
+            let fatal = matches!(&e, PipelineError::Engine(e) if e.is_fatal());
+            self.shared.report(|r| {
+                r.decode.errors += 1;
+                r.last_error = Some(format!("decode: {e}"));
+                r.fault = r.fault.take().or(fatal.then(|| (e.fault(), e.to_string())));
+            });
+            None
+        })
     }
 
     /// One chunk; `None` when there is no joint state to decode from.
@@ -480,7 +482,7 @@ impl<D: Decoder> DecodeStage<D> {
         if !live.hold_noise {
             self.noise.advance();
         }
-        let decode_end = shared.end_of(decode_start, |t| t.decode);
+        let decode_end = shared.clock.monotonic();
 
         let n = self.grid.action_len;
         let mut absolute = vec![0.0; self.grid.horizon * n];
@@ -563,6 +565,7 @@ impl<D: Decoder> DecodeStage<D> {
         Ok(Some(delay))
     }
 
+    /// Gives a chunk to the control thread, and to whoever looks.
     pub fn hand_over(&mut self, chunk: ActionChunk) {
         let chunk = Arc::new(chunk);
         // Nobody looking, or looking too slowly, is no reason to wait.

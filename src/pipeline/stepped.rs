@@ -1,147 +1,269 @@
-//! The two stages by a clock that the caller moves: the same stages, with no thread and no sleep, for replay.
-//!
-//! A stage computes at once when it begins, and what it made is there when its time is over: what comes of a recording
-//! does not depend on how fast this machine is.
+//! The two stages under a clock that the caller moves: the same observation, guidance, noise and dating of chunks, with
+//! no thread and no sleep. The work is done at once; its result is handed over when the time given for it has passed.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::stages::{Filled, GATHER, News};
-use super::{PipelineConfig, PipelineError, PipelineIo, PipelineMode, PipelineReport, Stages};
-use crate::clock::Monotonic;
+use super::mailbox::Mailbox;
+use super::resplit::Seat;
+use super::stages::{DecodeStage, EncodeStage, Filled, GATHER};
+use super::{PipelineConfig, PipelineError, PipelineIo, PipelineMode, PipelineReport, Shared};
+use crate::clock::{Clock, Monotonic, RosTime};
 use crate::control::chunk::ActionChunk;
-use crate::engine::Engine;
+use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError};
 use crate::error::Fault;
 use crate::model::Policy;
 
-/// How long each stage takes by the virtual clock.
+/// How long each stage takes in virtual time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StageTimes {
-    /// An encode.
+    /// From images and prompt to a filled cache.
     pub encode: Duration,
-    /// A decode.
+    /// From a filled cache to a chunk.
     pub decode: Duration,
 }
 
-/// Both stages, moved by [`step`](Self::step).
+/// The stages, advanced by the caller.
+pub trait SteppedStages {
+    /// Hands over what is finished and starts what can start, at the clock's time.
+    fn advance(&mut self);
+    /// When it has something to do next, after the clock's time, if nothing comes in before.
+    fn due(&self) -> Option<Monotonic>;
+    /// Figures and faults so far.
+    fn report(&self) -> PipelineReport;
+    /// Chunks so far.
+    fn chunks(&self) -> u64;
+    /// Why they cannot go on, if they cannot, and who has to act.
+    fn fault(&self) -> Option<(Fault, String)>;
+}
+
+/// The caller's clock, and how far the stage at work is ahead of it.
+struct StageClock {
+    base: Arc<dyn Clock>,
+    ahead_ns: AtomicI64,
+}
+
+impl StageClock {
+    fn spend(&self, time: Duration) {
+        self.ahead_ns.fetch_add(i64::try_from(time.as_nanos()).unwrap_or(i64::MAX), Ordering::Relaxed);
+    }
+
+    fn ahead(&self) -> Duration {
+        Duration::from_nanos(self.ahead_ns.load(Ordering::Relaxed).max(0) as u64)
+    }
+}
+
+impl Clock for StageClock {
+    fn monotonic(&self) -> Monotonic {
+        self.base.monotonic() + self.ahead()
+    }
+
+    fn ros(&self) -> RosTime {
+        self.base.ros() + self.ahead()
+    }
+}
+
+/// A stage's device that takes a given time by the stage's clock.
+struct Timed<T> {
+    inner: T,
+    clock: Arc<StageClock>,
+    time: Duration,
+}
+
+impl<E: Encoder> Encoder for Timed<E> {
+    type Cache = E::Cache;
+
+    fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut E::Cache) -> Result<(), EngineError> {
+        self.clock.spend(self.time);
+        self.inner.encode(input, cache)
+    }
+
+    fn encode_with_embeddings(
+        &mut self,
+        input: &EncodeInput<'_>,
+        cache: &mut E::Cache,
+    ) -> Result<Vec<f32>, EngineError> {
+        self.inner.encode_with_embeddings(input, cache)
+    }
+}
+
+impl<D: Decoder> Decoder for Timed<D> {
+    type Cache = D::Cache;
+
+    fn decode(&mut self, cache: &D::Cache, input: &DecodeInput<'_>, actions: &mut [f32]) -> Result<(), EngineError> {
+        self.clock.spend(self.time);
+        self.inner.decode(cache, input, actions)
+    }
+
+    fn decode_with_velocities(
+        &mut self,
+        cache: &D::Cache,
+        input: &DecodeInput<'_>,
+        actions: &mut [f32],
+    ) -> Result<Vec<f32>, EngineError> {
+        self.inner.decode_with_velocities(cache, input, actions)
+    }
+}
+
+/// The stages of one engine.
 pub struct SteppedPipeline<E: Engine> {
-    stages: Stages<E>,
-    news: News,
-    /// A slot that is free for the next encode.
-    free: Option<E::Cache>,
-    /// Done at that time.
+    shared: Arc<Shared>,
+    clock: Arc<StageClock>,
+    encode: EncodeStage<Timed<E::Encoder>>,
+    decode: DecodeStage<Timed<E::Decoder>>,
+    free: Vec<E::Cache>,
+    /// Frames encoded so far by view, the prompt they went with, and when news was first seen.
+    encoded: (Vec<u64>, Option<u64>, Option<Monotonic>),
     encoding: Option<(Monotonic, Filled<E::Cache>)>,
-    /// The newest decoded, or decoded again and again.
+    newest: Option<Filled<E::Cache>>,
+    /// In the decoder's hands, and in dual-rate mode kept for the next joint state.
     held: Option<Filled<E::Cache>>,
-    decoding: Option<(Monotonic, ActionChunk)>,
-    /// Joint state messages at the last decode.
+    decoding: Option<(Monotonic, Option<ActionChunk>)>,
     decoded: u64,
 }
 
 impl<E: Engine> SteppedPipeline<E> {
-    /// As [`Pipeline::start`](super::Pipeline::start), by the clock in `io`.
+    /// Checks the configuration against the policy, as the running pipeline does.
     pub fn new(
-        engine: Arc<E>,
+        engine: &E,
         policy: Arc<Policy>,
         config: PipelineConfig,
         io: PipelineIo,
         times: StageTimes,
     ) -> Result<Self, PipelineError> {
-        let stages = Stages::new(engine, policy, config, io, Some(times))?;
-        Ok(Self { stages, news: News::default(), free: None, encoding: None, held: None, decoding: None, decoded: 0 })
+        let (views, joints) = super::bind(&config, &policy)?;
+        let clock = Arc::new(StageClock { base: io.clock, ahead_ns: AtomicI64::new(0) });
+        let (encoder, decoder) = engine.stages()?;
+        let free = (0..config.mode.slots())
+            .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
+            .collect::<Result<Vec<_>, _>>()?;
+        let shared = Arc::new(Shared {
+            live: Mutex::new(Arc::new(config.live.clone())),
+            report: Mutex::new(PipelineReport::default()),
+            stopping: AtomicBool::new(false),
+            policy,
+            inputs: io.inputs,
+            clock: clock.clone(),
+            epoch: io.epoch,
+            views,
+            joints,
+            config,
+        });
+        // The threads' channels, which nothing goes through here.
+        let (free_tx, free_rx) = crossbeam_channel::unbounded();
+        let filled = Arc::new(Mailbox::default());
+        let encode = EncodeStage {
+            shared: shared.clone(),
+            encoder: Seat::fixed(Timed { inner: encoder, clock: clock.clone(), time: times.encode }),
+            free: free_rx,
+            give_back: free_tx.clone(),
+            filled: filled.clone(),
+        };
+        let decoder = Seat::fixed(Timed { inner: decoder, clock: clock.clone(), time: times.decode });
+        let decode = DecodeStage::new(shared.clone(), decoder, free_tx, filled, io.chunks, io.retired, io.plan, io.tap);
+        Ok(Self {
+            encoded: (vec![0; shared.views.len()], None, None),
+            shared,
+            clock,
+            encode,
+            decode,
+            free,
+            encoding: None,
+            newest: None,
+            held: None,
+            decoding: None,
+            decoded: 0,
+        })
     }
 
-    /// When something ends, or has waited long enough, after `now`, if nothing comes in before.
-    pub fn due(&self, now: Monotonic) -> Option<Monotonic> {
-        let gathered = self.news.first.filter(|_| self.encoding.is_none()).map(|t| t + GATHER);
-        let ends = [self.encoding.as_ref().map(|e| e.0), self.decoding.as_ref().map(|d| d.0), gathered];
-        ends.into_iter().flatten().filter(|t| *t > now).min()
+    /// Runs `work` with the stage clock at the caller's time; what it made, and when that is finished.
+    fn timed<R>(&mut self, work: impl FnOnce(&mut Self) -> R) -> (Monotonic, R) {
+        self.clock.ahead_ns.store(0, Ordering::Relaxed);
+        let made = work(self);
+        let due = self.clock.monotonic();
+        self.clock.ahead_ns.store(0, Ordering::Relaxed);
+        (due, made)
     }
 
-    /// Chunks decoded so far.
-    pub fn chunks(&self) -> u64 {
-        self.stages.shared.report(|r| r.decode.runs)
-    }
-
-    /// Figures and faults so far.
-    pub fn report(&self) -> PipelineReport {
-        self.stages.shared.report(|r| r.clone())
-    }
-
-    /// Why the pipeline cannot go on, if it cannot, and who has to act.
-    pub fn fault(&self) -> Option<(Fault, String)> {
-        self.stages.shared.report(|r| r.fault.clone())
-    }
-
-    /// Ends what is due at the clock's time and begins what can begin.
-    pub fn step(&mut self) {
-        let now = self.stages.shared.clock.monotonic();
-        self.end(now);
-        self.begin_decode();
-        self.begin_encode();
-    }
-
-    fn end(&mut self, now: Monotonic) {
-        let Stages { encode, decode, filled, .. } = &mut self.stages;
-        decode.free_retired();
-        if let Some((_, done)) = self.encoding.take_if(|(end, _)| *end <= now)
-            && let Some(old) = filled.put(done)
-        {
-            encode.shared.report(|r| r.displaced += 1);
-            let _ = encode.give_back.send(old.slot);
+    fn start_encode(&mut self) {
+        if self.encoding.is_some() || self.free.is_empty() {
+            return;
         }
-        if let Some((_, chunk)) = self.decoding.take_if(|(end, _)| *end <= now) {
-            decode.hand_over(chunk);
-            self.release();
+        let (encoded, generation, first_news) = &mut self.encoded;
+        let Some(views) = self.encode.poll_observation(encoded, generation, first_news) else { return };
+        *first_news = None;
+        let Some(mut slot) = self.free.pop() else { return };
+        let (due, made) = self.timed(|s| s.encode.encode_once(&views, &mut slot));
+        match made {
+            Some(prefix) => self.encoding = Some((due, Filled::new(slot, prefix))),
+            None => self.free.push(slot),
         }
     }
 
-    /// Gives the decoded slot back, unless it will be decoded again.
-    fn release(&mut self) {
-        if self.stages.shared.config.mode != PipelineMode::DualRate
-            && let Some(done) = self.held.take()
-        {
-            let _ = self.stages.encode.give_back.send(done.slot);
-        }
-    }
-
-    fn begin_decode(&mut self) {
-        let Stages { shared, encode, decode, filled, .. } = &mut self.stages;
+    fn start_decode(&mut self) {
         if self.decoding.is_some() {
             return;
         }
-        let newer = filled.try_take();
+        let newer = self.newest.take();
         let is_new = newer.is_some();
         if let Some(newer) = newer
             && let Some(old) = self.held.replace(newer)
         {
-            let _ = encode.give_back.send(old.slot);
+            self.free.push(old.into_slot());
         }
-        let messages = shared.inputs.joints().messages;
-        let Some(held) = self.held.as_ref().filter(|_| is_new || messages != self.decoded) else { return };
-        self.decoded = messages;
-        match decode.try_decode(held) {
-            Some(chunk) => self.decoding = Some((chunk.timing.decode_end, chunk)),
-            None => self.release(),
+        let messages = self.shared.inputs.joints().messages;
+        let Some(filled) = self.held.take() else { return };
+        if is_new || messages != self.decoded {
+            self.decoded = messages;
+            let (due, chunk) = self.timed(|s| s.decode.decode_once(&filled));
+            self.decoding = Some((due, chunk));
         }
+        self.held = Some(filled);
     }
+}
 
-    fn begin_encode(&mut self) {
-        let encode = &mut self.stages.encode;
-        if self.encoding.is_some() {
-            return;
-        }
-        let Some(mut slot) = self.free.take().or_else(|| encode.free.try_recv().ok()) else { return };
-        let Some(views) = encode.try_observation(&mut self.news) else {
-            self.free = Some(slot);
-            return;
-        };
-        match encode.encode(&views, &mut slot) {
-            Ok(prefix) => self.encoding = Some((prefix.encode_end, Filled { slot, prefix })),
-            Err(e) => {
-                encode.failed(&e);
-                self.free = Some(slot);
+impl<E: Engine> SteppedStages for SteppedPipeline<E> {
+    fn advance(&mut self) {
+        let now = self.clock.base.monotonic();
+        self.decode.free_retired();
+        if let Some((_, chunk)) = self.decoding.take_if(|(due, _)| *due <= now) {
+            if let Some(chunk) = chunk {
+                self.decode.hand_over(chunk);
+            }
+            if self.shared.config.mode != PipelineMode::DualRate
+                && let Some(done) = self.held.take()
+            {
+                self.free.push(done.into_slot());
             }
         }
+        if let Some((_, filled)) = self.encoding.take_if(|(due, _)| *due <= now)
+            && let Some(old) = self.newest.replace(filled)
+        {
+            self.shared.report(|r| r.displaced += 1);
+            self.free.push(old.into_slot());
+        }
+        self.start_decode();
+        self.start_encode();
+    }
+
+    fn due(&self) -> Option<Monotonic> {
+        let now = self.clock.base.monotonic();
+        let gathered = self.encoded.2.filter(|_| self.encoding.is_none()).map(|t| t + GATHER);
+        let ends = [self.encoding.as_ref().map(|e| e.0), self.decoding.as_ref().map(|d| d.0), gathered];
+        ends.into_iter().flatten().filter(|t| *t > now).min()
+    }
+
+    fn chunks(&self) -> u64 {
+        self.shared.report(|r| r.decode.runs)
+    }
+
+    fn fault(&self) -> Option<(Fault, String)> {
+        self.shared.report(|r| r.fault.clone())
+    }
+
+    fn report(&self) -> PipelineReport {
+        self.shared.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
