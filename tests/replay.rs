@@ -89,7 +89,7 @@ fn sqlite(path: &Path, records: &[Record]) {
 
 #[test]
 fn the_same_bag_gives_the_same_digest_however_it_is_stored_and_computed() {
-    let bench = Bench::new(2.0);
+    let bench = Bench::new(1.6);
     let bag = bench.mcap("bag.mcap", &bench.records);
     let out = bench.path("out.mcap");
     let first = bench.done(&bag, &["--threads", "1", "--out", out.to_str().unwrap()]);
