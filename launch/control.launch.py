@@ -1,5 +1,6 @@
 """Starts the control node: deployment in the arguments, tuning in the params file.
 
+    ros2 launch pi0_mps control.launch.py robot:=so101 checkpoint:=DIR
     ros2 launch pi0_mps control.launch.py params_file:=my_robot.yaml
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import yaml
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.logging import get_logger
@@ -25,9 +27,12 @@ LOG_LEVELS = ["debug", "info", "warn", "error", "fatal"]
 ARGUMENTS = [
     DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and of its relative topics."),
     DeclareLaunchArgument(
-        "params_file",
-        description="YAML file with the parameters of the robot and the policy; config/robots/sim_arm.yaml is an example.",
+        "robot", default_value="", description="One of the robots in config/robots by its name: so101, aloha, panda, fr3, ur5e, sim_arm."
     ),
+    DeclareLaunchArgument(
+        "params_file", default_value="", description="YAML file with parameters; what it says counts more than the robot's file."
+    ),
+    DeclareLaunchArgument("checkpoint", default_value="", description="Folder of the policy; counts more than both files."),
     DeclareLaunchArgument(
         "use_sim_time", default_value="false", choices=TRUE_FALSE, description="Take ROS time from /clock (simulation, replay)."
     ),
@@ -50,6 +55,11 @@ ARGUMENTS = [
         choices=TRUE_FALSE,
         description="Start the node again if it dies. It comes up unarmed.",
     ),
+    DeclareLaunchArgument(
+        "outputs_under",
+        default_value="",
+        description="Publish every command below this name instead of where the parameters say; for replay.launch.py.",
+    ),
 ]
 
 
@@ -62,18 +72,22 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             "arm:=true with use_respawn:=true would let a node that died move the robot again by itself; "
             "leave one of them out and arm with ~/enable"
         )
-    params_file = Path(given["params_file"]).expanduser()
-    if not params_file.is_file():
-        raise RuntimeError(f"params_file:={given['params_file']} is not a file; give the YAML file of your robot")
+    if given["outputs_under"] and given["use_sim_time"] != "true":
+        raise RuntimeError("outputs_under is for replay, by the recording's clock: give use_sim_time:=true too, or leave it out")
+    files = params_files(given["robot"], given["params_file"])
+    parameters = {"use_sim_time": given["use_sim_time"] == "true", "autostart": given["autostart"] == "true"}
+    if given["checkpoint"]:
+        parameters["checkpoint"] = str(Path(given["checkpoint"]).expanduser())
+    if given["outputs_under"]:
+        parameters |= {f"outputs.{group}.topic": f"{given['outputs_under']}/{group}" for group in output_groups(files)}
+        # What is measured comes from a recording and does not follow the commands.
+        parameters["max_tracking_error"] = 1e6
     node = Node(
         package=NAME,
         executable="control_node",
         name=NAME,
         namespace=given["namespace"],
-        parameters=[
-            str(params_file),
-            {"use_sim_time": given["use_sim_time"] == "true", "autostart": given["autostart"] == "true"},
-        ],
+        parameters=[*map(str, files), parameters],
         arguments=["--ros-args", "--log-level", given["log_level"]],
         additional_env=transport_profile(),
         respawn=given["use_respawn"] == "true",
@@ -82,6 +96,36 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         emulate_tty=True,
     )
     return [node, OpaqueFunction(function=arm_when_active, args=[node])] if arm else [node]
+
+
+def params_files(robot: str, params_file: str) -> list[Path]:
+    """The robot's file and the user's, as far as they are given."""
+    files = []
+    if robot:
+        files.append(PACKAGE / "config/robots" / f"{robot}.yaml")
+        if not files[-1].is_file():
+            known = ", ".join(sorted(f.stem for f in files[-1].parent.glob("*.yaml")))
+            raise RuntimeError(f"robot:={robot} has no file in config/robots; known are {known}; or give params_file:=FILE")
+    if params_file:
+        files.append(Path(params_file).expanduser())
+        if not files[-1].is_file():
+            raise RuntimeError(f"params_file:={params_file} is not a file; give the YAML file of your robot")
+    if not files:
+        raise RuntimeError("give robot:=NAME, one of those in config/robots, or params_file:=FILE, or both")
+    return files
+
+
+def given_parameter(files: list[Path], name: str, default):
+    """A parameter as the last of the files that has it says."""
+    found = default
+    for file in files:
+        for section in (yaml.safe_load(file.read_text()) or {}).values():
+            found = ((section or {}).get("ros__parameters") or {}).get(name, found)
+    return found
+
+
+def output_groups(files: list[Path]) -> list[str]:
+    return given_parameter(files, "outputs.names", ["arm"])
 
 
 def transport_profile() -> dict[str, str]:

@@ -19,7 +19,7 @@ use pi0_mps::model::{Checkpoint, Dims, Frame, Policy, PolicyOptions};
 use pi0_mps::pipeline::inputs::InputSlots;
 use pi0_mps::pipeline::joint_map::JointBinding;
 use pi0_mps::pipeline::{
-    CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode, Retired, RtcConfig,
+    CameraBinding, LiveConfig, Pipeline, PipelineConfig, PipelineIo, PipelineMode, Ports, Retired, RtcConfig,
 };
 use pi0_mps::rt::SystemClock;
 use pi0_mps::rt::latest::{Writer, latest};
@@ -46,10 +46,12 @@ fn config(mode: PipelineMode) -> PipelineConfig {
         dt: 1.0 / 30.0,
         seed: 5,
         cpus: [None; 2],
+        paused: false,
         live: LiveConfig {
             camera_max_age_ms: vec![60_000.0; 2],
             drop_lost_views: false,
-            max_camera_skew_ms: 1.0,
+            // Frames of one observation have one stamp here: on a busy machine no others are mixed.
+            max_camera_skew_ms: 0.0,
             max_joint_state_age_ms: 60_000.0,
             hold_noise: true,
             replan_steps: 10,
@@ -82,9 +84,7 @@ impl Rig {
         let io = PipelineIo {
             inputs: inputs.clone(),
             clock: Arc::new(SystemClock),
-            chunks: to_control,
-            retired,
-            plan,
+            ports: Arc::new(Mutex::new(Ports { chunks: to_control, retired, plan, sequence: 0 })),
             epoch: epoch.clone(),
             tap,
         };
@@ -630,4 +630,33 @@ fn a_camera_whose_stamps_cannot_be_true_is_dated_by_arrival() {
         assert!(chunk.oldest_image_stamp <= SystemClock.ros(), "{stamp:?}");
     }
     assert_eq!(rig.pipeline.report().skewed, 0);
+}
+
+#[test]
+fn of_a_faster_camera_the_frame_is_taken_that_fits_the_slower_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    let engine = Arc::new(Canary::new(&policy));
+    let mut live = config(PipelineMode::Sequential);
+    live.live.max_camera_skew_ms = 5.0;
+    let mut rig = Rig::start(&engine, policy, live);
+    let taken = SystemClock.ros().plus_seconds(-0.1);
+    let put = |inputs: &InputSlots, camera, value, seconds| {
+        inputs.put_frame(camera, frame(value), taken.plus_seconds(seconds), SystemClock.monotonic());
+    };
+    for (value, seconds) in [(1, 0.0), (2, 0.033), (3, 0.066)] {
+        put(&rig.inputs, 0, value, seconds);
+    }
+    put(&rig.inputs, 1, 4, 0.036);
+    rig.joints(&MEAN_POSE);
+    let chunk = rig.wait_for("chunk of frames 3 ms apart", |_| true);
+    assert_eq!(chunk.oldest_image_stamp, taken.plus_seconds(0.033));
+    assert_eq!(rig.pipeline.report().skewed, 0);
+
+    put(&rig.inputs, 1, 5, 0.050);
+    let end = Instant::now() + PATIENCE;
+    while rig.pipeline.report().skewed == 0 {
+        assert!(Instant::now() < end, "no frame of the other camera is within 5 ms of this one");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

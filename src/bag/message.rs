@@ -104,6 +104,32 @@ impl Message for Image {
     }
 }
 
+/// An image as a codec left it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CompressedImage {
+    /// When it was taken.
+    pub stamp: RosTime,
+    /// Name of the codec, and more.
+    pub format: String,
+    /// The file.
+    pub data: Vec<u8>,
+}
+
+impl Message for CompressedImage {
+    const TYPE: &'static str = "sensor_msgs/msg/CompressedImage";
+    const DEFINITION: &'static str = with_header!("string format\nuint8[] data\n");
+
+    fn write(&self, w: &mut CdrWriter) {
+        write_header(w, self.stamp);
+        w.text(&self.format);
+        w.bytes(&self.data);
+    }
+
+    fn read(r: &mut CdrReader<'_>) -> Result<Self, CdrError> {
+        Ok(Self { stamp: read_header(r)?, format: r.text()?, data: r.bytes()?.to_vec() })
+    }
+}
+
 /// Joint positions; velocities and efforts are not used here.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct JointState {
@@ -172,7 +198,9 @@ impl Message for Numbers {
 
     fn read(r: &mut CdrReader<'_>) -> Result<Self, CdrError> {
         for _ in 0..r.length(12)? {
-            (r.text()?, r.u32()?, r.u32()?);
+            r.text()?;
+            r.u32()?;
+            r.u32()?;
         }
         r.u32()?;
         r.doubles().map(Self)
@@ -233,7 +261,8 @@ impl Message for JointTrajectory {
         let (stamp, names) = (read_header(r)?, r.texts()?);
         let point = |r: &mut CdrReader<'_>| {
             let (positions, velocities) = (r.doubles()?, r.doubles()?);
-            (r.doubles()?, r.doubles()?);
+            r.doubles()?;
+            r.doubles()?;
             Ok(Point { positions, velocities, at: read_time(r)?.0 })
         };
         let points = (0..r.length(24)?).map(|_| point(r)).collect::<Result<_, _>>()?;
@@ -499,6 +528,7 @@ mod tests {
         let image =
             Image { stamp, width: 2, height: 1, encoding: "rgb8".into(), step: 6, data: vec![1, 2, 3, 4, 5, 255] };
         round_trip(image);
+        round_trip(CompressedImage { stamp, format: "png".into(), data: vec![9, 8, 7] });
         round_trip(Text("put the red cube into the mug".into()));
         round_trip(Numbers(vec![1.0, -2.5]));
         let points = vec![Point { positions: vec![1.0, 2.0], velocities: vec![0.5, 0.1], at: 1_020_000_001 }];

@@ -16,6 +16,7 @@ fn definition(kind: &str) -> Option<&'static str> {
     }
     let all = of![
         message::Image,
+        message::CompressedImage,
         message::JointState,
         message::Text,
         message::Numbers,

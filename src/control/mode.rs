@@ -67,7 +67,7 @@ use Mode::{Active, Coast, Fault, Ramp, Run, Stopped, Stopping, Unconfigured, War
 pub const MODES: [ModeRow; 9] = [
     ModeRow { mode: Unconfigured, name: "unconfigured", publishes: false, armed: false, level: Level::Stale, lifecycle: "unconfigured",
         entered_by: "start; cleanup", next: &[Warmup, Active, Stopped, Fault] },
-    ModeRow { mode: Warmup, name: "warmup", publishes: false, armed: false, level: Level::Ok, lifecycle: "inactive",
+    ModeRow { mode: Warmup, name: "warmup", publishes: false, armed: false, level: Level::Ok, lifecycle: "inactive, or active until the first chunk",
         entered_by: "the policy is loaded; deactivate", next: &[Unconfigured, Active, Stopped, Fault] },
     ModeRow { mode: Active, name: "active", publishes: false, armed: false, level: Level::Ok, lifecycle: "active",
         entered_by: "warm-up done; disarmed and at rest; reset", next: &[Unconfigured, Warmup, Ramp, Stopped, Fault] },

@@ -353,7 +353,8 @@ impl Refusal {
             Self::Mode(mode) => format!("not possible in mode '{mode}'"),
             Self::NoClock => "ROS time is not set: is /clock published, or use_sim_time wrong?".into(),
             Self::NoLimits { joint: j } => format!(
-                "{} has no limits: set limits.<joint>.min_position, max_position, max_velocity, max_acceleration",
+                "{} has no limits: set limits.<joint>.min_position, max_position, max_velocity, max_acceleration; \
+                 all but the last may come from a URDF on robot_description",
                 joint(j)
             ),
             Self::StateMissing { joint: j } => {

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::ModelError;
+use super::yuv::YuvLayout;
 
-/// Pixel layouts a camera may send, by their names in `sensor_msgs/image_encodings`.
+/// Pixel layouts of a frame, by their names in `sensor_msgs/image_encodings`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Encoding {
     /// Red, green, blue; 8 bits each.
@@ -58,7 +59,8 @@ impl Frame {
     /// Largest side accepted, in pixels: a corrupt header must not make anybody allocate gigabytes.
     pub const MAX_SIDE: usize = 8192;
 
-    /// A frame of `height` rows of `step` bytes, of which the first `width · bytes_per_pixel` are pixels.
+    /// A frame of `height` rows of `step` bytes, of which the first `width · bytes_per_pixel` are pixels. The layouts
+    /// with shared colour (yuv422, uyvy, yuv422_yuy2, yuyv, nv12, nv21) become rgb8.
     pub fn new(
         width: usize,
         height: usize,
@@ -66,10 +68,6 @@ impl Frame {
         encoding: &str,
         data: impl Into<Arc<[u8]>>,
     ) -> Result<Self, ModelError> {
-        let found = Encoding::from_name(encoding).ok_or_else(|| ModelError::Frame {
-            reason: format!("encoding '{encoding}' is not supported"),
-            remedy: format!("publish one of {}", Encoding::ALL.map(|(_, n)| n).join(", ")),
-        })?;
         let data = data.into();
         if width == 0 || height == 0 || width > Self::MAX_SIDE || height > Self::MAX_SIDE {
             return Err(ModelError::Frame {
@@ -77,6 +75,17 @@ impl Frame {
                 remedy: "check the camera driver".into(),
             });
         }
+        if let Some(yuv) = YuvLayout::from_name(encoding) {
+            let rgb = yuv.to_rgb(width, height, step, &data)?;
+            return Ok(Self { width, height, step: 3 * width, encoding: Encoding::Rgb8, data: rgb.into() });
+        }
+        let found = Encoding::from_name(encoding).ok_or_else(|| {
+            let known = Encoding::ALL.iter().map(|(_, n)| *n).chain(YuvLayout::ALL.iter().map(|(_, n)| *n));
+            ModelError::Frame {
+                reason: format!("encoding '{encoding}' is not supported"),
+                remedy: format!("publish one of {}", known.collect::<Vec<_>>().join(", ")),
+            }
+        })?;
         if step < width * found.bytes_per_pixel() || data.len() < step * (height - 1) + width * found.bytes_per_pixel()
         {
             return Err(ModelError::Frame {

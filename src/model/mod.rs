@@ -3,6 +3,7 @@
 
 mod actions;
 mod checkpoint;
+mod compressed;
 mod config;
 mod error;
 mod frame;
@@ -14,6 +15,7 @@ mod stats;
 pub mod synthetic;
 mod tensor;
 mod tokenizer;
+mod yuv;
 
 pub use actions::{ActionMode, ActionTransform};
 pub use checkpoint::Checkpoint;

@@ -1,7 +1,7 @@
 //! Settings to the configurations of the layers below.
 
 use crate::control::{ControlConfig, JointConfig, Names, Seam};
-use crate::model::{Dims, PolicyOptions};
+use crate::model::PolicyOptions;
 use crate::params::Settings;
 use crate::params::choice::{Noise, OnCameraLoss};
 use crate::pipeline::joint_map::JointBinding;
@@ -33,12 +33,13 @@ pub(super) fn names(s: &Settings) -> Names {
     }
 }
 
-pub(super) fn control(s: &Settings, dims: &Dims) -> ControlConfig {
+/// For chunks of `horizon` actions.
+pub(super) fn control(s: &Settings, horizon: usize) -> ControlConfig {
     let base = ControlConfig::new(
         s.joints.iter().map(|j| j.name.clone()),
         s.timing.period().as_secs_f64(),
         s.timing.dt(),
-        dims.horizon,
+        horizon,
     );
     ControlConfig {
         joints: s
@@ -99,6 +100,7 @@ pub(super) fn pipeline(s: &Settings) -> PipelineConfig {
         dt: s.timing.dt(),
         seed: s.model.seed,
         cpus: [1, 2].map(|i| s.process.cpu_affinity.get(i).copied()),
+        paused: true,
         live: live(s),
     }
 }

@@ -1,20 +1,22 @@
 //! What the parts of a running node share, and its two faces: what subscriptions put in, what services ask for.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::control_loop::{Change, Event, InputRules, Signals, Snapshot};
+use super::lifecycle::State;
 use super::status::{self, Status};
 use super::{NodeError, convert, lock, publisher, recorder};
-use crate::clock::{Clock, RosTime};
+use crate::clock::{Clock, Monotonic, RosTime};
+use crate::control::chunk::ActionChunk;
 use crate::control::{ChunkVerdict, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport};
 use crate::engine::EngineError;
 use crate::error::Fault;
-use crate::model::{Dims, Frame, ModelError};
+use crate::model::{Frame, ModelError};
 use crate::params::Settings;
 use crate::pipeline::inputs::InputSlots;
-use crate::pipeline::{Pipeline, PipelineReport};
+use crate::pipeline::{Pipeline, PipelineReport, Ports};
 use crate::rt::latest::Reader;
 use crate::rt::signals::RequestBits;
 
@@ -30,7 +32,19 @@ pub(super) struct Core {
     pub inputs: Arc<InputSlots>,
     pub signals: Arc<Signals>,
     pub names: Names,
-    pub dims: Dims,
+    /// Actions of a chunk of the policy; before one is loaded, some number that fits the settings.
+    pub horizon: AtomicUsize,
+    /// The lifecycle state, by its number.
+    pub state: AtomicU8,
+    /// The node is about to end: it does not become ready any more.
+    pub leaving: AtomicBool,
+    /// Chunks that had been decoded when inference was last activated.
+    pub decoded_before: AtomicU64,
+    /// Why the policy could not be loaded, until it is tried again.
+    pub not_configured: Mutex<Option<(Fault, String)>>,
+    pub ports: Arc<Mutex<Ports>>,
+    pub wired: Mutex<InputsWired>,
+    pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
     pub settings: Mutex<Settings>,
     pub snapshot: Mutex<Reader<Snapshot>>,
     pub deadlines: Arc<Mutex<Deadlines>>,
@@ -46,6 +60,22 @@ pub(super) struct Core {
     pub asking: Mutex<()>,
 }
 
+/// A topic that the node listens to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Of the camera with this index in `camera_names`.
+    Camera(usize),
+    /// `joint_states`.
+    JointStates,
+}
+
+/// What is wrong with the publishers of every source.
+#[derive(Debug, Default)]
+pub(super) struct InputsWired {
+    pub cameras: Vec<Option<String>>,
+    pub joint_states: Option<String>,
+}
+
 /// The subscriptions' side of the node.
 #[derive(Clone)]
 pub struct Inputs(pub(super) Arc<Core>);
@@ -57,8 +87,13 @@ pub struct Commands(pub(super) Arc<Core>);
 impl Inputs {
     /// A frame of camera `camera` (index in `camera_names`), or why its message could not be used.
     pub fn frame(&self, camera: usize, stamp: RosTime, frame: Result<Frame, ModelError>) {
+        self.frame_of(camera, stamp, self.0.clock.monotonic(), frame);
+    }
+
+    /// The same for a message that arrived a while ago and took its time to decode.
+    pub fn frame_of(&self, camera: usize, stamp: RosTime, arrived: Monotonic, frame: Result<Frame, ModelError>) {
         match frame {
-            Ok(frame) => self.0.inputs.put_frame(camera, frame, stamp, self.0.clock.monotonic()),
+            Ok(frame) => self.0.inputs.put_frame(camera, frame, stamp, arrived),
             Err(e) => {
                 let first = camera < self.0.inputs.cameras() && self.0.inputs.refusal(camera).is_none();
                 if first {
@@ -82,6 +117,18 @@ impl Inputs {
     /// otherwise: no arming, and a stop.
     pub fn outputs(&self, fault: Option<InputFault>) {
         self.0.signals.outputs.set(fault);
+    }
+
+    /// Why nothing can be heard from a source, as far as its publishers tell, until told otherwise.
+    pub fn wiring(&self, of: Source, problem: Option<String>) {
+        let mut wired = lock(&self.0.wired);
+        let place = match of {
+            Source::Camera(i) => wired.cameras.get_mut(i),
+            Source::JointStates => Some(&mut wired.joint_states),
+        };
+        if let Some(place) = place {
+            *place = problem;
+        }
     }
 
     /// A new prompt, taken at the next chunk boundary.
@@ -170,7 +217,10 @@ impl Core {
     }
 
     pub fn pipeline_report(&self) -> PipelineReport {
-        lock(&self.pipeline).as_ref().map(Pipeline::report).unwrap_or_default()
+        match &*lock(&self.pipeline) {
+            Some(pipeline) => pipeline.report(),
+            None => PipelineReport { fault: lock(&self.not_configured).clone(), ..Default::default() },
+        }
     }
 
     /// What keeps the node from becoming active, or what failed.
@@ -180,11 +230,18 @@ impl Core {
         }
         match self.signals.lifecycle() {
             Lifecycle::Ready => None,
-            Lifecycle::Unconfigured if !lock(&self.settings).process.autostart => {
-                Some("autostart is false: the policy is not loaded".into())
-            }
-            Lifecycle::Unconfigured => Some("loading the policy".into()),
-            Lifecycle::Warmup => self.with_facts(None, status::missing).or(Some("warming up".into())),
+            Lifecycle::Unconfigured => Some(match (lock(&self.not_configured).clone(), self.state()) {
+                (Some((_, why)), _) => format!("configure failed: {why}"),
+                (None, State::Unconfigured) => "unconfigured, no policy is loaded: configure and activate".into(),
+                (None, State::Finalized) => "finalized: restart the process".into(),
+                (None, _) => "loading the policy".into(),
+            }),
+            Lifecycle::Warmup => match self.state() {
+                State::Inactive => Some("inactive, inference stands still: activate".into()),
+                State::Deactivating | State::ShuttingDown => None,
+                State::Configuring => Some("warming up".into()),
+                _ => self.with_facts(None, status::missing).or(Some("warming up".into())),
+            },
             Lifecycle::Failed => None,
         }
     }
@@ -219,7 +276,7 @@ impl Core {
                 max_age_ms: c.max_age.as_secs_f64() * 1e3,
                 freshness: self.inputs.freshness(i),
                 size: self.inputs.frame(i).map(|s| (s.frame.width(), s.frame.height())),
-                refusal: self.inputs.refusal(i),
+                refusal: self.inputs.refusal(i).or_else(|| lock(&self.wired).cameras.get(i)?.clone()),
             })
             .collect();
         let (joints, unknown) = (self.inputs.joints(), self.inputs.unknown_joints());
@@ -231,17 +288,23 @@ impl Core {
             seconds: snapshot.seconds,
             control: &snapshot.status,
             output_fault: self.signals.outputs.get(),
+            limits_from: &settings.joints.iter().map(|j| j.limits_from.clone()).collect::<Vec<_>>(),
+            description_problems: &settings.safety.description_problems,
             unsent: self.signals.unsent.load(Ordering::Acquire),
             output_window_ms: settings.output_window.as_secs_f64() * 1e3,
             blocked_ms: snapshot.blocked as f64 * settings.timing.period().as_secs_f64() * 1e3,
             names: &self.names,
             deadlines: publisher::snapshot(&self.deadlines),
             pipeline: &pipeline,
+            decoded_before: self.decoded_before.load(Ordering::Acquire),
+            load_error: lock(&self.not_configured).is_some(),
+            lifecycle: self.state().label(),
             pipeline_mode: settings.gpu.pipeline_mode.name(),
             cameras: &cameras,
             joints: &joints,
             max_joint_age_ms: settings.inputs.max_joint_state_age.as_secs_f64() * 1e3,
             unknown_joints: &unknown,
+            joint_states_wiring: lock(&self.wired).joint_states.as_deref(),
             note,
             prompt: &self.inputs.prompt().text,
             device: &device,
@@ -264,8 +327,9 @@ impl Core {
         if let Some(pipeline) = &*pipeline {
             pipeline.decide(new.gpu.split).map_err(EngineError::from)?;
         }
-        let control = convert::control(new, &self.dims);
-        if control != convert::control(old, &self.dims) {
+        let horizon = self.horizon.load(Ordering::Acquire);
+        let control = convert::control(new, horizon);
+        if control != convert::control(old, horizon) {
             let controller = Box::new(Controller::new(control)?);
             *lock(&self.deadlines) = Deadlines::new(controller.config().deadline, controller.config().period);
             self.send(Change::Controller(controller))?;
@@ -288,7 +352,7 @@ impl Core {
         Ok(())
     }
 
-    fn send(&self, change: Change) -> Result<(), NodeError> {
+    pub(super) fn send(&self, change: Change) -> Result<(), NodeError> {
         let mut rings = lock(&self.changes);
         while rings.1.pop().is_ok() {}
         rings

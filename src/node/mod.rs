@@ -9,6 +9,7 @@
 mod control_loop;
 mod convert;
 mod core;
+pub mod lifecycle;
 mod loader;
 pub mod messages;
 mod publisher;
@@ -17,28 +18,26 @@ mod replay;
 mod status;
 mod stepped;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
-use crate::control::PlanView;
-use crate::control::chunk::ActionChunk;
 use crate::control::{ConfigError, Controller, Deadlines, Lifecycle};
 use crate::engine::EngineError;
 use crate::error::{Blame, Fault};
-use crate::model::{Checkpoint, Dims, ModelError, Policy};
+use crate::model::ModelError;
 use crate::params::Settings;
 use crate::pipeline::inputs::InputSlots;
-use crate::pipeline::{PipelineError, Retired};
-use crate::rt::latest::{Reader, latest};
+use crate::pipeline::{PipelineError, Ports};
+use crate::rt::latest::latest;
 use crate::rt::period::Periodic;
 use crate::rt::rights::{self, Right};
 
 use control_loop::{ControlLoop, Signals, Snapshot};
-pub use core::{Commands, Inputs};
-use core::{Core, input_rules, log_event};
+pub use core::{Commands, Inputs, Source};
+use core::{Core, InputsWired, input_rules, log_event};
+use lifecycle::{Edge, Request, State, Transitions};
 pub use publisher::Outputs;
 use publisher::{Job, Publisher};
 pub use recorder::Identity;
@@ -55,6 +54,11 @@ const CHUNKS: usize = 16;
 const TAP: usize = 4;
 /// Events waiting for the log.
 const EVENTS: usize = 256;
+/// Lifecycle transitions waiting to be told.
+const TRANSITIONS: usize = 64;
+/// Actions a chunk is taken to have before a policy is loaded.
+const USUAL_HORIZON: usize = 50;
+
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -105,10 +109,6 @@ struct Parts {
     core: Arc<Core>,
     control: ControlLoop,
     publisher: Publisher,
-    chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Retired>,
-    plan: Reader<Option<PlanView>>,
-    tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
     recorder: Option<recorder::Waiting>,
 }
 
@@ -116,12 +116,12 @@ impl Parts {
     /// Makes all of them and joins them with slots and rings.
     fn new(
         settings: Settings,
-        dims: Dims,
+        horizon: usize,
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
         identity: Option<Identity>,
     ) -> Result<Self, NodeError> {
-        let controller = Controller::new(convert::control(&settings, &dims))?;
+        let controller = Controller::new(convert::control(&settings, horizon))?;
         let names = convert::names(&settings);
         let (inputs, joints) = InputSlots::new(settings.inputs.cameras.len(), &names.joints, &settings.model.prompt);
         let inputs = Arc::new(inputs);
@@ -158,7 +158,19 @@ impl Parts {
             inputs: inputs.clone(),
             signals: signals.clone(),
             names,
-            dims,
+            horizon: AtomicUsize::new(horizon),
+            state: AtomicU8::new(State::Unconfigured as u8),
+            leaving: AtomicBool::new(false),
+            decoded_before: AtomicU64::new(0),
+            not_configured: Mutex::new(None),
+            ports: Arc::new(Mutex::new(Ports {
+                chunks: chunks_in,
+                retired: retired_out,
+                plan: plan_reader,
+                sequence: 0,
+            })),
+            wired: Mutex::new(InputsWired { cameras: vec![None; settings.inputs.cameras.len()], joint_states: None }),
+            tap: tap_in,
             settings: Mutex::new(settings),
             snapshot: Mutex::new(snapshot_reader),
             deadlines: deadlines.clone(),
@@ -201,16 +213,7 @@ impl Parts {
             discarded: discarded_in,
             recorder: ticks,
         };
-        Ok(Self {
-            core,
-            control,
-            publisher,
-            chunks: chunks_in,
-            retired: retired_out,
-            plan: plan_reader,
-            tap: tap_in,
-            recorder: waiting,
-        })
+        Ok(Self { core, control, publisher, recorder: waiting })
     }
 }
 
@@ -218,13 +221,16 @@ impl Parts {
 pub struct Node {
     core: Arc<Core>,
     threads: Vec<JoinHandle<()>>,
-    loader: Option<JoinHandle<()>>,
+    lifecycle: Option<JoinHandle<()>>,
     recorder: Option<Recorder>,
-    publisher_stop: Arc<std::sync::atomic::AtomicBool>,
+    requests: crossbeam_channel::Sender<Request>,
+    transitions: crossbeam_channel::Receiver<Edge>,
+    publisher_stop: Arc<AtomicBool>,
 }
 
 impl Node {
-    /// Checks checkpoint and settings, starts the control loop unarmed, and loads the policy in a thread of its own.
+    /// Checks the settings and starts the control loop, unarmed. With `autostart` the policy is then loaded and run on
+    /// the lifecycle thread; if that fails, [`failure`](Self::failure) says why.
     pub fn start(settings: Settings, clock: Arc<dyn Clock>, outputs: Box<dyn Outputs>) -> Result<Self, NodeError> {
         Self::start_as(Identity::default(), settings, clock, outputs)
     }
@@ -236,18 +242,18 @@ impl Node {
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
     ) -> Result<Self, NodeError> {
-        let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
-        let policy = Policy::open(&checkpoint, &settings.model.checkpoint, &convert::policy_options(&settings))?;
-        let dims = *checkpoint.dims();
+        let horizon = USUAL_HORIZON.max(settings.chunks.replan_steps + 1);
         let (period, process) = (settings.timing.period(), settings.process.clone());
-        let Parts { core, mut control, publisher, chunks, retired, plan, tap, recorder } =
-            Parts::new(settings, dims, clock, outputs, Some(identity))?;
+        let Parts { core, mut control, publisher, recorder } =
+            Parts::new(settings, horizon, clock, outputs, Some(identity))?;
         let publisher_stop = publisher.stopping.clone();
-        let mut node = Self { core: core.clone(), threads: Vec::new(), loader: None, recorder: None, publisher_stop };
-        node.recorder = recorder.map(|waiting| Recorder::start(core.clone(), waiting)).transpose()?;
+        let (requests, asked) = crossbeam_channel::unbounded();
+        let (told, transitions) = crossbeam_channel::bounded(TRANSITIONS);
+        let recorder = recorder.map(|waiting| Recorder::start(core.clone(), waiting)).transpose()?;
+        let (threads, lifecycle) = (Vec::new(), None);
+        let mut node = Self { core: core.clone(), threads, lifecycle, recorder, requests, transitions, publisher_stop };
         if process.lock_memory {
             node.report_right("lock_memory", &rights::lock_memory());
-            checkpoint.unpin()?;
         }
 
         let control_cpu = process.cpu_affinity.first().copied();
@@ -255,14 +261,11 @@ impl Node {
         control.publisher = Some(node.spawn("pi0_publisher", below, control_cpu, move || publisher.run())?);
         node.spawn("pi0_control", process.rt_priority, control_cpu, move || control.run(Periodic::new(period)))?;
 
-        if process.autostart {
-            let parts = loader::Parts { checkpoint, policy: Arc::new(policy), chunks, retired, plan, tap };
-            let loader = std::thread::Builder::new()
-                .name("pi0_loader".into())
-                .spawn(move || loader::run(&core, parts))
-                .map_err(|source| NodeError::Thread { name: "pi0_loader", source })?;
-            node.loader = Some(loader);
-        }
+        let lifecycle = std::thread::Builder::new()
+            .name("pi0_lifecycle".into())
+            .spawn(move || lifecycle::run(&core, &asked, &told))
+            .map_err(|source| NodeError::Thread { name: "pi0_lifecycle", source })?;
+        node.lifecycle = Some(lifecycle);
         Ok(node)
     }
 
@@ -316,6 +319,16 @@ impl Node {
         Commands(self.core.clone())
     }
 
+    /// Asks for lifecycle transitions.
+    pub fn transitions(&self) -> Transitions {
+        Transitions { core: self.core.clone(), requests: self.requests.clone() }
+    }
+
+    /// The next transition that was made and not told yet.
+    pub fn transition_made(&self) -> Option<Edge> {
+        self.transitions.try_recv().ok()
+    }
+
     /// The whole node at this moment.
     pub fn status(&self) -> Status {
         self.core.status()
@@ -345,18 +358,9 @@ impl Node {
 
     /// Brings the robot to a decelerated stop, publishes that to its end, then ends every thread.
     pub fn shutdown(mut self) -> Result<(), NodeError> {
+        self.core.leaving.store(true, Ordering::Release);
         self.core.signals.set_lifecycle(Lifecycle::Warmup);
-        let stop_time = lock(&self.core.settings).safety.stop_time;
-        let deadline = Instant::now() + 2 * stop_time + Duration::from_millis(500);
-        let turn = self.core.snapshot().turns;
-        loop {
-            let s = self.core.snapshot();
-            // Two turns later the request has been seen, whatever tick it fell into.
-            if (s.turns >= turn + 2 && !s.status.mode.publishes()) || Instant::now() > deadline {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        self.core.come_to_rest();
         self.log_events();
         self.join();
         match self.failure() {
@@ -367,9 +371,9 @@ impl Node {
 
     fn join(&mut self) {
         self.core.signals.stopping.store(true, Ordering::Release);
-        if let Some(loader) = self.loader.take() {
+        if let Some(lifecycle) = self.lifecycle.take() {
             // Its panics are caught inside.
-            let _ = loader.join();
+            let _ = lifecycle.join();
         }
         drop(lock(&self.core.pipeline).take());
         // Control first, so that nothing new comes to the publisher after its last round.

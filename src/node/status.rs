@@ -43,6 +43,7 @@ pub(super) struct CameraView {
     pub max_age_ms: f64,
     pub freshness: CameraFreshness,
     pub size: Option<(usize, usize)>,
+    /// Why its last message could not be used, or why none comes.
     pub refusal: Option<String>,
 }
 
@@ -55,6 +56,10 @@ pub(super) struct Facts<'a> {
     pub control: &'a ControlStatus,
     /// Nobody listens to an output, or somebody else publishes on it.
     pub output_fault: Option<InputFault>,
+    /// Limits of each joint with their sources; empty where one is missing.
+    pub limits_from: &'a [String],
+    /// What is wrong with the robot description.
+    pub description_problems: &'a [String],
     /// Windows that the control loop counts as published and that were never sent.
     pub unsent: u64,
     /// For how long there has been no window to write to, because none came back from the publisher; 0 if there is.
@@ -64,11 +69,19 @@ pub(super) struct Facts<'a> {
     pub names: &'a Names,
     pub deadlines: DeadlinesSnapshot,
     pub pipeline: &'a PipelineReport,
+    /// Chunks decoded before inference was last activated.
+    pub decoded_before: u64,
+    /// Loading the policy failed.
+    pub load_error: bool,
+    /// Label of the lifecycle state.
+    pub lifecycle: &'a str,
     pub pipeline_mode: &'a str,
     pub cameras: &'a [CameraView],
     pub joints: &'a JointSample,
     pub max_joint_age_ms: f64,
     pub unknown_joints: &'a [String],
+    /// What is wrong with the publishers of `joint_states`.
+    pub joint_states_wiring: Option<&'a str>,
     /// What keeps the node from becoming active, or what failed.
     pub note: Option<&'a str>,
     pub prompt: &'a str,
@@ -109,14 +122,13 @@ impl Status {
     pub(super) fn new(f: &Facts<'_>) -> Self {
         let diagnostics = vec![inputs(f), inference(f), control(f), safety(f), gpu(f), recorder(f)];
         let message = message(f);
-        let worst = |a: Level, d: &Diagnostic| if d.level == Level::Stale { a } else { a.max(d.level) };
-        Self {
-            level: diagnostics.iter().fold(f.control.level, worst),
-            mode: f.control.mode,
-            values: values(f, &message),
-            message,
-            diagnostics,
-        }
+        let told = diagnostics.iter().map(|d| d.level).filter(|l| *l != Level::Stale);
+        let level = match (f.control.level, told.max().unwrap_or(Level::Ok)) {
+            // No news is news only where nobody has to act.
+            (Level::Stale, Level::Error) if f.load_error => Level::Error,
+            (own, worst) => own.max(worst),
+        };
+        Self { level, mode: f.control.mode, values: values(f, &message), message, diagnostics }
     }
 }
 
@@ -158,6 +170,7 @@ fn values(f: &Facts<'_>, message: &str) -> Vec<(String, String)> {
     let (published, skipped) = sent_and_skipped(f);
     let mut v = vec![
         pair("mode", c.mode),
+        pair("lifecycle", f.lifecycle),
         pair("reason", message),
         pair("armed", c.mode.armed()),
         pair("pipeline_mode", f.pipeline_mode),
@@ -251,16 +264,17 @@ fn joint_problem(f: &Facts<'_>, i: usize) -> Option<String> {
     let (position, age) = (f.joints.positions[i], f.joints.age_ms(i, f.ros_now, f.now));
     let missing = || Reason::StateMissing { joint: i }.text(f.names);
     if !f.joints.seen(i) {
-        let heard = if f.unknown_joints.is_empty() {
-            "nothing heard yet".into()
-        } else {
-            format!("heard instead: {}", f.unknown_joints.join(", "))
+        let heard = match f.joint_states_wiring {
+            _ if !f.unknown_joints.is_empty() => format!("heard instead: {}", f.unknown_joints.join(", ")),
+            Some(why) => why.into(),
+            None => "nothing heard yet".into(),
         };
         Some(format!("{} ({heard})", missing()))
     } else if !position.is_finite() {
         Some(format!("{} (its position is {position})", missing()))
     } else if age > f.max_joint_age_ms {
-        Some(Reason::StateStale { joint: i, age: age * 1e-3, max: f.max_joint_age_ms * 1e-3 }.text(f.names))
+        let stale = Reason::StateStale { joint: i, age: age * 1e-3, max: f.max_joint_age_ms * 1e-3 }.text(f.names);
+        Some(f.joint_states_wiring.map_or(stale.clone(), |why| format!("{stale} ({why})")))
     } else {
         None
     }
@@ -273,7 +287,7 @@ pub(super) fn missing(f: &Facts<'_>) -> Option<String> {
     joint
         .or_else(camera)
         .or_else(|| {
-            (f.pipeline.decode.runs == 0).then(|| match &f.pipeline.waiting_for {
+            (f.pipeline.decode.runs <= f.decoded_before).then(|| match &f.pipeline.waiting_for {
                 Some(why) => why.clone(),
                 None => "first action chunk".into(),
             })
@@ -358,7 +372,11 @@ fn safety(f: &Facts<'_>) -> Diagnostic {
     values.push(pair("max_seam_jump_rad", format!("{:.5}", c.seam_jump_max)));
     values.push(pair("tracking_error_rad", format!("{:.5}", c.tracking_error)));
     values.push(pair("max_tracking_error_rad", format!("{:.5}", c.tracking_error_max)));
-    let problems = f.output_fault.iter().map(|fault| (Level::Warn, fault.text(f.names))).collect();
+    for (joint, from) in f.names.joints.iter().zip(f.limits_from) {
+        values.push(pair(format!("limits.{joint}"), if from.is_empty() { "incomplete: no arming" } else { from }));
+    }
+    let described = f.description_problems.iter().map(|p| (Level::Warn, p.clone()));
+    let problems = f.output_fault.iter().map(|fault| (Level::Warn, fault.text(f.names))).chain(described).collect();
     summarise("safety", problems, "within limits", values)
 }
 

@@ -7,16 +7,15 @@ use std::time::Duration;
 use super::control_loop::{ControlLoop, Turn};
 use super::core::Core;
 use super::publisher::Publisher;
-use super::{Commands, Inputs, NodeError, Outputs, Parts, Status, convert};
+use super::{Commands, Inputs, NodeError, Outputs, Parts, Status, convert, lock};
 use crate::clock::{Clock, Monotonic};
 use crate::control::chunk::ActionChunk;
-use crate::control::{ControlStatus, Lifecycle, PlanView, Requests, TickReport};
+use crate::control::{ControlStatus, Lifecycle, Requests, TickReport};
 use crate::engine::Engine;
 use crate::error::Fault;
 use crate::model::{Checkpoint, Dims, Policy};
 use crate::params::Settings;
-use crate::pipeline::{PipelineIo, PipelineReport, Retired, StageTimes, SteppedPipeline, SteppedStages};
-use crate::rt::latest::Reader;
+use crate::pipeline::{PipelineIo, PipelineReport, StageTimes, SteppedPipeline, SteppedStages};
 use crate::rt::period::Wake;
 use crate::rt::signals::RequestBits;
 
@@ -34,17 +33,9 @@ pub struct SteppedNode {
 /// Where chunks come from.
 enum Chunks {
     /// The caller.
-    Played { chunks: rtrb::Producer<Arc<ActionChunk>>, retired: rtrb::Consumer<Retired> },
+    Played,
     /// A policy.
     Decoded(Box<dyn SteppedStages>),
-}
-
-/// The ends of the chunk rings, for whoever makes chunks.
-struct Ends {
-    chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Retired>,
-    plan: Reader<Option<PlanView>>,
-    tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
 }
 
 impl SteppedNode {
@@ -55,9 +46,7 @@ impl SteppedNode {
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
     ) -> Result<Self, NodeError> {
-        Self::make(settings, dims, clock, outputs, |_, ends| {
-            Ok(Chunks::Played { chunks: ends.chunks, retired: ends.retired })
-        })
+        Self::make(settings, dims, clock, outputs, |_| Ok(Chunks::Played))
     }
 
     /// The policy of a checkpoint as these settings have it.
@@ -78,15 +67,13 @@ impl SteppedNode {
         SteppedPipeline<E>: 'static,
     {
         let config = convert::pipeline(&settings);
-        Self::make(settings, *engine.dims(), clock, outputs, |core, ends| {
+        Self::make(settings, *engine.dims(), clock, outputs, |core| {
             let io = PipelineIo {
                 inputs: core.inputs.clone(),
                 clock: core.clock.clone(),
-                chunks: ends.chunks,
-                retired: ends.retired,
-                plan: ends.plan,
+                ports: core.ports.clone(),
                 epoch: core.signals.epoch.clone(),
-                tap: ends.tap,
+                tap: core.tap.clone(),
             };
             Ok(Chunks::Decoded(Box::new(SteppedPipeline::new(engine, policy, config, io, times)?)))
         })
@@ -97,12 +84,11 @@ impl SteppedNode {
         dims: Dims,
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
-        chunks_from: impl FnOnce(&Core, Ends) -> Result<Chunks, NodeError>,
+        chunks_from: impl FnOnce(&Core) -> Result<Chunks, NodeError>,
     ) -> Result<Self, NodeError> {
         let (period, scheduled) = (settings.timing.period(), clock.monotonic());
-        let Parts { core, control, publisher, chunks, retired, plan, tap, .. } =
-            Parts::new(settings, dims, clock, outputs, None)?;
-        let chunks = chunks_from(&core, Ends { chunks, retired, plan, tap })?;
+        let Parts { core, control, publisher, .. } = Parts::new(settings, dims.horizon, clock, outputs, None)?;
+        let chunks = chunks_from(&core)?;
         Ok(Self { core, control, turn: Turn::new(scheduled), publisher, chunks, period, scheduled })
     }
 
@@ -141,9 +127,10 @@ impl SteppedNode {
 
     /// A chunk from the decoder that the caller plays; false if it finds no room, or there is a policy.
     pub fn put_chunk(&mut self, chunk: ActionChunk) -> bool {
-        let Chunks::Played { chunks, retired } = &mut self.chunks else { return false };
-        while retired.pop().is_ok() {}
-        chunks.push(Arc::new(chunk)).is_ok()
+        let Chunks::Played = &self.chunks else { return false };
+        let mut ports = lock(&self.core.ports);
+        while ports.retired.pop().is_ok() {}
+        ports.chunks.push(Arc::new(chunk)).is_ok()
     }
 
     /// Lets the policy's stages start and finish what they can at the clock's time.
@@ -156,7 +143,7 @@ impl SteppedNode {
     /// When the policy's stages have something to do next, if nothing comes in before.
     pub fn due(&self) -> Option<Monotonic> {
         match &self.chunks {
-            Chunks::Played { .. } => None,
+            Chunks::Played => None,
             Chunks::Decoded(stages) => stages.due(),
         }
     }
@@ -164,7 +151,7 @@ impl SteppedNode {
     /// Why the policy's stages cannot go on, if they cannot, and who has to act.
     pub fn fault(&self) -> Option<(Fault, String)> {
         match &self.chunks {
-            Chunks::Played { .. } => None,
+            Chunks::Played => None,
             Chunks::Decoded(stages) => stages.fault(),
         }
     }
@@ -172,7 +159,7 @@ impl SteppedNode {
     /// Chunks that the policy has made.
     pub fn chunks(&self) -> u64 {
         match &self.chunks {
-            Chunks::Played { .. } => 0,
+            Chunks::Played => 0,
             Chunks::Decoded(stages) => stages.chunks(),
         }
     }
@@ -180,7 +167,7 @@ impl SteppedNode {
     /// What the policy's stages have done; nothing without a policy.
     pub fn pipeline_report(&self) -> PipelineReport {
         match &self.chunks {
-            Chunks::Played { .. } => PipelineReport::default(),
+            Chunks::Played => PipelineReport::default(),
             Chunks::Decoded(stages) => stages.report(),
         }
     }

@@ -7,6 +7,7 @@ mod rules;
 mod settings;
 mod table;
 mod text;
+pub mod urdf;
 mod value;
 pub mod yaml;
 
@@ -17,12 +18,15 @@ pub use settings::{
 };
 pub use table::{Allowed, DefaultValue, ParamSpec, Placeholder, TABLE, When, spec};
 pub use text::{default_yaml, help_table, markdown_table, params_file};
+use urdf::Description;
 pub use value::{Kind, ParamError, Value};
 
 /// Validated values of every parameter of this robot.
 #[derive(Debug, Clone)]
 pub struct Params {
     entries: BTreeMap<String, Entry>,
+    /// Limits for joints whose parameters give none.
+    description: Description,
 }
 
 /// The shares of encoder and decoder of the GPU, which are kept together.
@@ -143,6 +147,57 @@ impl Params {
         Ok(changes)
     }
 
+    /// Takes limits of positions and velocities from a robot description where no parameter gives them, in place of
+    /// those of the one before. On error nothing changes.
+    pub fn describe(&mut self, description: Description) -> Result<(), ParamError> {
+        let next = Self { description, ..self.clone() };
+        if let Some(e) = rules::broken(&next).into_iter().next() {
+            return Err(e);
+        }
+        *self = next;
+        Ok(())
+    }
+
+    /// A limit of a joint: the parameter if it is given, else what the robot description says; NaN if neither. Also
+    /// whether it is the description's.
+    fn limit(&self, joint: &str, limit: &str) -> (f64, bool) {
+        let given = self.get(&format!("limits.{joint}.{limit}")).and_then(|e| e.value.as_double()).unwrap_or(f64::NAN);
+        if !given.is_nan() {
+            return (given, false);
+        }
+        let of = self.description.joints.get(joint).copied().unwrap_or_default();
+        let described = match limit {
+            "min_position" => of.positions.map(|p| p[0]),
+            "max_position" => of.positions.map(|p| p[1]),
+            "max_velocity" => of.max_velocity,
+            _ => None,
+        };
+        (described.unwrap_or(f64::NAN), described.is_some())
+    }
+
+    /// What the robot description does not give, for joints that need it, and what is wrong with it.
+    fn description_problems(&self) -> Vec<String> {
+        let described = &self.description;
+        let mut problems = described.problems.clone();
+        if described.joints.is_empty() {
+            return problems;
+        }
+        for joint in self.names(Placeholder::Joint) {
+            let missing: Vec<_> = ["min_position", "max_position", "max_velocity"]
+                .into_iter()
+                .filter(|limit| self.limit(joint, limit).0.is_nan())
+                .collect();
+            if !described.joints.contains_key(joint) && !missing.is_empty() {
+                problems.push(format!("robot_description has no joint '{joint}', and no parameters give its limits"));
+            } else if !missing.is_empty() {
+                let missing = missing.join(", ");
+                problems
+                    .push(format!("robot_description gives no {missing} for joint '{joint}': set limits.{joint}.*"));
+            }
+        }
+        problems
+    }
+
     /// The parameter of that name.
     pub fn get(&self, name: &str) -> Option<&Entry> {
         self.entries.get(name)
@@ -247,7 +302,7 @@ fn declare(lists: &[(Placeholder, Vec<String>); 3]) -> Params {
             entries.insert(filled(spec.name), Entry { spec, value });
         }
     }
-    Params { entries }
+    Params { entries, description: Description::default() }
 }
 
 fn empty(kind: Kind) -> Value {

@@ -150,10 +150,13 @@ fn known_joints(p: &Params, param: &str, errors: &mut Vec<ParamError>) {
 fn limits_are_ordered(p: &Params, errors: &mut Vec<ParamError>) {
     for joint in strings(p, "joint_names") {
         let param = format!("limits.{joint}.min_position");
-        let (min, max) = (double(p, &param), double(p, &format!("limits.{joint}.max_position")));
+        let ((min, described_min), (max, described_max)) =
+            (p.limit(joint, "min_position"), p.limit(joint, "max_position"));
         if min >= max {
+            let source = |described| if described { " of the robot description" } else { "" };
+            let (from, to) = (source(described_min), source(described_max));
             let (min, max) = (Value::Double(min), Value::Double(max));
-            let reason = format!("{min} is not below limits.{joint}.max_position = {max}");
+            let reason = format!("{min}{from} is not below limits.{joint}.max_position = {max}{to}");
             errors.push(ParamError::new(&param, reason));
         }
     }

@@ -113,6 +113,8 @@ pub struct Joint {
     pub offset: f64,
     /// All four limits, or none: without them the node does not arm.
     pub limits: Option<JointLimits>,
+    /// Where each limit is from, in one sentence; empty without limits.
+    pub limits_from: String,
     /// Whether its actions are absolute even when the policy's are differences.
     pub action_absolute: bool,
 }
@@ -188,6 +190,8 @@ pub struct Chunks {
 pub struct Safety {
     /// Limits that arming needs and nobody gave, by their parameter names.
     pub missing_limits: Vec<String>,
+    /// What is wrong with the robot description, or missing from it.
+    pub description_problems: Vec<String>,
     /// A measured joint further than this from its command stops the robot; rad or m.
     pub max_tracking_error: f64,
     /// Longest time of a decelerating stop.
@@ -343,9 +347,11 @@ impl Settings {
             safety: Safety {
                 missing_limits: names
                     .iter()
-                    .flat_map(|joint| LIMITS.map(|limit| format!("limits.{joint}.{limit}")))
-                    .filter(|name| r.double(name).is_nan())
+                    .flat_map(|joint| LIMITS.map(|limit| (joint, limit)))
+                    .filter(|(joint, limit)| params.limit(joint, limit).0.is_nan())
+                    .map(|(joint, limit)| format!("limits.{joint}.{limit}"))
                     .collect(),
+                description_problems: params.description_problems(),
                 max_tracking_error: r.double("max_tracking_error"),
                 stop_time: r.ms("stop_time_ms"),
                 ramp_time: r.ms("ramp_time_ms"),
@@ -383,19 +389,19 @@ fn camera(r: &Reader<'_>, name: &str) -> Camera {
 
 fn joint(r: &Reader<'_>, name: &str) -> Joint {
     let of = |what: &str| format!("joints.{name}.{what}");
-    let limits = LIMITS.map(|limit| r.double(&format!("limits.{name}.{limit}")));
-    let [min_position, max_position, max_velocity, max_acceleration] = limits;
+    let limits = LIMITS.map(|limit| r.0.limit(name, limit));
+    let [min_position, max_position, max_velocity, max_acceleration] = limits.map(|(value, _)| value);
+    let complete = !limits.iter().any(|(value, _)| value.is_nan());
+    let sources = LIMITS.iter().zip(&limits).map(|(limit, (value, described))| {
+        format!("{limit} {value} ({})", if *described { "robot_description" } else { "parameter" })
+    });
     Joint {
         name: name.into(),
         index: r.int(&of("index")),
         scale: r.double(&of("scale")),
         offset: r.double(&of("offset")),
-        limits: (!limits.iter().any(|x| x.is_nan())).then_some(JointLimits {
-            min_position,
-            max_position,
-            max_velocity,
-            max_acceleration,
-        }),
+        limits: complete.then_some(JointLimits { min_position, max_position, max_velocity, max_acceleration }),
+        limits_from: if complete { sources.collect::<Vec<_>>().join(", ") } else { String::new() },
         action_absolute: r.texts("action_absolute_joints").iter().any(|j| j == name),
     }
 }

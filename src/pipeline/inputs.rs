@@ -1,6 +1,6 @@
 //! Latest-value input slots: subscriptions write, stages and control read the newest, nothing queues.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -96,9 +96,13 @@ pub fn stamp_is_believable(stamp: RosTime, ros_now: RosTime) -> bool {
     stamp.0 > 0 && stamp <= ros_now + FUTURE_STAMP_TOLERANCE
 }
 
+/// Frames of a camera that are kept, so that one can be found that was taken when a slower camera took its own.
+const KEPT_FRAMES: usize = 4;
+
 #[derive(Debug, Default)]
 struct CameraSlot {
-    newest: Mutex<(Option<CameraSample>, Option<String>)>,
+    /// The newest frames, the newest last; and why the last message was refused, if it was.
+    newest: Mutex<(VecDeque<CameraSample>, Option<String>)>,
     frames: AtomicU64,
     refused: AtomicU64,
     unusable: AtomicBool,
@@ -200,7 +204,7 @@ impl InputSlots {
         let Some(slot) = self.cameras.get(i) else { return };
         {
             let mut newest = lock(&slot.newest);
-            let same = newest.0.as_ref().is_some_and(|old| old.frame == frame);
+            let same = newest.0.back().is_some_and(|old| old.frame == frame);
             slot.frozen.store(if same { slot.frozen.load(Ordering::Relaxed) + 1 } else { 0 }, Ordering::Relaxed);
             let count = slot.frames.load(Ordering::Relaxed) + 1;
             if count > 1 {
@@ -208,7 +212,11 @@ impl InputSlots {
                 let mean = slot.interval.load(Ordering::Relaxed);
                 slot.interval.store(if mean == 0 { gap } else { mean + (gap - mean) / 8 }, Ordering::Relaxed);
             }
-            *newest = (Some(CameraSample { frame, stamp, arrived, count }), None);
+            if newest.0.len() == KEPT_FRAMES {
+                newest.0.pop_front();
+            }
+            newest.0.push_back(CameraSample { frame, stamp, arrived, count });
+            newest.1 = None;
             slot.unusable.store(false, Ordering::Relaxed);
             slot.stamp.store(stamp.0, Ordering::Relaxed);
             slot.arrived.store(arrived.0, Ordering::Relaxed);
@@ -227,7 +235,14 @@ impl InputSlots {
 
     /// Newest good frame of camera `i`.
     pub fn frame(&self, i: usize) -> Option<CameraSample> {
-        lock(&self.cameras.get(i)?.newest).0.clone()
+        lock(&self.cameras.get(i)?.newest).0.back().cloned()
+    }
+
+    /// The frame of camera `i` that was taken nearest to `moment`, among the last few.
+    pub fn frame_near(&self, i: usize, moment: RosTime, ros_now: RosTime, now: Monotonic) -> Option<CameraSample> {
+        let taken = |s: &CameraSample| believed(s.stamp, s.arrived, ros_now, now);
+        let newest = lock(&self.cameras.get(i)?.newest);
+        newest.0.iter().min_by_key(|s| taken(s).0.abs_diff(moment.0)).cloned()
     }
 
     /// Why the newest message of camera `i` was refused, if it was.

@@ -128,6 +128,8 @@ pub struct PipelineConfig {
     pub seed: u64,
     /// CPU of the encoder thread and of the decoder thread, where given.
     pub cpus: [Option<usize>; 2],
+    /// Whether the stages begin at once, or wait for [`Pipeline::resume`].
+    pub paused: bool,
     /// Initial values of what may change.
     pub live: LiveConfig,
 }
@@ -138,16 +140,25 @@ pub struct PipelineIo {
     pub inputs: Arc<InputSlots>,
     /// Stamps and latencies.
     pub clock: Arc<dyn Clock>,
-    /// Chunks to the control thread.
-    pub chunks: rtrb::Producer<Arc<ActionChunk>>,
-    /// Chunks the control thread has done with, to be freed here.
-    pub retired: rtrb::Consumer<Retired>,
-    /// The plan in execution.
-    pub plan: Reader<Option<PlanView>>,
+    /// The way to the control thread and back.
+    pub ports: Arc<Mutex<Ports>>,
     /// Reset epoch; chunks carry the one they were started in.
     pub epoch: Arc<Epoch>,
     /// Every chunk, for whoever wants to look; a full channel drops.
     pub tap: crossbeam_channel::Sender<Arc<ActionChunk>>,
+}
+
+/// What joins a decoder to the control thread. It outlives the pipeline, so that the next one goes on with it; the lock
+/// is the decoder's alone.
+pub struct Ports {
+    /// Chunks to the control thread.
+    pub chunks: rtrb::Producer<Arc<ActionChunk>>,
+    /// Chunks the control thread has done with, to be freed by the decoder.
+    pub retired: rtrb::Consumer<Retired>,
+    /// The plan in execution.
+    pub plan: Reader<Option<PlanView>>,
+    /// Sequence of the last chunk.
+    pub sequence: u64,
 }
 
 /// A chunk the control thread has done with.
@@ -202,6 +213,7 @@ struct Shared {
     live: Mutex<Arc<LiveConfig>>,
     report: Mutex<PipelineReport>,
     stopping: AtomicBool,
+    paused: AtomicBool,
     /// Input slots of the valid views, in the model's order.
     views: Vec<usize>,
     joints: JointMap,
@@ -210,6 +222,10 @@ struct Shared {
 impl Shared {
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    fn paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
     }
 
     fn live(&self) -> Arc<LiveConfig> {
@@ -265,6 +281,7 @@ impl Pipeline {
             live: Mutex::new(Arc::new(config.live.clone())),
             report: Mutex::new(PipelineReport { partition: decision.to_string(), ..Default::default() }),
             stopping: AtomicBool::new(false),
+            paused: AtomicBool::new(config.paused),
             policy,
             inputs: io.inputs,
             clock: io.clock,
@@ -291,16 +308,7 @@ impl Pipeline {
             give_back: free_tx.clone(),
             filled: filled.clone(),
         };
-        let decode = stages::DecodeStage::new(
-            shared.clone(),
-            decoder,
-            free_tx,
-            filled.clone(),
-            io.chunks,
-            io.retired,
-            io.plan,
-            io.tap,
-        );
+        let decode = stages::DecodeStage::new(shared.clone(), decoder, free_tx, filled.clone(), io.ports, io.tap);
         let close = {
             let (shared, filled, to_builder) = (shared.clone(), filled, to_builder.clone());
             Box::new(move || {
@@ -359,6 +367,17 @@ impl Pipeline {
     /// Changes what may change; in force from the next chunk on.
     pub fn set_live(&self, live: LiveConfig) {
         *self.shared.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    /// Both stages stand still after the work in hand, keeping their memory.
+    pub fn pause(&self) {
+        self.shared.paused.store(true, Ordering::Release);
+    }
+
+    /// Both stages go on with the newest observation.
+    pub fn resume(&self) {
+        self.shared.paused.store(false, Ordering::Release);
+        self.shared.inputs.wake();
     }
 
     /// What `split` would give each stage here, or why it cannot be had and what could.

@@ -1,6 +1,6 @@
 //! The bodies of the two stage threads.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -10,14 +10,13 @@ use super::leftover::{Grid, History, PastChunk, leftover};
 use super::mailbox::Mailbox;
 use super::noise::NoiseSource;
 use super::resplit::Seat;
-use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Retired, Shared};
+use super::{CameraBinding, PipelineConfig, PipelineError, PipelineMode, Ports, Retired, Shared};
 use crate::clock::{Monotonic, RosTime};
+use crate::control::MAX_JOINTS;
 use crate::control::chunk::{ActionChunk, ChunkTiming};
-use crate::control::{MAX_JOINTS, PlanView};
 use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, KvCache, View};
 use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
-use crate::rt::latest::Reader;
 
 /// A stage that waits looks this often whether it should end.
 const WAIT: Duration = Duration::from_millis(100);
@@ -218,6 +217,11 @@ impl<E: Encoder> EncodeStage<E> {
         let mut seen = shared.inputs.changes();
         let mut first_news = None;
         while !shared.stopping() {
+            if shared.paused() {
+                first_news = None;
+                seen = shared.inputs.wait_change(seen, WAIT);
+                continue;
+            }
             if let Some(views) = self.poll_observation(encoded, generation, &mut first_news) {
                 return Some(views);
             }
@@ -282,8 +286,20 @@ impl<E: Encoder> EncodeStage<E> {
             Some(why) if views.is_empty() || !live.drop_lost_views => return Err(why),
             _ => {}
         }
-        let stamps = views.iter().map(|(_, s)| believed(s.stamp, s.arrived, ros_now, now));
-        let skew = stamps.clone().max().unwrap_or_default().ms_since(stamps.min().unwrap_or_default());
+        let taken = |s: &CameraSample| believed(s.stamp, s.arrived, ros_now, now);
+        let skew = |views: &[(usize, CameraSample)]| {
+            let stamps = views.iter().map(|(_, s)| taken(s));
+            stamps.clone().max().unwrap_or_default().ms_since(stamps.min().unwrap_or_default())
+        };
+        if skew(&views) > live.max_camera_skew_ms {
+            // Cameras of different rates: what the faster ones took when the slowest took its newest.
+            let moment = views.iter().map(|(_, s)| taken(s)).min().unwrap_or_default();
+            for (place, sample) in &mut views {
+                let near = shared.inputs.frame_near(shared.views[*place], moment, ros_now, now);
+                *sample = near.unwrap_or_else(|| sample.clone());
+            }
+        }
+        let skew = skew(&views);
         if skew > live.max_camera_skew_ms {
             shared.report(|r| r.skewed += 1);
             return Err(format!(
@@ -333,13 +349,10 @@ pub(super) struct DecodeStage<D: Decoder> {
     decoder: Seat<D>,
     free: Sender<D::Cache>,
     filled: Arc<Mailbox<Filled<D::Cache>>>,
-    chunks: rtrb::Producer<Arc<ActionChunk>>,
-    retired: rtrb::Consumer<Retired>,
-    plan: Reader<Option<PlanView>>,
+    ports: Arc<Mutex<Ports>>,
     tap: Sender<Arc<ActionChunk>>,
     noise: NoiseSource,
     history: History,
-    sequence: u64,
     epoch: u64,
     grid: Grid,
     /// Normalised state, previous chunk and actions of the decode in hand.
@@ -349,15 +362,12 @@ pub(super) struct DecodeStage<D: Decoder> {
 }
 
 impl<D: Decoder> DecodeStage<D> {
-    #[allow(clippy::too_many_arguments)] // the ends of every channel that meets here
     pub fn new(
         shared: Arc<Shared>,
         decoder: Seat<D>,
         free: Sender<D::Cache>,
         filled: Arc<Mailbox<Filled<D::Cache>>>,
-        chunks: rtrb::Producer<Arc<ActionChunk>>,
-        retired: rtrb::Consumer<Retired>,
-        plan: Reader<Option<PlanView>>,
+        ports: Arc<Mutex<Ports>>,
         tap: Sender<Arc<ActionChunk>>,
     ) -> Self {
         let dims = *shared.policy.dims();
@@ -365,7 +375,6 @@ impl<D: Decoder> DecodeStage<D> {
         Self {
             noise: NoiseSource::new(shared.config.seed, len),
             history: History::default(),
-            sequence: 0,
             epoch: 0,
             grid: Grid { horizon: dims.horizon, action_dim: dims.action_dim, action_len: shared.policy.action_len() },
             state: vec![0.0; dims.state_dim],
@@ -375,11 +384,13 @@ impl<D: Decoder> DecodeStage<D> {
             decoder,
             free,
             filled,
-            chunks,
-            retired,
-            plan,
+            ports,
             tap,
         }
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Ports> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Decodes until the pipeline stops: each filled slot once, or in dual-rate mode each joint state on the newest.
@@ -390,6 +401,14 @@ impl<D: Decoder> DecodeStage<D> {
         while !self.shared.stopping() {
             self.free_retired();
             self.decoder.relieve();
+            if self.shared.paused() {
+                // What was encoded before the pause is old news after it.
+                for old in held.take().into_iter().chain(self.filled.take(WAIT)) {
+                    let _ = self.free.send(old.slot);
+                }
+                self.history.clear();
+                continue;
+            }
             let newer = if held.is_some() { self.filled.try_take() } else { self.filled.take(WAIT) };
             let is_new = newer.is_some();
             if let Some(newer) = newer
@@ -415,7 +434,8 @@ impl<D: Decoder> DecodeStage<D> {
 
     /// Frees the chunks that the control thread has done with.
     pub fn free_retired(&mut self) {
-        while let Ok(Retired { chunk, taken }) = self.retired.pop() {
+        loop {
+            let Ok(Retired { chunk, taken }) = self.ports().retired.pop() else { break };
             self.shared.report(|r| r.hand_over.record(ns(chunk.timing.decode_end, taken)));
         }
     }
@@ -491,9 +511,13 @@ impl<D: Decoder> DecodeStage<D> {
         for (policy, robot) in absolute.chunks_exact(n).zip(positions.chunks_exact_mut(n)) {
             shared.joints.to_robot(policy, robot);
         }
-        self.sequence += 1;
+        let sequence = {
+            let mut ports = self.ports();
+            ports.sequence += 1;
+            ports.sequence
+        };
         self.history.push(PastChunk {
-            sequence: self.sequence,
+            sequence,
             prompt_generation: filled.prefix.prompt_generation,
             model: self.actions.clone(),
             absolute,
@@ -509,7 +533,7 @@ impl<D: Decoder> DecodeStage<D> {
             r.waiting_for = None;
         });
         Ok(Some(ActionChunk {
-            sequence: self.sequence,
+            sequence,
             epoch,
             prompt_generation: filled.prefix.prompt_generation,
             state_stamp: state.stamp,
@@ -532,7 +556,8 @@ impl<D: Decoder> DecodeStage<D> {
     /// `None` when nothing may guide the next chunk.
     fn prepare_guidance(&mut self, state: &StateSample, prompt_generation: u64) -> Result<Option<usize>, ModelError> {
         let live = self.shared.live();
-        let Some(plan) = (*self.plan.newest()).filter(|_| live.rtc.is_some()) else { return Ok(None) };
+        let plan = *self.ports().plan.newest();
+        let Some(plan) = plan.filter(|_| live.rtc.is_some()) else { return Ok(None) };
         let Some(past) = self.history.adopted(plan.sequence) else { return Ok(None) };
         let expected = self.shared.report(|r| r.decode.time.stats().p50) as f64 * 1e-9;
         let ready = self.shared.clock.ros().plus_seconds(expected);
@@ -570,7 +595,7 @@ impl<D: Decoder> DecodeStage<D> {
         let chunk = Arc::new(chunk);
         // Nobody looking, or looking too slowly, is no reason to wait.
         let _ = self.tap.try_send(chunk.clone());
-        if self.chunks.push(chunk).is_err() {
+        if self.ports().chunks.push(chunk).is_err() {
             self.shared.report(|r| r.not_taken += 1);
         }
     }

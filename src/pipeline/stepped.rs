@@ -143,6 +143,7 @@ impl<E: Engine> SteppedPipeline<E> {
             live: Mutex::new(Arc::new(config.live.clone())),
             report: Mutex::new(PipelineReport::default()),
             stopping: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             policy,
             inputs: io.inputs,
             clock: clock.clone(),
@@ -162,7 +163,7 @@ impl<E: Engine> SteppedPipeline<E> {
             filled: filled.clone(),
         };
         let decoder = Seat::fixed(Timed { inner: decoder, clock: clock.clone(), time: times.decode });
-        let decode = DecodeStage::new(shared.clone(), decoder, free_tx, filled, io.chunks, io.retired, io.plan, io.tap);
+        let decode = DecodeStage::new(shared.clone(), decoder, free_tx, filled, io.ports, io.tap);
         Ok(Self {
             encoded: (vec![0; shared.views.len()], None, None),
             shared,

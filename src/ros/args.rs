@@ -23,6 +23,10 @@ pub struct Args {
     pub renamed: Option<String>,
     /// Whether the hidden node has a rule of its own.
     pub stop_node_named: bool,
+    /// `--disable-rosout-logs`.
+    pub no_rosout: bool,
+    /// New names of topics, in order: what may be before the name (a node), from, to.
+    pub remapped: Vec<(Option<String>, String, String)>,
 }
 
 impl Args {
@@ -53,6 +57,7 @@ impl Args {
                     let Some(value) = next()? else { return Err(format!("{arg} needs a value")) };
                     parsed.ros_option(&arg, &value)?;
                 }
+                (true, "--disable-rosout-logs") => parsed.no_rosout = true,
                 (true, _) => {}
             }
         }
@@ -73,9 +78,34 @@ impl Args {
                     self.renamed.get_or_insert_with(|| name.into());
                 }
                 self.stop_node_named |= value.starts_with(&format!("{STOP_NODE_NAME}:__node:="));
+                if let Some((from, to)) = value.split_once(":=") {
+                    let from = from.strip_prefix("rostopic://").unwrap_or(from);
+                    let (node, from) = match from.split_once(':') {
+                        Some((node, from)) => (Some(node.to_owned()), from),
+                        None => (None, from),
+                    };
+                    self.remapped.push((node, from.into(), to.into()));
+                }
             }
         }
         Ok(())
+    }
+
+    /// The full name of a topic of the node `namespace`/`node` after the remappings of the command line. r2r does not
+    /// tell the name that a subscription got.
+    pub fn resolve(&self, topic: &str, namespace: &str, node: &str) -> String {
+        let namespace = namespace.trim_end_matches('/');
+        let full = |name: &str| match (name.strip_prefix("~/"), name.starts_with('/')) {
+            (Some(private), _) => format!("{namespace}/{node}/{private}"),
+            (None, true) => name.into(),
+            (None, false) => format!("{namespace}/{name}"),
+        };
+        let name = full(topic);
+        let rule = self.remapped.iter().find(|(of, from, _)| {
+            // A node is meant by the name it has in the code.
+            of.as_ref().is_none_or(|of| of == NODE_NAME) && full(from) == name
+        });
+        rule.map_or(name, |(_, _, to)| full(to))
     }
 
     /// The first params file that cannot be read, with the reason.
@@ -135,6 +165,26 @@ mod tests {
         let again = parse(&format!("{} --ros-args -r __node:=left", rule.join(" "))).unwrap();
         assert_eq!(again.stop_node_rule(), None, "one rule is enough");
         assert_eq!(parse("--ros-args -r pi0_mps:__node:=left").unwrap().stop_node_rule(), None);
+    }
+
+    #[test]
+    fn topics_get_the_names_that_the_middleware_gives_them() {
+        let args = parse(
+            "--ros-args -r camera/base/image_raw:=/cam0/image -r __ns:=/left --remap other:joint_states:=no -r \
+             pi0_mps:joint_states:=states -r ~/x:=y -r rostopic:///left/z:=w",
+        )
+        .unwrap();
+        for (given, got) in [
+            ("camera/base/image_raw", "/cam0/image"),
+            ("camera/wrist/image_raw", "/left/camera/wrist/image_raw"),
+            ("joint_states", "/left/states"),
+            ("~/x", "/left/y"),
+            ("z", "/left/w"),
+            ("/absolute", "/absolute"),
+        ] {
+            assert_eq!(args.resolve(given, "/left", "pi0"), got);
+        }
+        assert_eq!(Args::default().resolve("joint_states", "/", "pi0"), "/joint_states");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use r2r::rcl_interfaces::msg::{
 use super::convert::{stamp, text};
 use crate::clock::RosTime;
 use crate::node::Node;
+use crate::params::urdf::Description;
 use crate::params::{Allowed, Change, Entry, Kind, Params, SHARES, Value, When};
 
 /// What the user gave on the command line and in params files.
@@ -246,6 +247,29 @@ impl Parameters {
                 tracing::warn!("{reason}");
                 (SetParametersResult { successful: false, reason: text(&reason) }, Vec::new())
             }
+        }
+    }
+
+    /// Takes limits from a robot description, or says why not. Only for an unarmed node.
+    pub fn describe_robot(&mut self, core: &Node, urdf: &str) {
+        let mut next = self.params.clone();
+        let description = Description::read(urdf);
+        let moving = description.joints.len();
+        let outcome = next
+            .describe(description)
+            .map_err(|e| e.to_string())
+            .and_then(|()| core.apply(&next.settings()).map_err(|e| e.to_string()));
+        match outcome {
+            Ok(()) => {
+                let settings = next.settings();
+                tracing::info!("robot_description: {moving} moving joints; parameters win over its limits");
+                for joint in settings.joints.iter().filter(|j| !j.limits_from.is_empty()) {
+                    tracing::info!("limits of joint '{}': {}", joint.name, joint.limits_from);
+                }
+                settings.safety.description_problems.iter().for_each(|problem| tracing::warn!("{problem}"));
+                self.params = next;
+            }
+            Err(why) => tracing::error!("robot_description not used: {why}"),
         }
     }
 

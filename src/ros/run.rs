@@ -1,7 +1,7 @@
 //! The node from start to end.
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -12,22 +12,21 @@ use r2r::std_srvs::srv::Trigger;
 use r2r::{Context, QosProfile};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use tracing_subscriber::EnvFilter;
 
 use super::args::{Args, NODE_NAME, STOP_NODE_NAME};
 use super::clock::NodeClock;
 use super::failure::{Refusal, middleware, stop_on_panic};
+use super::graph::{InputWiring, Latch};
 use super::outputs::RosOutputs;
 use super::parameters::{self, Parameters};
 use super::services::{self, Job, Services};
 use super::spin::{Spinner, drain, spawn};
 use super::status::StatusPublisher;
 use super::wiring::Wiring;
-use super::{inputs, services::outcome, services::respond};
+use super::{inputs, log, services::outcome, services::respond};
 use crate::error::Fault;
 use crate::node::{Commands, Identity, Node};
-use crate::params::choice::Transport;
-use crate::params::{ParamError, Params, Settings, help_table, params_file};
+use crate::params::{ParamError, Params, help_table, params_file};
 
 /// Runs `control_node`; returns its exit code: 0 after SIGINT or SIGTERM, 2 for what the user can put right, 3 for the
 /// machine, 70 for an error in the program.
@@ -40,7 +39,7 @@ pub fn run() -> ExitCode {
         if args.version {
             return say(concat!("control_node ", env!("CARGO_PKG_VERSION"), "\n"));
         }
-        log_to_stderr(args.log_level);
+        log::begin(args.log_level.unwrap_or("info"));
         live(&args, &given)
     });
     match outcome {
@@ -72,25 +71,11 @@ fn help() -> String {
          \x20 --params-file FILE          parameters from a YAML file; config/defaults.yaml lists them all\n\
          \x20 -p NAME:=VALUE              one parameter\n\
          \x20 -r FROM:=TO                 remap a topic or service; __node:=NAME, __ns:=/NAMESPACE for the node itself\n\
-         \x20 --log-level LEVEL           debug, info, warn, error; RUST_LOG if not given\n\n\
+         \x20 --log-level LEVEL           debug, info, warn, error\n\n\
          The node never moves the robot because it started: call ~/enable for that, ~/stop to stop.\n\n\
          Parameters:\n{}",
         help_table()
     )
-}
-
-fn log_to_stderr(level: Option<&str>) {
-    let filter = match level {
-        Some(level) => EnvFilter::new(level),
-        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
-    };
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(colours)
-        .with_target(false)
-        .init();
 }
 
 /// From the command line to the end of the process.
@@ -106,9 +91,9 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         Refusal::new(Fault::Input, format!("the node cannot be created: {e}; check its name, namespace and remappings"))
     })?;
     let name = node.fully_qualified_name().map_err(middleware("reading the node's name"))?;
+    log::to_node(&mut node, args.no_rosout)?;
     let params = read_parameters(&node, &name, args)?;
     let settings = params.settings();
-    refuse_what_is_not_there(&settings)?;
     let clock = NodeClock::new(settings.process.use_sim_time);
     let shared_clock: Arc<dyn crate::clock::Clock> = Arc::new(clock.clone());
 
@@ -127,13 +112,30 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let (jobs, requests) = services::queue();
     let prompts = jobs.clone();
     let take_prompt = move |prompt| services::enqueue(&prompts, "~/prompt", Job::Prompt(prompt));
-    let mut drains = inputs::subscribe(&mut node, &settings, &clock, &core.inputs(), take_prompt)?;
+    let descriptions = jobs.clone();
+    let describe = move |urdf| services::enqueue(&descriptions, inputs::DESCRIPTION, Job::Description(urdf));
+    let mut drains = inputs::subscribe(&mut node, &settings, &clock, &core.inputs(), take_prompt, describe)?;
+    let (space, own) = name.rsplit_once('/').unwrap_or(("", &name));
+    let resolve = |topic: &str| args.resolve(topic, space, own);
+    let mut input_wiring = InputWiring::new(&settings, core.inputs(), resolve);
+    let mut latch = Latch::new(resolve(inputs::DESCRIPTION));
     services::offer(&mut node, &jobs, &mut drains)?;
     let parameters = Parameters::new(params, name.clone());
-    let services = Services { core: core.clone(), commands: commands.clone(), parameters, events, clock: shared_clock };
+    let services = Services {
+        core: core.clone(),
+        commands: commands.clone(),
+        transitions: core.transitions(),
+        parameters,
+        events,
+        clock: shared_clock,
+    };
 
     let stop = serve_stop(&context, &name, commands)?;
-    let spinner = Spinner::start("ros-spin", node, drains, move |node| wiring.look(node))?;
+    let spinner = Spinner::start("ros-spin", node, drains, move |node| {
+        wiring.look(node);
+        input_wiring.look(node);
+        latch.look(node);
+    })?;
     let services = spawn("ros-services", move || services.run(&requests))?;
     let (quit_status, quit) = crossbeam_channel::bounded(1);
     let watched = core.clone();
@@ -223,24 +225,6 @@ fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, 
         }
         Refusal { fault: Fault::Input, problems }
     })
-}
-
-/// Settings that are valid but not there yet.
-fn refuse_what_is_not_there(settings: &Settings) -> Result<(), Refusal> {
-    let problems: Vec<String> = settings
-        .inputs
-        .cameras
-        .iter()
-        .filter(|c| c.transport == Transport::Compressed)
-        .map(|c| {
-            format!(
-                "parameter 'cameras.{}.transport': compressed images cannot be received yet; use raw, or republish \
-                 them with image_transport",
-                c.name
-            )
-        })
-        .collect();
-    if problems.is_empty() { Ok(()) } else { Err(Refusal { fault: Fault::Input, problems }) }
 }
 
 /// `~/stop` on a node and thread of its own, so that nothing else can delay it.

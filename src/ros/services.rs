@@ -2,8 +2,9 @@
 //! thread of their own. `~/stop` is not among them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use r2r::rcl_interfaces::msg::ParameterEvent;
 use r2r::rcl_interfaces::srv::{
     DescribeParameters, GetParameterTypes, GetParameters, ListParameters, SetParameters, SetParametersAtomically,
@@ -13,9 +14,11 @@ use r2r::{Publisher, QosProfile, ServiceRequest, WrappedServiceTypeSupport};
 
 use super::convert::text;
 use super::failure::{Refusal, middleware};
+use super::lifecycle::{self, LifecycleJob};
 use super::parameters::Parameters;
 use super::spin::{Drain, drain};
 use crate::clock::Clock;
+use crate::node::lifecycle::Transitions;
 use crate::node::{Commands, Node};
 use crate::params::{Change, Value};
 
@@ -30,10 +33,16 @@ pub enum Job {
     List(ServiceRequest<ListParameters::Service>),
     Set(ServiceRequest<SetParameters::Service>),
     SetAtomically(ServiceRequest<SetParametersAtomically::Service>),
+    Lifecycle(LifecycleJob),
     /// From `~/prompt`: the parameter follows the topic.
     Prompt(String),
+    /// From `robot_description`: limits that no parameter gives.
+    Description(String),
     Quit,
 }
+
+/// How often a description that waits is looked at.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Requests that wait; more are dropped, and their callers time out.
 const QUEUE: usize = 64;
@@ -62,6 +71,11 @@ pub fn offer(node: &mut r2r::Node, to: &Sender<Job>, drains: &mut Vec<Drain>) ->
     offer.service("~/list_parameters", Job::List)?;
     offer.service("~/set_parameters", Job::Set)?;
     offer.service("~/set_parameters_atomically", Job::SetAtomically)?;
+    offer.service("~/change_state", |r| Job::Lifecycle(LifecycleJob::Change(r)))?;
+    offer.service("~/get_state", |r| Job::Lifecycle(LifecycleJob::State(r)))?;
+    offer.service("~/get_available_states", |r| Job::Lifecycle(LifecycleJob::States(r)))?;
+    offer.service("~/get_available_transitions", |r| Job::Lifecycle(LifecycleJob::Transitions(r)))?;
+    offer.service("~/get_transition_graph", |r| Job::Lifecycle(LifecycleJob::Graph(r)))?;
     Ok(())
 }
 
@@ -91,6 +105,7 @@ impl Offer<'_> {
 pub struct Services {
     pub core: Arc<Node>,
     pub commands: Commands,
+    pub transitions: Transitions,
     pub parameters: Parameters,
     pub events: Publisher<ParameterEvent>,
     pub clock: Arc<dyn Clock>,
@@ -100,10 +115,19 @@ impl Services {
     /// Answers until told to end.
     pub fn run(mut self, jobs: &Receiver<Job>) {
         self.publish(&self.parameters.declared(self.clock.ros()));
-        while let Ok(job) = jobs.recv() {
-            match job {
-                Job::Quit => return,
-                job => self.answer(job),
+        // A robot description that came while armed waits for the node to be disarmed.
+        let mut description: Option<String> = None;
+        loop {
+            match jobs.recv_timeout(LOOK) {
+                Ok(Job::Quit) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Job::Description(urdf)) => description = Some(urdf),
+                Ok(job) => self.answer(job),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if !self.core.armed()
+                && let Some(urdf) = description.take()
+            {
+                self.parameters.describe_robot(&self.core, &urdf);
             }
         }
     }
@@ -152,6 +176,7 @@ impl Services {
                 respond("set_parameters_atomically", r, SetParametersAtomically::Response { result });
                 self.announce(&changes);
             }
+            Job::Lifecycle(job) => lifecycle::answer(job, &self.transitions),
             Job::Prompt(prompt) => match self.core.inputs().prompt(&prompt) {
                 Ok(()) => {
                     let changes = self.parameters.follow("prompt", Value::String(prompt));
@@ -159,7 +184,7 @@ impl Services {
                 }
                 Err(e) => tracing::warn!("~/prompt refused: {e}"),
             },
-            Job::Quit => {}
+            Job::Description(_) | Job::Quit => {}
         }
     }
 

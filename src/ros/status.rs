@@ -1,4 +1,4 @@
-//! `~/status` on change and once a second, `/diagnostics` once a second.
+//! `~/status` on change and once a second, `/diagnostics` once a second, `~/transition_event` as they come.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use r2r::{Publisher, QosProfile};
 
 use super::convert::{diagnostic, stamp};
 use super::failure::{Refusal, middleware};
+use super::lifecycle::TransitionPublisher;
 use crate::clock::Clock;
 use crate::node::{Node, Status};
 
@@ -17,11 +18,12 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// How soon a change is seen.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// The two publishers.
+/// The three publishers.
 pub struct StatusPublisher {
     name: String,
     status: Publisher<DiagnosticStatus>,
     diagnostics: Publisher<DiagnosticArray>,
+    transitions: TransitionPublisher,
     clock: Arc<dyn Clock>,
 }
 
@@ -35,7 +37,8 @@ impl StatusPublisher {
         let diagnostics = node
             .create_publisher("/diagnostics", reliable.keep_last(10))
             .map_err(middleware("advertising '/diagnostics'"))?;
-        Ok(Self { name: full_name.trim_start_matches('/').into(), status, diagnostics, clock })
+        let transitions = TransitionPublisher::advertise(node)?;
+        Ok(Self { name: full_name.trim_start_matches('/').into(), status, diagnostics, transitions, clock })
     }
 
     /// Publishes and writes the core's events to the log until the sender of `quit` is gone; calls `failed` once the
@@ -46,6 +49,9 @@ impl StatusPublisher {
         let mut due = Instant::now();
         while let Err(RecvTimeoutError::Timeout) = quit.recv_timeout(LOOK) {
             core.log_events();
+            while let Some(edge) = core.transition_made() {
+                self.transitions.publish(&edge, self.clock.ros());
+            }
             if core.failure().is_some()
                 && let Some(failed) = failed.take()
             {

@@ -70,12 +70,16 @@ def start_node(binaries: Path, checkpoint: Path, robot: IdealRobot, tmp_path: Pa
     """Starts the node with parameters on top of config/robots/sim_arm.yaml; ends it with the test."""
     started: list[NodeUnderTest] = []
 
-    def start(**parameters: str) -> NodeUnderTest:
+    def start(
+        *arguments: str, name: str = "/pi0_mps", params_file: Path = ROOT / "config/robots/sim_arm.yaml", **parameters: str
+    ) -> NodeUnderTest:
+        """`arguments` are ROS arguments; they must make `name` the node's full name if it is another one."""
         command = [str(binaries / "control_node"), "--ros-args"]
-        command += ["--params-file", str(ROOT / "config/robots/sim_arm.yaml"), "-p", f"checkpoint:={checkpoint}"]
-        for name, value in {"recorder.folder": str(tmp_path / "recordings"), **parameters}.items():
-            command += ["-p", f"{name}:={value}"]
-        started.append(NodeUnderTest(command, tmp_path / f"control_node_{len(started)}.log", robot))
+        command += ["--params-file", str(params_file), "-p", f"checkpoint:={checkpoint}"]
+        command += arguments
+        for parameter, value in {"recorder.folder": str(tmp_path / "recordings"), **parameters}.items():
+            command += ["-p", f"{parameter}:={value}"]
+        started.append(NodeUnderTest(command, tmp_path / f"control_node_{len(started)}.log", robot, name))
         return started[-1]
 
     yield start

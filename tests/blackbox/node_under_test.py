@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import Transition, TransitionEvent
+from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter, ParameterValue, SetParametersResult
 from rcl_interfaces.srv import GetParameters, SetParameters
 from std_msgs.msg import String
@@ -22,21 +24,26 @@ TIMEOUT_S = 60.0
 class NodeUnderTest:
     """One run of control_node. Topics are read through the robot's rclpy node, which spins in its own thread."""
 
-    def __init__(self, command: list[str], log: Path, robot: IdealRobot):
+    def __init__(self, command: list[str], log: Path, robot: IdealRobot, name: str = "/pi0_mps"):
         self.robot = robot
+        self.name = name
         self.expected_exit = 0
         self.statuses: list[dict[str, str]] = []
         self.diagnostics: dict[str, list[DiagnosticStatus]] = {}
+        self.transitions: list[tuple[str, str, str]] = []
         ros = robot.node
-        ros.create_subscription(DiagnosticStatus, "/pi0_mps/status", self._on_status, 100)
+        ros.create_subscription(DiagnosticStatus, f"{name}/status", self._on_status, 100)
         ros.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
-        self._prompt = ros.create_publisher(String, "/pi0_mps/prompt", 10)
-        self._enable = ros.create_client(SetBool, "/pi0_mps/enable")
-        self._stop = ros.create_client(Trigger, "/pi0_mps/stop")
-        self._reset = ros.create_client(Trigger, "/pi0_mps/reset")
-        self._save_recording = ros.create_client(Trigger, "/pi0_mps/save_recording")
-        self._set = ros.create_client(SetParameters, "/pi0_mps/set_parameters")
-        self._get = ros.create_client(GetParameters, "/pi0_mps/get_parameters")
+        ros.create_subscription(TransitionEvent, f"{name}/transition_event", self._on_transition, 100)
+        self._prompt = ros.create_publisher(String, f"{name}/prompt", 10)
+        self._enable = ros.create_client(SetBool, f"{name}/enable")
+        self._stop = ros.create_client(Trigger, f"{name}/stop")
+        self._reset = ros.create_client(Trigger, f"{name}/reset")
+        self._save_recording = ros.create_client(Trigger, f"{name}/save_recording")
+        self._set = ros.create_client(SetParameters, f"{name}/set_parameters")
+        self._get = ros.create_client(GetParameters, f"{name}/get_parameters")
+        self._change_state = ros.create_client(ChangeState, f"{name}/change_state")
+        self._get_state = ros.create_client(GetState, f"{name}/get_state")
         self.process = Process("control_node", command, log)
 
     def _on_status(self, msg: DiagnosticStatus) -> None:
@@ -45,6 +52,9 @@ class NodeUnderTest:
     def _on_diagnostics(self, msg: DiagnosticArray) -> None:
         for status in msg.status:
             self.diagnostics.setdefault(status.name, []).append(status)
+
+    def _on_transition(self, msg: TransitionEvent) -> None:
+        self.transitions.append((msg.start_state.label, msg.transition.label, msg.goal_state.label))
 
     @property
     def status(self) -> dict[str, str]:
@@ -106,6 +116,12 @@ class NodeUnderTest:
 
     def save_recording(self) -> Trigger.Response:
         return self.call(self._save_recording, Trigger.Request())
+
+    def change_state(self, label: str) -> bool:
+        return self.call(self._change_state, ChangeState.Request(transition=Transition(label=label))).success
+
+    def lifecycle_state(self) -> str:
+        return self.call(self._get_state, GetState.Request()).current_state.label
 
     def say(self, prompt: str) -> None:
         self.wait(lambda: self._prompt.get_subscription_count() > 0, "subscription of ~/prompt")

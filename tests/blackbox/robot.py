@@ -19,7 +19,7 @@ import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"))
@@ -33,6 +33,12 @@ CAMERAS: list[str] = PARAMETERS["camera_names"]
 HOME = np.array([0.0, -0.1, 1.65, 1.1, 0.0, 0.0, 0.02])
 PERIOD_S = 0.02
 IMAGE_EVERY = 3  # periods
+IMAGE_SIDE = 224  # pixels
+# Bytes of a row, and rows of bytes for each row of pixels.
+ENCODINGS = {
+    "rgb8": (3, 1), "bgr8": (3, 1), "rgba8": (4, 1), "bgra8": (4, 1), "mono8": (1, 1),
+    "yuv422": (2, 1), "uyvy": (2, 1), "yuv422_yuy2": (2, 1), "yuyv": (2, 1), "nv12": (1, 1.5), "nv21": (1, 1.5),
+}
 
 
 def limits(kind: str) -> np.ndarray:
@@ -48,7 +54,7 @@ class Faults:
     silent_joints: bool = False
     joint_names: list[str] | None = None
     nan_joint: str | None = None
-    encoding: str = "rgb8"
+    encodings: dict[str, str] = field(default_factory=dict)  # of a camera; rgb8 if it is not here
     cut_image_to: int | None = None  # bytes
 
 
@@ -65,6 +71,11 @@ class IdealRobot:
         self._lock = threading.Lock()
         newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         self._images = {c: self.node.create_publisher(Image, f"camera/{c}/image_raw", newest) for c in CAMERAS}
+        # Cameras here send these pictures, one after the other, instead of raw images.
+        self.pictures: dict[str, list[bytes]] = {}
+        self._compressed = {
+            c: self.node.create_publisher(CompressedImage, f"camera/{c}/image_raw/compressed", newest) for c in CAMERAS
+        }
         self._states = self.node.create_publisher(JointState, "joint_states", 10)
         self._commands = self.node.create_subscription(JointTrajectory, "/pi0_mps/arm/joint_trajectory", self._on_trajectory, 50)
         self._executor = SingleThreadedExecutor()
@@ -116,7 +127,10 @@ class IdealRobot:
                 self._publish_state()
             if count % IMAGE_EVERY == 0:
                 for camera in set(CAMERAS) - self.faults.silent_cameras:
-                    self._publish_image(camera)
+                    if pictures := self.pictures.get(camera):
+                        self._publish_picture(camera, pictures[count // IMAGE_EVERY % len(pictures)])
+                    else:
+                        self._publish_image(camera)
             count += 1
 
     def _publish_state(self) -> None:
@@ -130,11 +144,19 @@ class IdealRobot:
         msg.position, msg.velocity = position, sample.velocity.tolist()
         self._states.publish(msg)
 
+    def _publish_picture(self, camera: str, data: bytes) -> None:
+        msg = CompressedImage(format="jpeg", data=array.array("B", data))
+        msg.header.stamp = self.node.get_clock().now().to_msg()
+        self._compressed[camera].publish(msg)
+
     def _publish_image(self, camera: str) -> None:
-        msg = Image(height=224, width=224, step=3 * 224, encoding=self.faults.encoding)
+        encoding = self.faults.encodings.get(camera, "rgb8")
+        bytes_per_pixel, rows = ENCODINGS.get(encoding, (3, 1))
+        step = bytes_per_pixel * IMAGE_SIDE
+        msg = Image(height=IMAGE_SIDE, width=IMAGE_SIDE, step=step, encoding=encoding)
         msg.header.stamp = self.node.get_clock().now().to_msg()
         # Never the same bytes twice: a still image is the fault "frozen camera".
-        data = random.randbytes(3 * 224) * 224
+        data = random.randbytes(step) * int(IMAGE_SIDE * rows)
         msg.data = array.array("B", data[: self.faults.cut_image_to])
         self._images[camera].publish(msg)
 

@@ -63,14 +63,14 @@ def test_image_cut_short(start_node, robot):
 
 
 def test_image_with_unknown_encoding(start_node, robot):
-    robot.faults.encoding = "32FC1"
+    robot.faults.encodings["base"] = "32FC1"
     expect_no_start(start_node(), robot, "camera 'base'", "encoding '32FC1' is not supported; publish one of rgb8")
 
 
 def test_image_turns_bad_while_moving(start_node, robot):
     node = start_node()
     node.run_armed()
-    robot.faults.encoding = "32FC1"
+    robot.faults.encodings["base"] = "32FC1"
     expect_stop(node, robot, ("camera 'base'", "encoding"), ("camera 'base'", "encoding '32FC1' is not supported"))
 
 

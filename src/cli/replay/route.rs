@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::CliError;
-use crate::bag::message::{Image, JointState, Text};
+use crate::bag::message::{CompressedImage, Image, JointState, Text};
 use crate::bag::{BagError, Message, Record, Topic, TopicCount};
 use crate::model::Frame;
 use crate::node::Inputs;
 use crate::node::messages::absolute;
 use crate::params::Settings;
+
+/// Either is taken, whichever transport the parameters name: it is the same camera.
+const IMAGES: &[&str] = &[Image::TYPE, CompressedImage::TYPE];
 
 /// An input of the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,7 +30,7 @@ struct Listener {
     what: String,
     /// In full.
     name: String,
-    kind: &'static str,
+    kinds: &'static [&'static str],
     /// The topic of another namespace that serves it.
     borrowed: Option<String>,
 }
@@ -49,14 +52,19 @@ impl Routes {
             Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((full(from), full(to))),
             _ => Err(CliError::input(format!("--remap {rule}: write FROM:=TO, two topics"))),
         });
-        let listener =
-            |input, what: String, topic: &str, kind| Listener { input, what, name: full(topic), kind, borrowed: None };
+        let listener = |input, what: String, topic: &str, kinds: &'static [&'static str]| Listener {
+            input,
+            what,
+            name: full(topic),
+            kinds,
+            borrowed: None,
+        };
         let cameras = settings.inputs.cameras.iter().enumerate();
         let mut listeners: Vec<_> = cameras
-            .map(|(i, c)| listener(Input::Camera(i), format!("camera '{}'", c.name), &c.topic, Image::TYPE))
+            .map(|(i, c)| listener(Input::Camera(i), format!("camera '{}'", c.name), &c.topic, IMAGES))
             .collect();
-        listeners.push(listener(Input::JointStates, "joint states".into(), "joint_states", JointState::TYPE));
-        listeners.push(listener(Input::Prompt, "prompt".into(), "~/prompt", Text::TYPE));
+        listeners.push(listener(Input::JointStates, "joint states".into(), "joint_states", &[JointState::TYPE]));
+        listeners.push(listener(Input::Prompt, "prompt".into(), "~/prompt", &[Text::TYPE]));
         Ok(Self { listeners, remap: remap.collect::<Result<_, _>>()?, known: HashMap::new(), used: BTreeMap::new() })
     }
 
@@ -79,15 +87,20 @@ impl Routes {
     fn find(&mut self, topic: &Topic) -> Result<Option<Input>, CliError> {
         let name = self.remap.iter().find(|(from, _)| *from == topic.name).map_or(&topic.name, |(_, to)| to);
         if let Some(l) = self.listeners.iter().find(|l| l.name == *name) {
-            if topic.kind != l.kind {
+            if !l.kinds.contains(&&*topic.kind) {
                 return Err(CliError::input(format!(
                     "{} on {} is a {}, and the node takes {}",
-                    l.what, topic.name, topic.kind, l.kind
+                    l.what,
+                    topic.name,
+                    topic.kind,
+                    l.kinds.join(" or ")
                 )));
             }
             return Ok(Some(l.input));
         }
-        let Some(l) = self.listeners.iter_mut().find(|l| topic.kind == l.kind && topic.name.ends_with(&*l.name)) else {
+        let Some(l) =
+            self.listeners.iter_mut().find(|l| l.kinds.contains(&&*topic.kind) && topic.name.ends_with(&*l.name))
+        else {
             return Ok(None);
         };
         match &l.borrowed {
@@ -112,7 +125,7 @@ impl Routes {
         let found: Vec<Input> = self.known.values().copied().flatten().collect();
         let missing: Vec<_> = (self.listeners.iter())
             .filter(|l| l.input != Input::Prompt && !found.contains(&l.input))
-            .map(|l| format!("{} on {} ({})", l.what, l.name, l.kind))
+            .map(|l| format!("{} on {} ({})", l.what, l.name, l.kinds.join(" or ")))
             .collect();
         let has: Vec<_> = topics.iter().map(|(name, t)| format!("{name} ({}, {})", t.kind, t.messages)).collect();
         if missing.is_empty() {
@@ -129,6 +142,10 @@ impl Routes {
 
 fn put(input: Input, record: &Record, inputs: &Inputs) -> Result<(), BagError> {
     match input {
+        Input::Camera(i) if record.topic.kind == CompressedImage::TYPE => {
+            let m: CompressedImage = record.decode()?;
+            inputs.frame(i, m.stamp, Frame::decode(&m.data));
+        }
         Input::Camera(i) => {
             let m: Image = record.decode()?;
             let size = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
