@@ -17,7 +17,7 @@ use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, Guidance, GuidanceSchedule, KvCache, View,
 };
 use pi0_mps::model::{Checkpoint, Dims, Encoding, Family, Frame, Preprocessor, Resampler};
-use seeded::{full_width, normals, write_checkpoint};
+use seeded::{PEAK, full_width, normals, write_checkpoint};
 
 /// bf16 weights and activations against float32.
 const TOLERANCE: f64 = 1e-2;
@@ -75,12 +75,6 @@ fn plain<'a>(state: &'a [f32], noise: &'a [f32]) -> DecodeInput<'a> {
     DecodeInput { state, noise, steps: 10, guidance: None }
 }
 
-/// Velocities against the published float32 ones: rounding the weights of these tiny models to bf16 moves them by up to
-/// 1.7e-2 in exact arithmetic (`pi0_tiny_masked`), so no bf16 engine can stay within 1e-2 here. Actions do.
-const PUBLISHED_VELOCITY_TOLERANCE: f64 = 2.5e-2;
-/// The same against the oracle on the same rounded weights: what bf16 activations of width 16 to 32 leave.
-const ROUNDED_VELOCITY_TOLERANCE: f64 = 2e-2;
-
 #[test]
 #[ignore = "needs a GPU"]
 fn golden_cases_agree() {
@@ -97,36 +91,10 @@ fn golden_cases_agree() {
         let v = relative_l2(&velocities, &case.velocities);
         let a = relative_l2(&actions, &case.actions);
         println!("parity {name}: embeddings {e:.1e}, velocities {v:.1e}, actions {a:.1e}");
-        assert!(e <= TOLERANCE && v <= PUBLISHED_VELOCITY_TOLERANCE && a <= TOLERANCE, "{name}: {e} {v} {a}");
+        // How far velocities may be from float32 ones, tests/gpu_parity.rs works out.
+        assert!(e <= TOLERANCE && a <= TOLERANCE, "{name}: {e} {a}");
         assert_eq!(first, embeddings, "{name}: embeddings of two runs");
         assert_eq!(before, (velocities, actions), "{name}: two runs");
-    }
-}
-
-#[test]
-#[ignore = "needs a GPU"]
-fn golden_cases_with_rounded_weights_agree_with_the_oracle() {
-    for name in CASES {
-        let case = Golden::read(name);
-        let dir = tempfile::tempdir().unwrap();
-        seeded::round_to_bf16(&case.dir, dir.path());
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        let oracle = CpuEngine::load(&checkpoint, Resampler::LeRobot, 1).unwrap();
-        let (mut encoder, mut decoder) = oracle.stages().unwrap();
-        let mut cache = oracle.cache(case.views.len(), case.tokens.len()).unwrap();
-        let views: Vec<View<'_>> = case.views.iter().map(|v| View::Planes(v)).collect();
-        encoder.encode(&EncodeInput { views: &views, tokens: &case.tokens }, &mut cache).unwrap();
-        let mut expected = vec![f32::NAN; case.noise.len()];
-        let input = plain(&case.state, &case.noise);
-        let expected_velocities = decoder.decode_with_velocities(&cache, &input, &mut expected).unwrap();
-
-        let engine = CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap();
-        let mut gpu = Gpu::new(&engine, case.views.len(), case.tokens.len());
-        gpu.encode(&case.views, &case.tokens);
-        let (velocities, actions) = gpu.decode(&input);
-        let (v, a) = (relative_l2(&velocities, &expected_velocities), relative_l2(&actions, &expected));
-        println!("parity {name}, weights in bf16: velocities {v:.1e}, actions {a:.1e}");
-        assert!(v <= ROUNDED_VELOCITY_TOLERANCE && a <= TOLERANCE, "{name}: {v} {a}");
     }
 }
 
@@ -174,7 +142,7 @@ struct Pair {
 impl Pair {
     fn new(dims: Dims, views: usize, tokens: usize, seed: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        write_checkpoint(dir.path(), &dims, seed);
+        write_checkpoint(dir.path(), &dims, seed, PEAK);
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         assert_eq!(*checkpoint.dims(), dims);
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());

@@ -237,6 +237,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn from_rest_the_pace_rises_as_fast_as_the_acceleration_allows() {
+        // A straight line at half a radian per second: with 5 rad/s² and periods of 20 ms that takes five of them.
+        let mut curve = Curve::with_room(1, 20);
+        curve.begin(0.1, 0.1);
+        for k in 0..20 {
+            let (q, v) = curve.push().unwrap();
+            (q[0], v[0]) = (0.05 * f64::from(k), 0.5);
+        }
+        curve.plan_pace(&[BOUND]);
+        let mut state = State::rest(JointVector::zeros(1));
+        for k in 1..=7 {
+            state.follow(&curve, &[BOUND], 0.02, None);
+            let pace = (0.2 * f64::from(k)).min(1.0);
+            assert!((state.pace - pace).abs() < 1e-9, "{} after {k} periods", state.pace);
+        }
+    }
+
     /// Three joints on a random smooth path, up to several times too fast.
     fn random_curve(rng: &mut ChaCha8Rng) -> Curve {
         let (joints, horizon, dt) = (3, 40, 0.05);

@@ -80,7 +80,7 @@ impl Bound {
             return Err(Breach::Position);
         }
         // Where the velocity passes zero the position turns: it must turn inside the limits.
-        if monotone && v * v1 > 0.0 {
+        if monotone && v * v1 >= 0.0 {
             return Ok(());
         }
         let disc = a0 * a0 - 2.0 * jerk * v;
@@ -174,9 +174,15 @@ mod tests {
             // At rest outside, or turning outside.
             ((1.0, 0.0, 1.0001, 0.0), Err(Breach::Position)),
             ((1.0, 0.0, 1.0, 0.0), Ok(())),
+            ((-1.0, 0.0, -1.0, 0.0), Ok(())),
             ((0.9999, 0.05, 0.9999, -0.05), Err(Breach::Position)),
             ((0.9995, 0.05, 0.9995, -0.05), Ok(())),
             ((-0.9999, -0.05, -0.9999, 0.05), Err(Breach::Position)),
+            // Braking that eases off (-9 to -1 rad/s²) turns 0.000226 further on.
+            ((0.9998, 0.06, 0.999_733_333, -0.04), Err(Breach::Position)),
+            ((0.9997, 0.06, 0.999_633_333, -0.04), Ok(())),
+            // The same cubic would turn again below -1, but only after this step.
+            ((-0.99944, 0.06, -0.999_506_666_667, -0.04), Ok(())),
             ((0.0, 0.0, f64::NAN, 0.0), Err(Breach::Acceleration)),
             ((0.0, 0.0, 0.0, f64::NAN), Err(Breach::Acceleration)),
         ];
@@ -231,8 +237,11 @@ mod tests {
             let target = |i: i32| 0.2 + pace * f64::from(i) * H * f64::from(i < 100);
             let side = (0.2f64 - start).signum();
             for i in 1..100 {
+                let before = v;
                 (q, v) = BOUND.approach(q, v, target(i), pace, H);
                 assert!((target(i) - q) * side > -1e-9, "overshoot at {i}: {q} past {}", target(i));
+                let eased = (before - v) * side;
+                assert!(pace != 0.0 || eased <= APPROACH * BOUND.acceleration * H + 1e-9, "brakes with {}", eased / H);
             }
             assert!((q - target(99)).abs() < 1e-9 && (v - pace).abs() < 1e-9, "{q} {v}");
         }

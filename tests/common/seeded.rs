@@ -39,17 +39,17 @@ pub fn normals(seed: u64, len: usize) -> Vec<f32> {
     (0..len as u64).map(|i| normal(seed, i)).collect()
 }
 
-/// Query weights are this much larger: with flat attention a wrong position or mask hides.
-const PEAK: f32 = 4.0;
+/// Query weights this much larger make attention peaked: with flat attention a wrong position or mask hides.
+pub const PEAK: f32 = 4.0;
 
-fn deviation(name: &str, shape: &[usize]) -> f32 {
+fn deviation(name: &str, shape: &[usize], peak: f32) -> f32 {
     let inputs: usize = shape.iter().skip(1).product();
     let base = if shape.len() == 1 { 0.1 } else { 1.0 / (inputs as f32).sqrt() };
-    if name.ends_with("q_proj.weight") { base * PEAK } else { base }
+    if name.ends_with("q_proj.weight") { base * peak } else { base }
 }
 
-/// Writes config.json and model.safetensors (bf16) into `dir`.
-pub fn write_checkpoint(dir: &Path, dims: &Dims, seed: u64) {
+/// Writes config.json and model.safetensors (bf16) into `dir`, query weights `peak` times as large as the others.
+pub fn write_checkpoint(dir: &Path, dims: &Dims, seed: u64, peak: f32) {
     let kind = if dims.family == Family::Pi0 { "pi0" } else { "pi05" };
     let config = serde_json::json!({
         "type": kind, "chunk_size": dims.horizon, "max_state_dim": dims.state_dim, "max_action_dim": dims.action_dim,
@@ -74,7 +74,7 @@ pub fn write_checkpoint(dir: &Path, dims: &Dims, seed: u64) {
     file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
     file.write_all(header.as_bytes()).unwrap();
     for (n, (name, shape)) in tensors.iter().enumerate() {
-        let (len, deviation) = (shape.iter().product::<usize>(), deviation(name, shape));
+        let (len, deviation) = (shape.iter().product::<usize>(), deviation(name, shape, peak));
         let seed = seed.wrapping_mul(1_000_003).wrapping_add(n as u64) << 20;
         let mut bytes = vec![0u8; len * 2];
         bytes.par_chunks_mut(1 << 16).enumerate().for_each(|(c, piece)| {
@@ -85,24 +85,4 @@ pub fn write_checkpoint(dir: &Path, dims: &Dims, seed: u64) {
         file.write_all(&bytes).unwrap();
     }
     file.flush().unwrap();
-}
-
-/// Copies the checkpoint in `from` to `to` with every weight rounded to bf16, as a GPU holds it.
-pub fn round_to_bf16(from: &Path, to: &Path) {
-    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
-    let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let rounded: Vec<(String, Vec<usize>, Vec<u8>)> = file
-        .iter()
-        .map(|(name, t)| {
-            let words = t.data().as_chunks::<4>().0.iter();
-            let data = words.flat_map(|w| bf16::from_f32(f32::from_le_bytes(*w)).to_le_bytes()).collect();
-            (name.to_string(), t.shape().to_vec(), data)
-        })
-        .collect();
-    let views = rounded.iter().map(|(name, shape, data)| {
-        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), data).unwrap();
-        (name.clone(), view)
-    });
-    safetensors::serialize_to_file(views, None, &to.join("model.safetensors")).unwrap();
 }

@@ -166,6 +166,13 @@ impl CudaDecoder {
         self.squares.fill(0xff)
     }
 
+    /// Keys and values that the last step left in a layer, `[suffix, head_dim]` each, the state row first: for
+    /// comparison with an oracle.
+    pub fn suffix_layer(&self, layer: usize) -> Result<[Vec<f32>; 2], EngineError> {
+        let len = plan::suffix_rows(&self.model.dims) * self.model.dims.expert.head_dim;
+        Ok([self.suffix_keys.read_bf16(layer * len, len)?, self.suffix_values.read_bf16(layer * len, len)?])
+    }
+
     fn has_state(&self) -> usize {
         usize::from(self.model.dims.family == Family::Pi0)
     }

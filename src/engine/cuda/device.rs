@@ -8,44 +8,13 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+use super::faults;
+pub(super) use super::faults::check;
 use super::kernels::Kernels;
 use crate::engine::EngineError;
 
 /// Compute capability, as `(major, minor)`.
 pub type Capability = (u32, u32);
-
-/// Oldest chip the kernels are written for (clusters, dependent launch).
-const MIN_CAPABILITY: Capability = (9, 0);
-/// Shared memory a block may ask for, as the largest kernels need it.
-const MIN_SHARED: u32 = 227 * 1024;
-/// Oldest driver that runs what CUDA 13.0 compiles.
-const MIN_DRIVER: i32 = 13000;
-
-pub(super) fn check(result: sys::CUresult, what: &'static str) -> Result<(), EngineError> {
-    if result == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut text = std::ptr::null();
-    // SAFETY: writes one pointer to a static string; the result says whether it did.
-    let named = unsafe { sys::cuGetErrorString(result, &mut text) } == sys::CUresult::CUDA_SUCCESS && !text.is_null();
-    let reason = if named {
-        // SAFETY: the driver's strings are static and end with a zero.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-    } else {
-        "unknown error".into()
-    };
-    let remedy = match result {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => "free GPU memory (nvidia-smi shows who holds it)",
-        sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => "build with PI0_CUDA_ARCHS=all",
-        sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => "install a newer NVIDIA driver",
-        _ => "the CUDA context cannot be used further: restart the process and report this",
-    };
-    Err(EngineError::Device { what, reason: format!("{result:?}: {reason}"), remedy: remedy.into() })
-}
-
-fn unavailable(ordinal: usize, reason: impl Into<String>, remedy: impl Into<String>) -> EngineError {
-    EngineError::Unavailable { device: format!("cuda:{ordinal}"), reason: reason.into(), remedy: remedy.into() }
-}
 
 /// A context that is current on this thread until this goes; then the one before it is again.
 pub(super) struct Current {
@@ -90,43 +59,22 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Opens GPU `ordinal`, or says why that cannot be.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, EngineError> {
-        // SAFETY: only looks for the library; without this probe the first call would panic.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(unavailable(
-                ordinal,
-                "the NVIDIA driver (libcuda.so.1) was not found",
-                "Install it, or use device:=cpu",
-            ));
-        }
-        // SAFETY: as above, for libcublasLt.
-        if !unsafe { cudarc::cublaslt::sys::is_culib_present() } {
-            return Err(unavailable(
-                ordinal,
-                "libcublasLt was not found",
-                "Install CUDA's cuBLAS library, or put its folder into LD_LIBRARY_PATH",
-            ));
-        }
+        // SAFETY: only looks for the libraries; without this probe the first call would panic.
+        let (driver, cublas) = unsafe { (sys::is_culib_present(), cudarc::cublaslt::sys::is_culib_present()) };
+        faults::libraries(ordinal, driver, cublas)?;
         // SAFETY: plain driver calls on out-parameters that live on this stack.
         unsafe {
             let code = sys::cuInit(0);
             if code == sys::CUresult::CUDA_ERROR_NO_DEVICE {
-                return Err(unavailable(ordinal, "the driver finds no GPU", "Check nvidia-smi"));
+                faults::number(ordinal, 0)?;
             }
             check(code, "initialising the driver")?;
             let mut version = 0;
             check(sys::cuDriverGetVersion(&mut version), "reading the driver version")?;
-            if version < MIN_DRIVER {
-                return Err(unavailable(
-                    ordinal,
-                    format!("the driver supports CUDA {}.{}, 13.0 is needed", version / 1000, version % 1000 / 10),
-                    "Install driver 580 or newer",
-                ));
-            }
+            faults::driver(ordinal, version)?;
             let mut count = 0;
             check(sys::cuDeviceGetCount(&mut count), "counting GPUs")?;
-            let index = i32::try_from(ordinal).ok().filter(|o| *o < count);
-            let index =
-                index.ok_or_else(|| unavailable(ordinal, format!("there are {count} GPUs"), "Name a lower number"))?;
+            let index = faults::number(ordinal, count)?;
             let mut handle = 0;
             check(sys::cuDeviceGet(&mut handle, index), "opening the GPU")?;
             let attribute = |a| -> Result<u32, EngineError> {
@@ -143,21 +91,8 @@ impl Device {
             let mut name = [0; 128];
             check(sys::cuDeviceGetName(name.as_mut_ptr(), 128, handle), "reading the GPU's name")?;
             let name = CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned();
-            if capability < MIN_CAPABILITY {
-                return Err(unavailable(
-                    ordinal,
-                    format!("{name} has compute capability {}.{}, 9.0 is needed", capability.0, capability.1),
-                    "Use a Hopper or newer data centre GPU, or device:=cpu",
-                ));
-            }
             let shared = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-            if shared < MIN_SHARED {
-                return Err(unavailable(
-                    ordinal,
-                    format!("{name} gives a block {shared} bytes of shared memory, {MIN_SHARED} are needed"),
-                    "Use a Hopper or newer data centre GPU, or device:=cpu",
-                ));
-            }
+            faults::chip(ordinal, &name, capability, shared)?;
             let mut context = std::ptr::null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "opening the GPU's context")?;
             let kernels = Current::enter(context).and_then(|_current| Kernels::load());
@@ -326,6 +261,15 @@ impl<T: Plain> Buffer<T> {
         // SAFETY: the whole of a live allocation.
         check(unsafe { sys::cuMemsetD8_v2(self.pointer, byte, self.len * size_of::<T>()) }, "filling GPU memory")?;
         settle()
+    }
+}
+
+impl Buffer<u16> {
+    /// `len` bf16 values from element `at` on.
+    pub fn read_bf16(&self, at: usize, len: usize) -> Result<Vec<f32>, EngineError> {
+        let mut bits = vec![0; len];
+        self.read(at, &mut bits)?;
+        Ok(bits.into_iter().map(|b| half::bf16::from_bits(b).to_f32()).collect())
     }
 }
 

@@ -54,6 +54,12 @@ impl CudaCache {
         self.capacity * self.head_dim
     }
 
+    /// Keys and values of a layer, `[rows, head_dim]` each: for comparison with an oracle.
+    pub fn layer(&self, layer: usize) -> Result<[Vec<f32>; 2], EngineError> {
+        let (at, len) = (layer * self.layer_stride(), self.rows * self.head_dim);
+        Ok([self.keys.read_bf16(at, len)?, self.values.read_bf16(at, len)?])
+    }
+
     /// A planted fault: key `row` of every layer becomes that of the row before it.
     pub fn drop_key(&mut self, row: usize) -> Result<(), EngineError> {
         let mut line = vec![0u16; self.head_dim];
@@ -138,6 +144,15 @@ pub struct EncodeTimes {
     pub trunk: f32,
 }
 
+/// The residual stream after every layer, `[rows, width]` each: for comparison with an oracle.
+#[derive(Debug, Default)]
+pub struct EncodeTaps {
+    /// SigLIP, all layers.
+    pub vision: Vec<Vec<f32>>,
+    /// Trunk, all layers but the last, which makes keys and values only.
+    pub trunk: Vec<Vec<f32>>,
+}
+
 /// The first stage on the GPU.
 pub struct CudaEncoder {
     model: Arc<Model>,
@@ -163,7 +178,7 @@ impl CudaEncoder {
         let event = || Event::new(&lane);
         Ok(Self {
             stream: Stream::new(&lane)?,
-            lt: Lt::new(&lane)?,
+            lt: Lt::new(&lane, Arc::clone(&model.algorithms))?,
             images,
             workspace: None,
             vision_graphs: HashMap::new(),
@@ -292,15 +307,8 @@ impl CudaEncoder {
         if !self.vision_graphs.contains_key(&views)
             && let Some(w) = &self.workspace
         {
-            let mut queue = Queue {
-                model: &model,
-                weights: &weights,
-                stream: &self.stream,
-                kernels,
-                lt: &mut self.lt,
-                w,
-                params: 0,
-            };
+            let (stream, lt) = (&self.stream, &mut self.lt);
+            let mut queue = Queue { model: &model, weights: &weights, stream, kernels, lt, w, params: 0, taps: None };
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
@@ -309,8 +317,8 @@ impl CudaEncoder {
             && let Some(w) = &self.workspace
         {
             let params = self.params.1.pointer();
-            let mut queue =
-                Queue { model: &model, weights: &weights, stream: &self.stream, kernels, lt: &mut self.lt, w, params };
+            let (stream, lt) = (&self.stream, &mut self.lt);
+            let mut queue = Queue { model: &model, weights: &weights, stream, kernels, lt, w, params, taps: None };
             let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
             let prompt = &self.prompt_rows.1;
@@ -346,6 +354,31 @@ impl CudaEncoder {
         }
         self.stream.record(&self.events[1])?;
         Ok(rows)
+    }
+
+    /// As [`Encoder::encode`], without graphs, and returns what every layer left.
+    pub fn encode_with_taps(
+        &mut self,
+        input: &EncodeInput<'_>,
+        cache: &mut CudaCache,
+    ) -> Result<EncodeTaps, EngineError> {
+        let lane = Arc::clone(&self.lane);
+        let _current = lane.enter()?;
+        let kernels = lane.kernels();
+        let rows = self.begin(input, cache)?;
+        let mut taps = EncodeTaps::default();
+        let (model, weights, params) = (&*self.model, &*self.weights, self.params.1.pointer());
+        if let Some(w) = &self.workspace {
+            let (stream, lt) = (&self.stream, &mut self.lt);
+            let mut queue = Queue { model, weights, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
+            queue.vision(input.views.len())?;
+            queue.taps = Some(&mut taps.trunk);
+            queue.prompt(&self.prompt_rows.1, rows, input.tokens.len())?;
+            queue.trunk(rows)?;
+        }
+        self.stream.synchronize()?;
+        cache.rows = rows;
+        Ok(taps)
     }
 
     fn launch_vision(&self, views: usize) -> Result<(), EngineError> {
@@ -411,9 +444,20 @@ struct Queue<'a> {
     lt: &'a mut Lt,
     w: &'a Workspace,
     params: u64,
+    /// Where the residual goes after every layer; none but for comparison with an oracle.
+    taps: Option<&'a mut Vec<Vec<f32>>>,
 }
 
 impl Queue<'_> {
+    fn tap(&mut self, residual: &Buffer<f32>, len: usize) -> Result<(), EngineError> {
+        let Some(taps) = &mut self.taps else { return Ok(()) };
+        self.stream.synchronize()?;
+        let mut values = vec![0.0; len];
+        residual.read(0, &mut values)?;
+        taps.push(values);
+        Ok(())
+    }
+
     fn product(
         &mut self,
         rows: usize,
@@ -429,32 +473,28 @@ impl Queue<'_> {
     fn prepare_vision(&mut self, views: usize) -> Result<(), EngineError> {
         let v = &self.model.dims.vision;
         let rows = views * v.tokens();
-        for (outputs, k, epilogue) in [
+        let keys = [
             (v.width, plan::patch_stride(&self.model.dims), Epilogue::Add),
             (3 * v.width, v.width, Epilogue::Bias),
             (v.width, v.width, Epilogue::AddBias),
             (v.mlp, v.width, Epilogue::BiasGelu),
             (v.width, v.mlp, Epilogue::AddBias),
             (self.model.dims.trunk.width, v.width, Epilogue::WideBias),
-        ] {
-            self.lt.prepare(Key { rows, outputs, k, epilogue })?;
-        }
-        Ok(())
+        ];
+        self.lt.prepare(self.stream, &keys.map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue }))
     }
 
     fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
         let t = &self.model.dims.trunk;
         let attention = t.heads * t.head_dim;
-        for (outputs, k, epilogue) in [
+        let keys = [
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
             (t.width, attention, Epilogue::Add),
             (2 * t.mlp, t.width, Epilogue::Store),
             (t.width, t.mlp, Epilogue::Add),
-        ] {
-            self.lt.prepare(Key { rows, outputs, k, epilogue })?;
-        }
-        Ok(())
+        ];
+        self.lt.prepare(self.stream, &keys.map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue }))
     }
 
     fn layer_norm(
@@ -498,14 +538,20 @@ impl Queue<'_> {
         variant: (usize, usize),
         args: &AttentionArgs,
     ) -> Result<(), EngineError> {
+        let kernels = self.kernels;
+        let wide = kernels.attention_wide.as_ref().filter(|_| args.head_dim as usize == plan::WIDE_HEAD);
+        let (kernel, shared) = match wide {
+            Some(wide) => (wide, plan::WIDE_SHARED),
+            None => (&kernels.attention[variant.0], plan::attention_shared(variant.1)),
+        };
         let shape = Shape {
             grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
             threads: 256,
-            shared: plan::attention_shared(variant.1) as u32,
+            shared: shared as u32,
             cluster: 1,
             dependent: true,
         };
-        self.kernels.attention[variant.0].launch(self.stream, shape, args)
+        kernel.launch(self.stream, shape, args)
     }
 
     /// Patches to the first rows of x.
@@ -564,6 +610,7 @@ impl Queue<'_> {
             self.product(rows, v.mlp, v.width, Epilogue::BiasGelu, o)?;
             let o = Operands { w: layer.fc2.pointer(), x: mlp, bias: layer.fc2_bias.pointer(), c: h, d: h };
             self.product(rows, v.width, v.mlp, Epilogue::AddBias, o)?;
+            self.tap(&w.vision, rows * v.width)?;
         }
         self.layer_norm(&w.vision, &w.vision_normed, &weights.post_norm, rows, v.width)?;
         let x = w.x.pointer();
@@ -632,6 +679,7 @@ impl Queue<'_> {
             self.kernels.geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
             let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
+            self.tap(&w.x, rows * t.width)?;
         }
         Ok(())
     }

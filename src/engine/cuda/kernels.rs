@@ -384,6 +384,21 @@ impl Module {
     }
 }
 
+impl<A> Kernel<A> {
+    /// Whether this is machine code for sm_90a: such a kernel may use matrix instructions that no other chip has, and
+    /// its code for other chips only traps.
+    fn is_hopper(&self) -> Result<bool, EngineError> {
+        use sys::CUfunction_attribute as A;
+        let read = |attribute| -> Result<i32, EngineError> {
+            let mut value = 0;
+            // SAFETY: a loaded function and an out-parameter on this stack.
+            let code = unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.function) };
+            check(code, "reading a kernel's target").map(|()| value)
+        };
+        Ok(read(A::CU_FUNC_ATTRIBUTE_BINARY_VERSION)? == 90 && read(A::CU_FUNC_ATTRIBUTE_PTX_VERSION)? == 90)
+    }
+}
+
 impl Drop for Module {
     fn drop(&mut self) {
         // SAFETY: loaded once; its kernels are gone with `Kernels`.
@@ -409,6 +424,8 @@ pub(super) struct Kernels {
     pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
     /// By padded head dimension, see [`super::plan::HEAD_DIMS`].
     pub attention: [Kernel<AttentionArgs>; 4],
+    /// For heads of 256, on sm_90a only.
+    pub attention_wide: Option<Kernel<AttentionArgs>>,
     pub flow: Kernel<FlowArgs>,
     pub norm: Kernel<NormArgs>,
     pub rope: Kernel<RopeArgs>,
@@ -435,6 +452,7 @@ impl Kernels {
             Ok(modules.len() - 1)
         };
         let (skinny, decode, attention) = (open("skinny")?, open("decode_attention")?, open("attention")?);
+        let wide = open("attention_wide")?;
         let (flow, pointwise, image, load) = (open("flow")?, open("pointwise")?, open("image")?, open("load")?);
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| -> Result<[Kernel<SkinnyArgs>; 4], EngineError> {
@@ -444,6 +462,8 @@ impl Kernels {
             };
             Ok(Skinny { qkv: by_cluster("qkv")?, geglu: by_cluster("geglu")?, residual: by_cluster("residual")? })
         };
+        let attention_wide = modules[wide].kernel("attention_wide", MAX_SHARED)?;
+        let attention_wide = if attention_wide.is_hopper()? { Some(attention_wide) } else { None };
         let [t0, t1, t2, t3] = super::plan::TOKEN_TILES;
         Ok(Self {
             skinny: [family(t0)?, family(t1)?, family(t2)?, family(t3)?],
@@ -459,6 +479,7 @@ impl Kernels {
                 modules[attention].kernel("attention_128", MAX_SHARED)?,
                 modules[attention].kernel("attention_256", MAX_SHARED)?,
             ],
+            attention_wide,
             flow: modules[flow].kernel("flow_step", 0)?,
             norm: modules[pointwise].kernel("row_norm", 0)?,
             rope: modules[pointwise].kernel("rope_cache", 0)?,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 
 use super::device::{Buffer, Device, Pinned};
@@ -90,10 +91,21 @@ pub(super) struct Loader<'a> {
     source: Source<'a>,
     pieces: Pieces,
     staging: Buffer<u8>,
+    /// Elements done; seen on a terminal only.
+    progress: ProgressBar,
+}
+
+/// A bar over `elements` weights; indicatif draws none where nobody looks.
+fn progress_bar(elements: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent}% {eta}");
+    ProgressBar::new(elements as u64)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_prefix("loading weights")
 }
 
 impl<'a> Loader<'a> {
-    pub fn new(device: &Arc<Device>, source: Source<'a>) -> Result<Self, EngineError> {
+    /// For about `elements` weights in all.
+    pub fn new(device: &Arc<Device>, source: Source<'a>, elements: usize) -> Result<Self, EngineError> {
         let lane = Lane::whole(device);
         let stream = Stream::new(&lane)?;
         let piece = || -> Result<(Pinned<u8>, Event), EngineError> {
@@ -102,11 +114,8 @@ impl<'a> Loader<'a> {
             Ok(pair)
         };
         let pieces = Pieces { pinned: [piece()?, piece()?], turn: 0 };
-        Ok(Self { device: Arc::clone(device), pieces, staging: Buffer::zeroed(device, PIECE)?, stream, source })
-    }
-
-    pub fn stream(&self) -> &Stream {
-        &self.stream
+        let staging = Buffer::zeroed(device, PIECE)?;
+        Ok(Self { device: Arc::clone(device), pieces, staging, stream, source, progress: progress_bar(elements) })
     }
 
     fn fill(&mut self, name: &str, shape: &[usize], keep: bool) -> Result<(Option<Buffer<u8>>, i32), EngineError> {
@@ -145,6 +154,7 @@ impl<'a> Loader<'a> {
             }
             (None, Source::Checkpoint(_)) => {}
         }
+        self.progress.inc(count as u64);
         Ok((kept, dtype_number(dtype)))
     }
 
@@ -174,6 +184,13 @@ impl<'a> Loader<'a> {
                 Ok(values)
             }
         }
+    }
+
+    /// Waits until everything is in its place.
+    pub fn finish(&self) -> Result<(), EngineError> {
+        self.stream.synchronize()?;
+        self.progress.finish_and_clear();
+        Ok(())
     }
 
     pub fn token_table(&self) -> Result<TokenTable, EngineError> {

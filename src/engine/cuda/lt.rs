@@ -1,21 +1,39 @@
 //! Large matrix products through cuBLASLt: y = x·wᵀ with bf16 operands and float32 sums.
 //!
-//! A plan (descriptors and algorithm) is made once per shape and kept; the library's first choice is taken, so that
-//! the same shape always runs the same algorithm.
+//! A plan (descriptors and algorithm) is made once per shape and kept. Which of the library's algorithms is fastest is
+//! measured when a shape is first seen, with weights that come from memory as they do in the model, and holds for all
+//! stages of the engine: the same shape always runs the same algorithm, whatever share of the GPU it has.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result, sys};
 
 use super::device::Buffer;
+use super::kernels::{RandomArgs, Shape};
 use super::lane::Lane;
-use super::stream::Stream;
+use super::stream::{Event, Stream};
 use crate::engine::EngineError;
 
 /// Bytes of scratch memory one stage lends to the library (NVIDIA's advice for Hopper).
-const WORKSPACE: usize = 32 << 20;
+pub(super) const WORKSPACE: usize = 32 << 20;
+
+/// Algorithms asked for and tried.
+const CANDIDATES: usize = 32;
+
+/// Runs that are timed of each candidate, and how often: the best time counts.
+const TIMED_RUNS: usize = 6;
+const TIMED_ROUNDS: usize = 3;
+
+/// Weights are read from this much memory in turn while candidates are timed: more than any L2.
+pub(super) const COLD_BYTES: usize = 192 << 20;
+
+/// A candidate replaces the library's first choice when it takes less than this part of its time.
+const WORTH_IT: f32 = 0.99;
+
+/// Prompts whose prefixes have about as many rows share what was measured: rows rounded up to a multiple of this.
+const ROW_CLASS: usize = 32;
 
 /// `CUBLAS_OP_T` of cublas_api.h, which these bindings leave out.
 const OP_T: i32 = 1;
@@ -82,6 +100,26 @@ fn fail(what: &'static str, e: result::CublasError) -> EngineError {
     }
 }
 
+/// The fastest algorithm of each shape seen so far, rows rounded up to their class.
+#[derive(Default)]
+pub(super) struct Algorithms {
+    chosen: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+}
+
+impl Algorithms {
+    fn class(key: Key) -> Key {
+        Key { rows: key.rows.next_multiple_of(ROW_CLASS), ..key }
+    }
+
+    fn get(&self, key: Key) -> Option<sys::cublasLtMatmulAlgo_t> {
+        self.chosen.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::class(key)).copied()
+    }
+
+    fn put(&self, key: Key, algorithm: sys::cublasLtMatmulAlgo_t) {
+        self.chosen.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::class(key), algorithm);
+    }
+}
+
 struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Layout {
@@ -118,38 +156,15 @@ impl Drop for Descriptor {
 }
 
 struct Plan {
+    key: Key,
     descriptor: Descriptor,
     w: Layout,
     x: Layout,
     d: Layout,
-    algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// A handle, its workspace and the plans made so far. One per stage.
-pub(super) struct Lt {
-    handle: sys::cublasLtHandle_t,
-    workspace: Buffer<u8>,
-    plans: HashMap<Key, Plan>,
-    lane: Arc<Lane>,
-}
-
-// SAFETY: handle and plans are used by one thread at a time: every method that uses them takes `&mut self`.
-unsafe impl Send for Lt {}
-
-impl Lt {
-    /// A handle of the lane's context.
-    pub fn new(lane: &Arc<Lane>) -> Result<Self, EngineError> {
-        let _current = lane.enter()?;
-        let workspace = Buffer::zeroed(lane.device(), WORKSPACE)?;
-        let handle = result::create_handle().map_err(|e| fail("opening cuBLASLt", e))?;
-        Ok(Self { handle, workspace, plans: HashMap::new(), lane: Arc::clone(lane) })
-    }
-
-    /// Makes the plan of `key` if there is none: not while a graph is being captured.
-    pub fn prepare(&mut self, key: Key) -> Result<(), EngineError> {
-        if self.plans.contains_key(&key) {
-            return Ok(());
-        }
+impl Plan {
+    fn new(key: Key, any_address: u64) -> Result<Self, EngineError> {
         use sys::cublasLtMatmulDescAttributes_t as D;
         let half = sys::cudaDataType_t::CUDA_R_16BF;
         let single = sys::cudaDataType_t::CUDA_R_32F;
@@ -168,42 +183,178 @@ impl Lt {
         descriptor.set(D::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
         if key.epilogue.biased() {
             // Any address will do until the product runs.
-            descriptor.set(D::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &self.workspace.pointer())?;
+            descriptor.set(D::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &any_address)?;
             descriptor.set(D::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &out)?;
         }
-        let w = Layout::new(half, key.k, key.outputs, key.k)?;
-        let x = Layout::new(half, key.k, key.rows, key.k)?;
-        let d = Layout::new(out, key.outputs, key.rows, key.outputs)?;
+        Ok(Self {
+            key,
+            descriptor,
+            w: Layout::new(half, key.k, key.outputs, key.k)?,
+            x: Layout::new(half, key.k, key.rows, key.k)?,
+            d: Layout::new(out, key.outputs, key.rows, key.outputs)?,
+        })
+    }
+}
+
+/// A handle, its workspace and the plans made so far. One per stage.
+pub(super) struct Lt {
+    handle: sys::cublasLtHandle_t,
+    workspace: Buffer<u8>,
+    plans: HashMap<Key, (Plan, sys::cublasLtMatmulAlgo_t)>,
+    algorithms: Arc<Algorithms>,
+    lane: Arc<Lane>,
+}
+
+// SAFETY: handle and plans are used by one thread at a time: every method that uses them takes `&mut self`.
+unsafe impl Send for Lt {}
+
+impl Lt {
+    /// A handle of the lane's context.
+    pub fn new(lane: &Arc<Lane>, algorithms: Arc<Algorithms>) -> Result<Self, EngineError> {
+        let _current = lane.enter()?;
+        let workspace = Buffer::zeroed(lane.device(), WORKSPACE)?;
+        let handle = result::create_handle().map_err(|e| fail("opening cuBLASLt", e))?;
+        Ok(Self { handle, workspace, plans: HashMap::new(), algorithms, lane: Arc::clone(lane) })
+    }
+
+    /// Makes the plans of `keys` that there are none of: not while a graph is being captured. The stream is one of
+    /// the stage's; nothing else should run meanwhile, for algorithms are timed.
+    pub fn prepare(&mut self, stream: &Stream, keys: &[Key]) -> Result<(), EngineError> {
+        let mut bench = None;
+        for key in keys {
+            if self.plans.contains_key(key) {
+                continue;
+            }
+            let plan = Plan::new(*key, self.workspace.pointer())?;
+            let algorithm = match self.algorithms.get(*key).filter(|a| self.runs(&plan, a)) {
+                Some(known) => known,
+                None => {
+                    let candidates = self.candidates(&plan)?;
+                    let bench = match &mut bench {
+                        Some(bench) => bench,
+                        none => none.insert(Bench::new(&self.lane, stream, keys)?),
+                    };
+                    let fastest = self.fastest(stream, &plan, &candidates, bench)?;
+                    self.algorithms.put(*key, fastest);
+                    fastest
+                }
+            };
+            self.plans.insert(*key, (plan, algorithm));
+        }
+        Ok(())
+    }
+
+    /// Whether an algorithm measured at another number of rows can run this plan.
+    fn runs(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        // SAFETY: all-zero is a valid value of this plain struct.
+        let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        let (d, w, x, y) = (plan.descriptor.0, plan.w.0, plan.x.0, plan.d.0);
+        // SAFETY: live handle and descriptors, and an out-parameter on this stack.
+        let status = unsafe { sys::cublasLtMatmulAlgoCheck(self.handle, d, w, x, y, y, algorithm, &mut result) };
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE
+    }
+
+    /// What the library proposes, its favourite first.
+    fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
         let preference = result::create_matmul_pref().map_err(|e| fail("choosing an algorithm", e))?;
         let bytes = WORKSPACE;
         let limit: *const usize = &bytes;
-        // SAFETY: live descriptors and an out-value returned by the call; the preference is destroyed once.
-        let found = unsafe {
+        // SAFETY: all-zero is a valid value of this plain struct.
+        let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; CANDIDATES];
+        let mut count = 0;
+        let (d, w, x, y) = (plan.descriptor.0, plan.w.0, plan.x.0, plan.d.0);
+        // SAFETY: live descriptors and room for as many results as are asked for; the preference is destroyed once.
+        let status = unsafe {
             let set = result::set_matmul_pref_attribute(
                 preference,
                 sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 limit.cast(),
                 size_of::<usize>(),
             );
-            let found = set.and_then(|()| {
-                result::get_matmul_algo_heuristic(self.handle, descriptor.0, w.0, x.0, d.0, d.0, preference)
+            let asked = set.and_then(|()| {
+                let to = found.as_mut_ptr();
+                let wanted = CANDIDATES as i32;
+                sys::cublasLtMatmulAlgoGetHeuristic(self.handle, d, w, x, y, y, preference, wanted, to, &mut count)
+                    .result()
             });
             let _ = result::destroy_matmul_pref(preference);
-            found
+            asked
         };
-        let found = found.map_err(|e| EngineError::Device {
-            what: "choosing a GEMM algorithm",
-            reason: format!("cuBLASLt has none for {key:?}: {e}"),
-            remedy: "install the cuBLAS of CUDA 13".into(),
-        })?;
-        self.plans.insert(key, Plan { descriptor, w, x, d, algorithm: found.algo });
-        Ok(())
+        check(status, "choosing an algorithm")?;
+        found.truncate(count.max(0) as usize);
+        found.retain(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        if found.is_empty() {
+            return Err(EngineError::Device {
+                what: "choosing a GEMM algorithm",
+                reason: format!("cuBLASLt has none for {:?}", plan.key),
+                remedy: "install the cuBLAS of CUDA 13".into(),
+            });
+        }
+        Ok(found.into_iter().map(|f| f.algo).collect())
+    }
+
+    /// The candidate that takes the least time.
+    fn fastest(
+        &self,
+        stream: &Stream,
+        plan: &Plan,
+        candidates: &[sys::cublasLtMatmulAlgo_t],
+        bench: &Bench,
+    ) -> Result<sys::cublasLtMatmulAlgo_t, EngineError> {
+        let mut best = (candidates[0], f32::INFINITY);
+        let mut first = 0.0;
+        for (n, algorithm) in candidates.iter().enumerate() {
+            let mut time = f32::INFINITY;
+            for round in 0..=TIMED_ROUNDS {
+                // Hides the time of queueing, and empties the caches.
+                stream.fill(&bench.weights, 0x3c)?;
+                stream.record(&bench.events[0])?;
+                for i in 0..TIMED_RUNS {
+                    self.queue(stream, plan, algorithm, bench.operands(plan.key, round * TIMED_RUNS + i))?;
+                }
+                stream.record(&bench.events[1])?;
+                stream.synchronize()?;
+                if round > 0 {
+                    time = time.min(bench.events[1].ms_since(&bench.events[0])?);
+                }
+            }
+            if n == 0 {
+                (first, best.1) = (time, time * WORTH_IT);
+            } else if time < best.1 {
+                best = (*algorithm, time);
+            }
+        }
+        let per_run = |ms: f32| ms * 1e3 / TIMED_RUNS as f32;
+        tracing::debug!(
+            "{:?}: {:.1} µs, the library's first choice {:.1} µs, {} candidates",
+            plan.key,
+            per_run(best.1),
+            per_run(first),
+            candidates.len()
+        );
+        Ok(best.0)
     }
 
     /// Queues one product.
     pub fn run(&mut self, stream: &Stream, key: Key, o: Operands) -> Result<(), EngineError> {
-        self.prepare(key)?;
-        let Some(plan) = self.plans.get(&key) else { return Ok(()) };
+        let Some((plan, algorithm)) = self.plans.get(&key) else {
+            return Err(EngineError::Device {
+                what: "queueing a product",
+                reason: format!("no plan was made for {key:?}"),
+                remedy: "report this".into(),
+            });
+        };
+        self.queue(stream, plan, algorithm, o)
+    }
+
+    fn queue(
+        &self,
+        stream: &Stream,
+        plan: &Plan,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        o: Operands,
+    ) -> Result<(), EngineError> {
+        let key = plan.key;
         if key.epilogue.biased() {
             plan.descriptor.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &o.bias)?;
         }
@@ -225,13 +376,48 @@ impl Lt {
                 plan.d.0,
                 o.d as *mut c_void,
                 plan.d.0,
-                &plan.algorithm,
+                algorithm,
                 self.workspace.pointer() as *mut c_void,
                 WORKSPACE,
                 stream.raw().cast(),
             )
         };
         check(done, "queueing a product")
+    }
+}
+
+/// Memory to time candidates on.
+struct Bench {
+    weights: Buffer<u8>,
+    rows: Buffer<u16>,
+    out: Buffer<f32>,
+    events: [Event; 2],
+}
+
+impl Bench {
+    fn new(lane: &Arc<Lane>, stream: &Stream, keys: &[Key]) -> Result<Self, EngineError> {
+        let device = lane.device();
+        let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
+        let bench = Self {
+            weights: Buffer::zeroed(device, COLD_BYTES.max(most(|k| k.outputs * k.k * 2)))?,
+            rows: Buffer::zeroed(device, most(|k| k.rows * k.k))?,
+            out: Buffer::zeroed(device, most(|k| k.rows * k.outputs))?,
+            events: [Event::new(lane)?, Event::new(lane)?],
+        };
+        // Zeros would draw less power than real rows.
+        let args =
+            RandomArgs { to: bench.rows.pointer(), count: bench.rows.len() as i64, seed: 1, deviation: 1.0, to_f32: 0 };
+        let shape = Shape { dependent: false, ..Shape::blocks(1024, 256) };
+        lane.kernels().random.launch(stream, shape, &args)?;
+        Ok(bench)
+    }
+
+    /// Operands of run `n`: other weights each time.
+    fn operands(&self, key: Key, n: usize) -> Operands {
+        let bytes = (key.outputs * key.k * 2).next_multiple_of(256);
+        let places = (self.weights.len() / bytes).max(1);
+        let out = self.out.pointer();
+        Operands { w: self.weights.at(n % places * bytes), x: self.rows.pointer(), bias: out, c: out, d: out }
     }
 }
 

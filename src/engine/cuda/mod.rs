@@ -12,6 +12,7 @@
 mod decoder;
 mod device;
 mod encoder;
+mod faults;
 mod images;
 mod kernels;
 mod lane;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
-pub use encoder::{CudaCache, CudaEncoder, EncodeTimes};
+pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
 pub use plan::Stage;
 
 use super::partition::{Grant, Offer};
@@ -71,6 +72,8 @@ struct Model {
     /// Rows of the rotation table.
     positions: usize,
     rope: Buffer<f32>,
+    /// The same for every share of the GPU, so that results do not depend on it.
+    algorithms: Arc<lt::Algorithms>,
     device: Arc<Gpu>,
 }
 
@@ -180,6 +183,7 @@ impl CudaEngine {
             decode_head: variant(plan::head_dim(&plan::DECODE_HEAD_DIMS, head), head)?,
             positions,
             rope: rope::table(&device, positions, head)?,
+            algorithms: Arc::default(),
             device,
         };
         let offer = lane::offer(&model.device)?;

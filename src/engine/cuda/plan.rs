@@ -86,6 +86,11 @@ pub(super) fn attention_shared(head_dim: usize) -> usize {
     5 * 64 * (head_dim + 8) * 2
 }
 
+/// Head dimension that attention_wide.cu is for.
+pub(super) const WIDE_HEAD: usize = 256;
+/// Its shared memory: queries, keys and values of two groups of warps, each aligned to 1024 bytes.
+pub(super) const WIDE_SHARED: usize = 5 * 64 * WIDE_HEAD * 2 + 1024;
+
 /// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
 pub(super) fn head_dim(compiled: &[usize], head_dim: usize) -> Option<(usize, usize)> {
     compiled.iter().position(|d| *d >= head_dim).map(|i| (i, compiled[i]))

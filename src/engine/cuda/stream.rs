@@ -60,6 +60,12 @@ impl Stream {
         check(code, "copying to the GPU")
     }
 
+    /// Queues setting every byte of `to` to `byte`.
+    pub fn fill(&self, to: &Buffer<u8>, byte: u8) -> Result<(), EngineError> {
+        // SAFETY: the whole of a live allocation.
+        check(unsafe { sys::cuMemsetD8Async(to.pointer(), byte, to.len(), self.raw) }, "filling GPU memory")
+    }
+
     /// Queues a copy of `len` elements from element `at` of `from` into `to`.
     pub fn download<T: Plain>(&self, from: &Buffer<T>, len: usize, to: &Pinned<T>) -> Result<(), EngineError> {
         assert!(len <= to.len() && len <= from.len(), "download past a buffer");

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::device::{Buffer, Device};
+use super::faults;
 use super::kernels::{CopyArgs, PackArgs};
 use super::load::{Loader, Source};
 use super::plan::{self, STEP_K, TILE, pad};
-use super::stream::Stream;
 use crate::engine::EngineError;
 use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
 
@@ -161,15 +161,28 @@ impl ExpertSizes {
     }
 }
 
-/// Bytes the weights take on the device, for a check before anything is allocated.
-pub(super) fn weight_bytes(dims: &Dims) -> usize {
+/// Elements of all matrices that the device holds.
+fn elements(dims: &Dims) -> usize {
     let (v, t, e) = (&dims.vision, &dims.trunk, &dims.expert);
     let vision =
         v.layers * (4 * v.width * v.width + 2 * v.width * v.mlp) + v.width * (plan::patch_stride(dims) + t.width);
     let stack = |s: &StackDims| (2 * s.heads + 2) * s.head_dim * s.width + 3 * s.width * s.mlp;
     let adaptive = if dims.family == Family::Pi05 { (2 * e.layers + 1) * 3 * e.width * e.width } else { 0 };
-    let matrices = vision + t.layers.saturating_sub(1) * stack(t) + e.layers * stack(e) + e.width * e.width + adaptive;
-    2 * matrices + MAX_VIEWS * v.tokens() * v.width * 4
+    vision + t.layers.saturating_sub(1) * stack(t) + e.layers * stack(e) + e.width * e.width + adaptive
+}
+
+/// Bytes that an engine of two views takes on the device, for a check before anything is allocated: weights, what the
+/// stages work with, and what measuring the products takes for a moment. Small buffers are left out.
+pub(super) fn device_bytes(dims: &Dims) -> usize {
+    let (v, t) = (&dims.vision, &dims.trunk);
+    let weights = 2 * elements(dims) + MAX_VIEWS * v.tokens() * v.width * 4;
+    let rows = 2 * v.tokens() + dims.max_tokens;
+    let tower = 2 * v.tokens() * (12 * v.width + 2 * v.mlp + 2 * plan::patch_stride(dims));
+    let trunk = rows * (6 * t.width + (4 * t.heads + 4) * t.head_dim + 6 * t.mlp);
+    let widest = (2 * t.mlp * t.width).max(v.mlp * v.width) * 2;
+    let cache = 2 * 2 * t.layers * rows * t.head_dim;
+    let measuring = super::lt::COLD_BYTES.max(widest) + rows * (2 * t.mlp.max(v.mlp) + 8 * t.mlp);
+    weights + tower + trunk + 3 * cache + (super::lt::WORKSPACE + measuring).max(widest)
 }
 
 /// What a matrix row becomes in packed order; the numbers are those of load.cu.
@@ -189,10 +202,6 @@ struct Reader<'a, 'b> {
 }
 
 impl Reader<'_, '_> {
-    fn stream(&self) -> &Stream {
-        self.loader.stream()
-    }
-
     /// Converts tensor `name` `[rows, cols]` into `to` from element `at` on, rows `stride` apart.
     fn place<T: super::device::Plain>(
         &mut self,
@@ -486,14 +495,11 @@ pub(super) fn load(
     dims: &Dims,
     source: Source<'_>,
 ) -> Result<(EncoderWeights, DecoderWeights), EngineError> {
-    let needed = weight_bytes(dims);
     let (free, _) = device.memory()?;
-    if needed > free {
-        return Err(EngineError::Memory { device: device.name().into(), needed, free });
-    }
-    let mut loader = Loader::new(device, source)?;
+    faults::room(device.name(), device_bytes(dims), free)?;
+    let mut loader = Loader::new(device, source, elements(dims))?;
     let mut reader = Reader { loader: &mut loader, device: Arc::clone(device) };
     let weights = (reader.encoder(dims)?, reader.decoder(dims)?);
-    reader.stream().synchronize()?;
+    loader.finish()?;
     Ok(weights)
 }
