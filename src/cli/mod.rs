@@ -16,6 +16,7 @@ pub mod jitter;
 pub mod new_checkpoint;
 pub mod replay;
 pub mod step;
+pub mod tune;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
 #[derive(Debug, Parser)]
@@ -33,6 +34,7 @@ enum Command {
     Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
     Replay(replay::Args),
+    Tune(tune::Args),
     Step(step::Args),
 }
 
@@ -44,6 +46,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Step(args) => step::run(&args),
     }
 }

@@ -2,5 +2,6 @@
 
 mod histogram;
 pub mod recorder;
+pub mod trace;
 
 pub use histogram::{Histogram, Stats};
