@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,10 @@ from launch_ros.actions import Node
 from launch_ros.ros_adapters import get_ros_node
 
 PACKAGE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PACKAGE / "launch"))
+
+import mps_daemon  # noqa: E402
+
 NAME = "pi0_mps"
 ARM_ATTEMPT_PERIOD_S = 1.0
 ARM_TIMEOUT_S = 120.0
@@ -56,6 +61,12 @@ ARGUMENTS = [
         description="Start the node again if it dies. It comes up unarmed.",
     ),
     DeclareLaunchArgument(
+        "mps",
+        default_value="false",
+        choices=TRUE_FALSE,
+        description="See that an MPS daemon runs, so that encoder and decoder get their own multiprocessors (partition mps).",
+    ),
+    DeclareLaunchArgument(
         "outputs_under",
         default_value="",
         description="Publish every command below this name instead of where the parameters say; for replay.launch.py.",
@@ -89,7 +100,7 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         namespace=given["namespace"],
         parameters=[*map(str, files), parameters],
         arguments=["--ros-args", "--log-level", given["log_level"]],
-        additional_env=transport_profile(),
+        additional_env=transport_profile() | (mps_daemon.ensure() if given["mps"] == "true" else {}),
         respawn=given["use_respawn"] == "true",
         respawn_delay=2.0,
         output="screen",

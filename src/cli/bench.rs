@@ -1,4 +1,5 @@
-//! `pi0 bench`: how long one observation takes on the GPU, beside what the hardware allows.
+//! `pi0 bench`: how long one observation takes on the GPU, and what encoder and decoder do to each other on two shares of
+//! it, beside what the hardware allows.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -8,18 +9,68 @@ use serde_json::{Map, Value, json};
 
 use super::CliError;
 use crate::engine::cuda::CudaEngine;
-use crate::engine::{DecodeInput, Decoder, Device, EncodeInput, Encoder, Engine, View};
+use crate::engine::partition::{Backend, Grant, Kind, Offer, Split};
+use crate::engine::{Device, Engine};
 use crate::model::{Checkpoint, Dims, Family, Frame, Resampler, StackDims, VisionDims};
+use crate::pipeline::PipelineMode;
+use crate::telemetry::trace;
+use flow::Load;
+use series::Series;
 
 mod floor;
+pub(super) mod flow;
+mod plot;
+mod series;
 
-/// Time observations host to host, one after the other, the GPU idle before each.
+/// Splits that are timed, in percent of the encoder: those of the original benchmark.
+const SPLITS: [u8; 3] = [50, 70, 30];
+/// Shares at which each stage is timed alone.
+const ALONE: [u8; 3] = [25, 50, 75];
+
+/// Time encoder and decoder one after the other, alone and together on every kind of share, and as a pipeline.
 ///
-/// The inputs are random frames, prompt tokens and noise; with --random-weights the weights are too. GPU times of the
-/// stages come from events. The floor of a stage is the larger of its operations over the GPU's bf16 rate and its bytes
-/// over the memory's, for perfect kernels.
+/// The inputs are random frames, prompt tokens and noise; with --random-weights the weights are too. Times are host to
+/// host, the GPU idle before each; GPU times of the stages come from events. The floor of a stage is the larger of its
+/// operations over the GPU's bf16 rate and its bytes over the memory's, for perfect kernels.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    #[command(flatten)]
+    setup: Setup,
+    /// What to time; all of it if not given.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    part: Vec<Part>,
+    /// Observations timed one after the other.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    runs: u64,
+    /// Observations timed on each split.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    split_runs: u64,
+    /// Seconds that each running pipeline is watched.
+    #[arg(long, default_value_t = 10.0)]
+    seconds: f64,
+    /// Seconds of running before the first timed one.
+    #[arg(long, default_value_t = 30.0)]
+    warm_up: f64,
+    /// bf16 rate of the GPU in TFLOP/s, for the floors (H100 and H200: 790 measured).
+    #[arg(long, default_value_t = 790.0)]
+    tflops: f64,
+    /// Memory rate in TB/s, for the floors (H100: 3.0, H200: 4.3, measured).
+    #[arg(long, default_value_t = 3.0)]
+    bandwidth: f64,
+    /// Draw times and rates over the split into this SVG file.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Write what the running pipelines did when into this file, for https://ui.perfetto.dev.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is loaded and looked at.
+#[derive(Debug, clap::Args)]
+pub(super) struct Setup {
     /// cuda or cuda:N.
     #[arg(long, default_value = "cuda")]
     device: String,
@@ -41,26 +92,51 @@ pub struct Args {
     /// Size of the camera frames.
     #[arg(long, default_value = "640x480")]
     frame: Size,
-    /// Observations timed.
-    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    runs: u64,
-    /// Seconds of running before the first timed one.
-    #[arg(long, default_value_t = 30.0)]
-    warm_up: f64,
-    /// bf16 rate of the GPU in TFLOP/s, for the floors (H100 and H200: 790 measured).
-    #[arg(long, default_value_t = 790.0)]
-    tflops: f64,
-    /// Memory rate in TB/s, for the floors (H100: 3.0, H200: 4.3, measured).
-    #[arg(long, default_value_t = 3.0)]
-    bandwidth: f64,
-    /// Print one JSON object instead of a table.
-    #[arg(long)]
-    json: bool,
+}
+
+/// A part of the benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// One observation after the other.
+    Sequential,
+    /// Each stage alone at each share.
+    Alone,
+    /// Both stages at once on each split.
+    Concurrent,
+    /// The running pipeline in each mode.
+    Running,
+}
+
+impl Setup {
+    /// The engine and an observation for it.
+    pub(super) fn load(&self) -> Result<(CudaEngine, Load), CliError> {
+        let index = match self.device.parse::<Device>()? {
+            Device::Cuda(index) => index as usize,
+            other => return Err(CliError::input(format!("--device {other}: only cuda or cuda:N is timed here"))),
+        };
+        let engine = match &self.checkpoint {
+            Some(dir) => {
+                let checkpoint = Checkpoint::open(dir)?;
+                CudaEngine::load(&checkpoint, Resampler::from(checkpoint.origin()), index)?
+            }
+            None => CudaEngine::random(&published(self.horizon as usize), Resampler::OpenPi, index, 1)?,
+        };
+        let Size(w, h) = self.frame;
+        let load = Load::random(engine.dims(), self.views as usize, self.prompt_tokens as usize, (w, h))?;
+        Ok((engine, load))
+    }
+
+    /// What is looked at, for people.
+    pub(super) fn about(&self, load: &Load) -> String {
+        let Size(w, h) = self.frame;
+        let (views, tokens, horizon) = (load.views(), load.tokens(), load.horizon());
+        format!("{views} views of {w}x{h}, {tokens} prompt tokens, horizon {horizon}, 10 steps")
+    }
 }
 
 /// `640x480`.
 #[derive(Debug, Clone, Copy)]
-struct Size(usize, usize);
+pub(super) struct Size(usize, usize);
 
 impl FromStr for Size {
     type Err = String;
@@ -91,162 +167,253 @@ fn published(horizon: usize) -> Dims {
     }
 }
 
-/// One measured series in milliseconds, sorted.
-struct Series {
-    name: &'static str,
-    ms: Vec<f64>,
-    floor: Option<f64>,
+/// A grant that is timed, and what was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Share {
+    /// SMs of each stage.
+    pub grant: Grant,
+    /// In percent of the encoder; none where it has no meaning.
+    pub percent: Option<u8>,
 }
 
-impl Series {
-    fn quantile(&self, q: f64) -> f64 {
-        let last = self.ms.len().saturating_sub(1);
-        self.ms.get((last as f64 * q).round() as usize).copied().unwrap_or(f64::NAN)
-    }
-
-    fn mean(&self) -> f64 {
-        self.ms.iter().sum::<f64>() / self.ms.len() as f64
-    }
-
-    fn deviation(&self) -> f64 {
-        let mean = self.mean();
-        (self.ms.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / self.ms.len() as f64).sqrt()
+impl Share {
+    /// As in a table.
+    pub(super) fn name(&self) -> String {
+        let Grant { kind, encoder, decoder } = self.grant;
+        match self.percent {
+            Some(p) => format!("{} {p}-{} ({encoder}+{decoder})", kind.name(), 100 - p),
+            None => kind.name().into(),
+        }
     }
 
     fn json(&self) -> Value {
-        json!({
-            "mean": self.mean(), "median": self.quantile(0.5), "min": self.quantile(0.0), "max": self.quantile(1.0),
-            "p95": self.quantile(0.95), "p99": self.quantile(0.99), "deviation": self.deviation(),
-            "floor": self.floor, "ratio": self.floor.map(|f| self.quantile(0.5) / f),
-        })
+        let Grant { kind, encoder, decoder } = self.grant;
+        json!({ "backend": kind.name(), "encoder_percent": self.percent, "encoder_sms": encoder, "decoder_sms": decoder })
     }
+}
 
-    fn line(&self) -> String {
-        let floor = self.floor.map_or(String::new(), |f| format!("{f:8.3} {:6.2}", self.quantile(0.5) / f));
-        format!(
-            "{:22} {:8.3} {:8.3} {:8.3} {:8.3} {:8.3} {:8.3} {:8.3} {floor}",
-            self.name,
-            self.mean(),
-            self.quantile(0.5),
-            self.quantile(0.0),
-            self.quantile(1.0),
-            self.quantile(0.95),
-            self.quantile(0.99),
-            self.deviation()
-        )
+/// Every grant that these percentages make on what `offer` has; `shared` once, where they have no meaning.
+pub(super) fn shares(offer: &Offer, percents: &[u8]) -> Vec<Share> {
+    let mut all: Vec<Share> = Vec::new();
+    for backend in [Backend::Shared, Backend::Green, Backend::Mps] {
+        for percent in percents {
+            let split = Split { backend, encoder: *percent, decoder: 100 - *percent };
+            let Ok(decision) = offer.decide(split) else { continue };
+            if all.iter().all(|s| s.grant != decision.grant) {
+                let percent = (decision.grant.kind != Kind::Shared).then_some(*percent);
+                all.push(Share { grant: decision.grant, percent });
+            }
+        }
     }
+    all
+}
+
+/// Clocks, power and temperature now, as nvidia-smi reads them; none where it is not there.
+fn clocks() -> Option<String> {
+    let fields = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu";
+    let out = std::process::Command::new("nvidia-smi").args([fields, "--format=csv,noheader"]).output().ok()?;
+    Some(String::from_utf8_lossy(&out.stdout).trim().replace('\n', "; ")).filter(|s| !s.is_empty())
+}
+
+/// Everything that was measured.
+#[derive(Default)]
+pub(super) struct Results {
+    sequential: Vec<Series>,
+    /// Encode and decode of each share alone.
+    alone: Vec<(Share, [Series; 2])>,
+    /// Until both have ended, encode, decode.
+    concurrent: Vec<(Share, [Series; 3])>,
+    running: Vec<(Share, Pipelined)>,
+    clocks: Vec<(&'static str, String)>,
+}
+
+/// A running pipeline.
+struct Pipelined {
+    mode: PipelineMode,
+    period: Series,
+    decode: Series,
+    age: Series,
+    decode_hz: f64,
+    encode_hz: f64,
 }
 
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
-    let index = match args.device.parse::<Device>()? {
-        Device::Cuda(index) => index as usize,
-        other => return Err(CliError::input(format!("--device {other}: only cuda or cuda:N is timed here"))),
-    };
-    if !(args.warm_up.is_finite() && (0.0..=3600.0).contains(&args.warm_up)) {
-        return Err(CliError::input(format!("--warm-up {}: must be 0 to 3600 seconds", args.warm_up)));
+    for (what, seconds) in [("warm-up", args.warm_up), ("seconds", args.seconds)] {
+        if !(seconds.is_finite() && (0.0..=3600.0).contains(&seconds)) {
+            return Err(CliError::input(format!("--{what} {seconds}: must be 0 to 3600 seconds")));
+        }
     }
     if !(args.tflops > 0.0 && args.bandwidth > 0.0) {
         return Err(CliError::input("--tflops and --bandwidth must be above 0"));
     }
     let loading = Instant::now();
-    let engine = match &args.checkpoint {
-        Some(dir) => {
-            let checkpoint = Checkpoint::open(dir)?;
-            CudaEngine::load(&checkpoint, Resampler::from(checkpoint.origin()), index)?
-        }
-        None => CudaEngine::random(&published(args.horizon as usize), Resampler::OpenPi, index, 1)?,
-    };
+    let (engine, load) = args.setup.load()?;
     let load_s = loading.elapsed().as_secs_f64();
-    let dims = *engine.dims();
-    let (views, tokens) = (args.views as usize, args.prompt_tokens as usize);
-    let series = measure(args, &engine, &dims, views, tokens)?;
-    let title = format!(
-        "{}; {views} views of {}x{}, {tokens} prompt tokens, horizon {}, 10 steps, {} runs, weights ready in {load_s:.1} s",
-        engine.describe(),
-        args.frame.0,
-        args.frame.1,
-        dims.horizon,
-        args.runs
-    );
+    if args.trace.is_some() {
+        trace::start();
+    }
+    let results = measure(args, &engine, &load)?;
+    if let Some(file) = &args.trace {
+        trace::write(file).map_err(|e| CliError::input(format!("--trace {}: {e}", file.display())))?;
+    }
+    if let Some(file) = &args.plot {
+        std::fs::write(file, plot::draw(&results, &engine.describe()))
+            .map_err(|e| CliError::input(format!("--plot {}: {e}", file.display())))?;
+    }
     if args.json {
-        let stages: Map<String, Value> = series.iter().map(|s| (s.name.to_string(), s.json())).collect();
-        println!(
-            "{}",
-            json!({ "engine": engine.describe(), "views": views, "prompt_tokens": tokens,
-            "horizon": dims.horizon, "runs": args.runs, "load_s": load_s, "tflops": args.tflops,
-            "bandwidth": args.bandwidth, "ms": stages })
-        );
+        println!("{}", json(args, &engine, &load, load_s, &results));
         return Ok(());
     }
-    println!("{title}");
-    println!(
-        "{:22} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>6}",
-        "ms", "mean", "median", "min", "max", "p95", "p99", "std dev", "floor", "ratio"
-    );
-    series.iter().for_each(|s| println!("{}", s.line()));
+    println!("{}; {}; weights ready in {load_s:.1} s", engine.describe(), args.setup.about(&load));
+    print!("{}", table(&results));
+    if let Some(offer) = engine.offer().filter(|o| !o.mps) {
+        let why = offer.decide(Split { backend: Backend::Mps, encoder: 50, decoder: 50 });
+        println!("mps was not timed: {}", why.err().map_or_else(String::new, |e| e.to_string()));
+    }
     Ok(())
 }
 
-fn measure(
-    args: &Args,
-    engine: &CudaEngine,
-    dims: &Dims,
-    views: usize,
-    tokens: usize,
-) -> Result<Vec<Series>, CliError> {
-    use rand::{Rng, SeedableRng};
-    use rand_distr::{Distribution, StandardNormal};
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
-    let Size(w, h) = args.frame;
-    let frames = (0..views)
-        .map(|_| {
-            let bytes: Vec<u8> = (0..w * h * 3).map(|_| rng.random()).collect();
-            Frame::new(w, h, w * 3, "rgb8", bytes)
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    let frames: Vec<View<'_>> = frames.iter().map(View::Frame).collect();
-    let prompt: Vec<u32> = (0..tokens).map(|i| (i % dims.vocab) as u32).collect();
-    let mut normal = |n: usize| -> Vec<f32> { (0..n).map(|_| StandardNormal.sample(&mut rng)).collect() };
-    let (state, noise) = (normal(dims.state_dim), normal(dims.horizon * dims.action_dim));
-
-    let (mut encoder, mut decoder) = engine.stages()?;
-    let mut cache = engine.cache(views, tokens)?;
-    let mut actions = vec![0.0; noise.len()];
-    let encode = EncodeInput { views: &frames, tokens: &prompt };
-    let decode = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
-    let mut ms: [Vec<f64>; 6] = Default::default();
-    let warm = Instant::now() + Duration::from_secs_f64(args.warm_up);
-    let mut warming = true;
-    while ms[0].len() < args.runs as usize {
-        let start = Instant::now();
-        encoder.encode(&encode, &mut cache)?;
-        let encoded = Instant::now();
-        decoder.decode(&cache, &decode, &mut actions)?;
-        let done = Instant::now();
-        // At least one run warms up, however short that was asked to be.
-        if warming {
-            warming = done < warm;
-            continue;
-        }
-        let t = encoder.last_times()?;
-        let gpu = [t.images, t.vision, t.trunk, decoder.last_ms()?].map(f64::from);
-        let host = [(done - start).as_secs_f64() * 1e3, (encoded - start).as_secs_f64() * 1e3];
-        for (series, v) in ms.iter_mut().zip(host.into_iter().chain(gpu)) {
-            series.push(v);
-        }
+fn measure(args: &Args, engine: &CudaEngine, load: &Load) -> Result<Results, CliError> {
+    let wanted = |part| args.part.is_empty() || args.part.contains(&part);
+    let mut results = Results::default();
+    let note = |results: &mut Results, after| results.clocks.extend(clocks().map(|c| (after, c)));
+    if wanted(Part::Sequential) {
+        let t = flow::sequential(engine, load, Duration::from_secs_f64(args.warm_up), args.runs as usize)?;
+        let f = floor::Floors::new(engine.dims(), load.views(), load.tokens(), args.tflops, args.bandwidth);
+        let [images, vision, trunk, decoder] = t.gpu;
+        results.sequential = vec![
+            Series::new("host to host", t.total, Some(f.vision + f.trunk + f.decoder)),
+            Series::new("host, encode", t.encode, None),
+            Series::new("gpu, frames", images, None),
+            Series::new("gpu, vision", vision, Some(f.vision)),
+            Series::new("gpu, trunk", trunk, Some(f.trunk)),
+            Series::new("gpu, decoder", decoder, Some(f.decoder)),
+        ];
+        note(&mut results, "sequential");
     }
-    let floors = floor::Floors::new(dims, views, tokens, args.tflops, args.bandwidth);
-    let [total, host_encode, images, vision, trunk, decoder] = ms.map(|mut v| {
-        v.sort_by(f64::total_cmp);
-        v
-    });
-    Ok(vec![
-        Series { name: "host to host", ms: total, floor: Some(floors.vision + floors.trunk + floors.decoder) },
-        Series { name: "host, encode", ms: host_encode, floor: None },
-        Series { name: "gpu, frames", ms: images, floor: None },
-        Series { name: "gpu, vision", ms: vision, floor: Some(floors.vision) },
-        Series { name: "gpu, trunk", ms: trunk, floor: Some(floors.trunk) },
-        Series { name: "gpu, decoder", ms: decoder, floor: Some(floors.decoder) },
-    ])
+    let Some(offer) = engine.offer() else { return Ok(results) };
+    let runs = args.split_runs as usize;
+    let whole = Share { grant: offer.whole().grant, percent: None };
+    if wanted(Part::Alone) {
+        for share in std::iter::once(whole).chain(shares(offer, &ALONE)) {
+            let [encode, decode] = flow::alone(engine, load, share.grant, runs)?;
+            let name = |stage: &str| format!("{}, {stage} alone", share.name());
+            let series = [Series::new(name("encode"), encode, None), Series::new(name("decode"), decode, None)];
+            results.alone.push((share, series));
+        }
+        note(&mut results, "alone");
+    }
+    if wanted(Part::Concurrent) {
+        for share in shares(offer, &SPLITS) {
+            let [both, encode, decode] = flow::together(engine, load, share.grant, runs)?;
+            let name = |what: &str| format!("{}, {what}", share.name());
+            let series = [
+                Series::new(name("both"), both, None),
+                Series::new(name("encode"), encode, None),
+                Series::new(name("decode"), decode, None),
+            ];
+            results.concurrent.push((share, series));
+        }
+        note(&mut results, "concurrent");
+    }
+    if wanted(Part::Running) {
+        let pipelines = shares(offer, &SPLITS).into_iter().flat_map(|share| {
+            let modes = [PipelineMode::Pipelined, PipelineMode::DualRate].into_iter();
+            modes.map(move |mode| (share, mode))
+        });
+        for (share, mode) in std::iter::once((whole, PipelineMode::Sequential)).chain(pipelines) {
+            if mode == PipelineMode::DualRate && engine.dims().family == Family::Pi05 {
+                continue;
+            }
+            let r = flow::running(engine, load, share.grant, mode, Duration::from_secs_f64(args.seconds))?;
+            let name = |what: &str| format!("{}, {mode}, {what}", share.name());
+            let (decode_hz, encode_hz) = (r.decode_hz(), r.encode_hz());
+            let pipelined = Pipelined {
+                mode,
+                period: Series::new(name("period"), r.period, None),
+                decode: Series::new(name("decode"), r.decode, None),
+                age: Series::new(name("age"), r.age, None),
+                decode_hz,
+                encode_hz,
+            };
+            results.running.push((share, pipelined));
+        }
+        note(&mut results, "running");
+    }
+    Ok(results)
+}
+
+fn table(r: &Results) -> String {
+    let mut out = format!("{}\n", Series::head());
+    let mut add = |series: &[Series]| series.iter().for_each(|s| out += &format!("{}\n", s.line()));
+    add(&r.sequential);
+    r.alone.iter().for_each(|(_, s)| add(s));
+    r.concurrent.iter().for_each(|(_, s)| add(s));
+    for (_, p) in &r.running {
+        [&p.period, &p.decode, &p.age].into_iter().for_each(|s| add(std::slice::from_ref(s)));
+    }
+    for (share, p) in &r.running {
+        out += &format!("{}, {}: {:.1} chunks/s, {:.1} encodes/s\n", share.name(), p.mode, p.decode_hz, p.encode_hz);
+    }
+    for (after, clocks) in &r.clocks {
+        out += &format!("clocks, power, temperature after {after}: {clocks}\n");
+    }
+    out
+}
+
+fn json(args: &Args, engine: &CudaEngine, load: &Load, load_s: f64, r: &Results) -> Value {
+    let named = |series: &[Series], names: &[&str]| -> Map<String, Value> {
+        names.iter().zip(series).map(|(n, s)| ((*n).into(), s.json())).collect()
+    };
+    let row = |share: &Share, more: Value| {
+        let mut row = share.json();
+        if let (Value::Object(row), Value::Object(more)) = (&mut row, more) {
+            row.extend(more);
+        }
+        row
+    };
+    let sequential: Map<String, Value> = r.sequential.iter().map(|s| (s.name().into(), s.json())).collect();
+    let alone: Vec<_> =
+        r.alone.iter().map(|(share, s)| row(share, json!({ "ms": named(s, &["encode", "decode"]) }))).collect();
+    let concurrent: Vec<_> = (r.concurrent.iter())
+        .map(|(share, s)| row(share, json!({ "ms": named(s, &["both", "encode", "decode"]) })))
+        .collect();
+    let running: Vec<_> = (r.running.iter())
+        .map(|(share, p)| {
+            row(
+                share,
+                json!({ "mode": p.mode.name(), "decode_hz": p.decode_hz, "encode_hz": p.encode_hz,
+                    "ms": { "period": p.period.json(), "decode": p.decode.json(), "age": p.age.json() } }),
+            )
+        })
+        .collect();
+    json!({ "engine": engine.describe(), "views": load.views(), "prompt_tokens": load.tokens(),
+        "horizon": load.horizon(), "runs": args.runs, "load_s": load_s, "tflops": args.tflops,
+        "bandwidth": args.bandwidth, "ms": sequential, "alone": alone, "concurrent": concurrent,
+        "running": running, "clocks": r.clocks.iter().map(|(a, c)| json!({ "after": a, "read": c })).collect::<Vec<_>>() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::partition::Granularity;
+
+    #[test]
+    fn the_configurations_of_the_original_benchmark_are_there() {
+        let offer = Offer { sms: 132, chip: 132, mps: true, green: Ok(Granularity { least: 8, step: 8, groups: 15 }) };
+        let names: Vec<_> = shares(&offer, &SPLITS).iter().map(Share::name).collect();
+        let expected = [
+            "shared",
+            "green 50-50 (68+64)",
+            "green 70-30 (92+40)",
+            "green 30-70 (36+96)",
+            "mps 50-50 (66+66)",
+            "mps 70-30 (94+38)",
+            "mps 30-70 (40+92)",
+        ];
+        assert_eq!(names, expected);
+        let without = Offer { mps: false, ..offer };
+        assert_eq!(shares(&without, &SPLITS).len(), 4);
+    }
 }

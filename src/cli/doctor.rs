@@ -1,5 +1,7 @@
 //! `pi0 doctor`: what on this machine would keep the node from running well, and how to fix it.
 
+mod mps;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -59,6 +61,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let mut findings = machine();
     findings.extend(ros(|name| std::env::var(name).ok()));
     findings.push(gpu());
+    findings.extend(mps::findings());
     if let Some(dir) = &args.checkpoint {
         findings.extend(checkpoint(dir));
     }

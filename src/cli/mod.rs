@@ -15,6 +15,7 @@ pub mod infer;
 pub mod jitter;
 pub mod new_checkpoint;
 pub mod step;
+pub mod tune;
 
 /// Real-time control with the π0 vision-language-action policy: offline tools.
 #[derive(Debug, Parser)]
@@ -31,6 +32,7 @@ enum Command {
     Infer(infer::Args),
     Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
+    Tune(tune::Args),
     Step(step::Args),
 }
 
@@ -41,6 +43,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Infer(args) => infer::run(&args),
         Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Step(args) => step::run(&args),
     }
 }

@@ -1,5 +1,6 @@
 //! The CUDA engine's names in a build without it: opening it says how to get one, and nothing else can happen.
 
+use super::partition::Offer;
 use super::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, KvCache};
 use crate::model::{Checkpoint, Dims, Resampler};
 
@@ -24,6 +25,11 @@ pub enum CudaDecoder {}
 /// Never exists.
 #[derive(Debug)]
 pub enum CudaCache {}
+
+/// Always [`EngineError::Unavailable`].
+pub fn offer(ordinal: usize) -> Result<Offer, EngineError> {
+    Err(absent(ordinal))
+}
 
 /// Nothing: there is no driver to prepare for.
 pub fn prepare_process() {}

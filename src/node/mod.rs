@@ -330,7 +330,9 @@ impl Node {
     /// Brings the robot to a decelerated stop, publishes that to its end, then ends every thread.
     pub fn shutdown(mut self) -> Result<(), NodeError> {
         self.core.leaving.store(true, Ordering::Release);
-        self.core.signals.set_lifecycle(Lifecycle::Warmup);
+        if self.core.signals.lifecycle() == Lifecycle::Ready {
+            self.core.signals.set_lifecycle(Lifecycle::Warmup);
+        }
         self.core.come_to_rest();
         self.log_events();
         self.join();

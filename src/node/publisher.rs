@@ -9,6 +9,7 @@ use crossbeam_channel::Receiver;
 use crate::clock::Clock;
 use crate::control::chunk::ActionChunk;
 use crate::control::{Deadlines, DeadlinesSnapshot, TickTimes, Window};
+use crate::telemetry::trace::{self, What};
 
 use super::control_loop::Signals;
 
@@ -69,8 +70,13 @@ impl Publisher {
             } else {
                 self.signals.unsent.fetch_add(1, Ordering::AcqRel);
             }
-            job.times.published = Some(self.clock.monotonic());
-            self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).record(&job.times);
+            let published = self.clock.monotonic();
+            job.times.published = Some(published);
+            let missed = self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).record(&job.times);
+            trace::span(What::Tick, 0, job.times.woke, published);
+            if missed {
+                trace::span(What::Missed, 0, job.times.scheduled, published);
+            }
             // As many places as windows: this cannot fail.
             let _ = self.free.push(job.window);
         }

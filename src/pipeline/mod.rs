@@ -12,7 +12,7 @@
 pub mod inputs;
 pub mod joint_map;
 pub mod leftover;
-mod mailbox;
+pub mod mailbox;
 mod noise;
 mod report;
 mod resplit;

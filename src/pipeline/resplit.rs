@@ -11,8 +11,10 @@ use crossbeam_channel::{Receiver, Sender};
 use super::mailbox::Mailbox;
 use super::report::Resplit;
 use super::{PipelineError, Shared, stages};
+use crate::clock::Monotonic;
 use crate::engine::Engine;
 use crate::engine::partition::{Backend, Decision, Grant, Kind, Offer, Refusal, Split};
+use crate::telemetry::trace::{self, What};
 
 /// Pairs kept beside the running one; the one not used for longest goes first.
 const SHELF: usize = 4;
@@ -217,7 +219,10 @@ impl<E: Engine> Builder<E> {
             }
         };
         let Pair { encoder: Some(encoder), decoder: Some(decoder), .. } = pair else { return Ok(()) };
-        self.pending = Some(Pending { decision, asked, build: start.elapsed(), cached });
+        let build = start.elapsed();
+        let now = self.shared.clock.monotonic();
+        trace::span(What::Build, self.shared.report(|r| r.resplits) + 1, before(now, build), now);
+        self.pending = Some(Pending { decision, asked, build, cached });
         // Which of them swaps first does not matter: for the length of a frame shares may overlap.
         self.next_encoder.put(Seated { grant, stage: encoder });
         self.next_decoder.put(Seated { grant, stage: decoder });
@@ -233,6 +238,9 @@ impl<E: Engine> Builder<E> {
         let how = if p.cached { "kept ready" } else { "built" };
         tracing::info!("re-split to {text}: {how} in {:.1} ms, in force after {:.1} ms", ms(p.build), ms(swap));
         let done = Resplit { build_ms: ms(p.build), total_ms: ms(swap), cached: p.cached };
+        let now = self.shared.clock.monotonic();
+        let number = self.shared.report(|r| r.resplits) + 1;
+        trace::span(What::Resplit, number, before(now, swap), now);
         self.shared.report(|r| {
             r.partition = text;
             r.resplits += 1;
@@ -254,6 +262,10 @@ fn build<E: Engine>(
     let (mut encoder, mut decoder) = engine.stages_on(grant)?;
     stages::warm_up(shared, &mut encoder, &mut decoder, slot)?;
     Ok((encoder, decoder))
+}
+
+fn before(now: Monotonic, t: Duration) -> Monotonic {
+    Monotonic(now.0.saturating_sub(i64::try_from(t.as_nanos()).unwrap_or(i64::MAX)))
 }
 
 fn ms(t: Duration) -> f64 {

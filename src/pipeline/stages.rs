@@ -17,6 +17,7 @@ use crate::control::chunk::{ActionChunk, ChunkTiming};
 use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, EngineError, Guidance, KvCache, View};
 use crate::error::Blame;
 use crate::model::{Dims, Family, ModelError};
+use crate::telemetry::trace::{self, What};
 
 /// A stage that waits looks this often whether it should end.
 const WAIT: Duration = Duration::from_millis(100);
@@ -324,6 +325,7 @@ impl<E: Encoder> EncodeStage<E> {
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
         self.encoder.now.stage.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
         let encode_end = shared.clock.monotonic();
+        trace::span(What::Encode, shared.report(|r| r.encode.runs), encode_start, encode_end);
         shared.report(|r| {
             r.encode.runs += 1;
             r.encode.time.record(ns(encode_start, encode_end));
@@ -516,6 +518,7 @@ impl<D: Decoder> DecodeStage<D> {
             ports.sequence += 1;
             ports.sequence
         };
+        trace::span(What::Decode, sequence, decode_start, decode_end);
         self.history.push(PastChunk {
             sequence,
             prompt_generation: filled.prefix.prompt_generation,

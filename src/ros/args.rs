@@ -15,6 +15,8 @@ pub struct Args {
     pub help: bool,
     /// Print the version and leave.
     pub version: bool,
+    /// Where to write what ran when, at the end.
+    pub trace: Option<PathBuf>,
     /// Level given with `--log-level`, as `tracing` names it.
     pub log_level: Option<&'static str>,
     /// Params files in order.
@@ -48,6 +50,10 @@ impl Args {
                 (true, "--") => ros = false,
                 (false, "-h" | "--help") => parsed.help = true,
                 (false, "-V" | "--version") => parsed.version = true,
+                (false, "--trace") => match next()? {
+                    Some(file) => parsed.trace = Some(file.into()),
+                    None => return Err("--trace needs a file".into()),
+                },
                 (false, _) => {
                     return Err(format!(
                         "unknown argument '{arg}'; ROS arguments stand after --ros-args, and --help lists the rest"

@@ -27,6 +27,7 @@ use super::{inputs, log, services::outcome, services::respond};
 use crate::error::Fault;
 use crate::node::{Commands, Node};
 use crate::params::{ParamError, Params, help_table};
+use crate::telemetry::trace;
 
 /// Runs `control_node`; returns its exit code: 0 after SIGINT or SIGTERM, 2 for what the user can put right, 3 for the
 /// machine, 70 for an error in the program.
@@ -66,7 +67,8 @@ fn say(text: &str) -> Result<(), Refusal> {
 fn help() -> String {
     format!(
         "control_node: real-time control of a robot with the pi0 policy\n\n\
-         Usage: control_node [--help] [--version] [--ros-args ROS-ARGUMENTS]\n\n\
+         Usage: control_node [--help] [--version] [--trace FILE] [--ros-args ROS-ARGUMENTS]\n\n\
+         \x20 --trace FILE                at the end, write what ran when, for https://ui.perfetto.dev\n\n\
          ROS arguments most often used:\n\
          \x20 --params-file FILE          parameters from a YAML file; config/defaults.yaml lists them all\n\
          \x20 -p NAME:=VALUE              one parameter\n\
@@ -85,6 +87,9 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     }
     name_the_stop_node(args, given)?;
     let mut signals = catch_signals()?;
+    if args.trace.is_some() {
+        trace::start();
+    }
 
     let context = context()?;
     let mut node = r2r::Node::create(context.clone(), NODE_NAME, "").map_err(|e| {
@@ -157,6 +162,11 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     std::thread::sleep(FLUSH);
     stop.end();
     spinner.end();
+    if let Some(file) = &args.trace
+        && let Err(e) = trace::write(file)
+    {
+        tracing::error!("--trace {}: {e}", file.display());
+    }
     match (failure, ended) {
         (Some((fault, problem)), _) => return Err(Refusal::new(fault, problem)),
         (None, Some(result)) => result?,

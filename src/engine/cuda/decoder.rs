@@ -560,6 +560,8 @@ impl CudaDecoder {
                 self.graphs.insert(key, graph);
             }
         }
+        let device = Arc::clone(self.lane.device());
+        let _decoding = device.decoding();
         if let Some(graph) = self.graphs.get(&key) {
             self.stream.record(&self.events[0])?;
             self.stream.launch_graph(graph)?;

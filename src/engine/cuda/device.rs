@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -49,6 +49,7 @@ pub struct Device {
     capability: Capability,
     /// Unloaded by hand, before the context goes.
     kernels: ManuallyDrop<Kernels>,
+    decoding: Mutex<()>,
 }
 
 // SAFETY: the handles are process-wide driver objects; the driver API is thread-safe.
@@ -100,13 +101,19 @@ impl Device {
                 sys::cuDevicePrimaryCtxRelease_v2(handle);
             }
             let kernels = ManuallyDrop::new(kernels?);
-            Ok(Arc::new(Self { ordinal, handle, context, name, sms, capability, kernels }))
+            Ok(Arc::new(Self { ordinal, handle, context, name, sms, capability, kernels, decoding: Mutex::default() }))
         }
     }
 
     /// Makes the primary context, which owns all memory, current on the calling thread until the guard goes.
     pub(super) fn enter(&self) -> Result<Current, EngineError> {
         Current::enter(self.context)
+    }
+
+    /// The right to have a decode in flight. Two grids that wait at barriers of their own can each hold SMs that the
+    /// other one needs, so there is never more than one on a device.
+    pub(super) fn decoding(&self) -> MutexGuard<'_, ()> {
+        self.decoding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The driver's number of it.

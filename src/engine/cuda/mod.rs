@@ -24,14 +24,15 @@ mod stream;
 mod time;
 mod weights;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
 pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
 pub use plan::Stage;
 
-use super::partition::{Grant, Offer};
+use super::partition::{Grant, Kind, Offer};
 use super::{Engine, EngineError};
 use crate::model::{Checkpoint, Dims, Resampler};
 use device::Buffer;
@@ -46,6 +47,11 @@ pub fn probe(ordinal: usize) -> Result<String, EngineError> {
     let (major, minor) = gpu.capability();
     let gib = |n: usize| n as f64 / f64::from(1 << 30);
     Ok(format!("{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)", gpu.name(), gpu.sms(), gib(free), gib(total)))
+}
+
+/// What GPU `ordinal` could be divided into for this process.
+pub fn offer(ordinal: usize) -> Result<Offer, EngineError> {
+    lane::offer(&*Gpu::open(ordinal)?)
 }
 
 /// What the driver reads once, when it starts: enough hardware queues for both stages (MPS clients get two), and every
@@ -146,6 +152,9 @@ pub struct CudaEngine {
     decoder: Arc<DecoderWeights>,
     tuning: Tuning,
     offer: Offer,
+    /// Green contexts made so far. The driver keeps about 8 MiB of each that is destroyed (measured, driver 580), so
+    /// none is: there are only as many as there are splits.
+    green: Mutex<HashMap<Grant, [Arc<Lane>; 2]>>,
 }
 
 impl CudaEngine {
@@ -189,6 +198,7 @@ impl CudaEngine {
         let offer = lane::offer(&model.device)?;
         Ok(Self {
             offer,
+            green: Mutex::default(),
             model: Arc::new(model),
             encoder: Arc::new(encoder),
             decoder: Arc::new(decoder),
@@ -256,7 +266,16 @@ impl Engine for CudaEngine {
     }
 
     fn stages_on(&self, grant: Grant) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
-        self.on(Lane::pair(&self.model.device, grant)?)
+        if grant.kind != Kind::Green {
+            return self.on(Lane::pair(&self.model.device, grant)?);
+        }
+        let mut green = self.green.lock().unwrap_or_else(PoisonError::into_inner);
+        let lanes = match green.get(&grant) {
+            Some(lanes) => lanes.clone(),
+            None => green.entry(grant).insert_entry(Lane::pair(&self.model.device, grant)?).get().clone(),
+        };
+        drop(green);
+        self.on(lanes)
     }
 }
 

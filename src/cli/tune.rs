@@ -1,0 +1,230 @@
+//! `pi0 tune`: which mode, backend and split serve a target best on this GPU, measured; writes the parameter file.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+
+use super::CliError;
+use super::bench::{Setup, Share, flow, shares};
+use crate::engine::Engine;
+use crate::engine::partition::{Backend, Kind};
+use crate::model::Family;
+use crate::pipeline::PipelineMode;
+
+/// Shares of the encoder that are tried, percent.
+const PERCENTS: [u8; 7] = [30, 40, 50, 60, 66, 70, 80];
+
+/// Run the pipeline in every mode on every kind of share and write the parameters that serve the target best.
+///
+/// latency: youngest images in a finished chunk. rate: most chunks, each of new images. state-rate: most chunks, each of
+/// the newest joint state. --budget-ms bounds the age of the images in 99 of 100 chunks.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    setup: Setup,
+    /// What to be best at.
+    #[arg(long, value_enum)]
+    target: Target,
+    /// Oldest images of a chunk when it is finished, ms.
+    #[arg(long, value_name = "MS")]
+    budget_ms: Option<f64>,
+    /// Seconds that each candidate runs.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Where the parameters go; without it, standard output.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Print one JSON object instead of the parameters.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What to be best at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Target {
+    /// Youngest images in a finished chunk.
+    Latency,
+    /// Most chunks a second, each of new images.
+    Rate,
+    /// Most chunks a second, each of the newest joint state.
+    StateRate,
+}
+
+/// What a candidate did.
+#[derive(Debug, Clone)]
+struct Measured {
+    share: Share,
+    mode: PipelineMode,
+    decode_hz: f64,
+    encode_hz: f64,
+    /// Of the images when a chunk was finished, ms.
+    age_p50: f64,
+    age_p99: f64,
+}
+
+impl Measured {
+    /// Whether it can serve the target at all.
+    fn serves(&self, target: Target) -> bool {
+        target == Target::StateRate || self.mode != PipelineMode::DualRate
+    }
+
+    /// Less is better.
+    fn cost(&self, target: Target) -> f64 {
+        match target {
+            Target::Latency => self.age_p50,
+            Target::Rate | Target::StateRate => -self.decode_hz,
+        }
+    }
+
+    fn line(&self) -> String {
+        format!(
+            "{:10} {:24} {:6.1} chunks/s {:6.1} encodes/s   image age p50 {:6.2} ms, p99 {:6.2} ms",
+            self.mode.name(),
+            self.share.name(),
+            self.decode_hz,
+            self.encode_hz,
+            self.age_p50,
+            self.age_p99
+        )
+    }
+}
+
+/// The best candidate within the budget, or why there is none.
+fn choose(all: &[Measured], target: Target, budget_ms: Option<f64>) -> Result<&Measured, String> {
+    let within = |m: &&Measured| m.serves(target) && budget_ms.is_none_or(|b| m.age_p99 <= b);
+    all.iter().filter(within).min_by(|a, b| a.cost(target).total_cmp(&b.cost(target))).ok_or_else(|| {
+        let least = all.iter().filter(|m| m.serves(target)).map(|m| m.age_p99).fold(f64::INFINITY, f64::min);
+        format!("nothing stays within --budget-ms {}: the best has a p99 of {least:.2} ms", budget_ms.unwrap_or(0.0))
+    })
+}
+
+/// Runs the tool.
+pub fn run(args: &Args) -> Result<(), CliError> {
+    if !(args.seconds.is_finite() && (0.1..=600.0).contains(&args.seconds)) {
+        return Err(CliError::input(format!("--seconds {}: must be 0.1 to 600", args.seconds)));
+    }
+    if args.budget_ms.is_some_and(|b| !(b.is_finite() && b > 0.0)) {
+        return Err(CliError::input("--budget-ms must be above 0"));
+    }
+    let (engine, load) = args.setup.load()?;
+    let Some(offer) = engine.offer() else { return Err(CliError::input("this device has no shares to tune")) };
+    let mut candidates = vec![(Share { grant: offer.whole().grant, percent: None }, PipelineMode::Sequential)];
+    for share in shares(offer, &PERCENTS) {
+        candidates.push((share, PipelineMode::Pipelined));
+        if engine.dims().family == Family::Pi0 {
+            candidates.push((share, PipelineMode::DualRate));
+        }
+    }
+    let bar = ProgressBar::new(candidates.len() as u64);
+    let mut all = Vec::with_capacity(candidates.len());
+    for (share, mode) in candidates {
+        let r = flow::running(&engine, &load, share.grant, mode, Duration::from_secs_f64(args.seconds))?;
+        let (decode_hz, encode_hz, mut age) = (r.decode_hz(), r.encode_hz(), r.age);
+        age.sort_by(f64::total_cmp);
+        let quantile = |q: f64| age.get((age.len().saturating_sub(1) as f64 * q).round() as usize).copied();
+        let [age_p50, age_p99] = [0.5, 0.99].map(|q| quantile(q).unwrap_or(f64::INFINITY));
+        let measured = Measured { share, mode, decode_hz, encode_hz, age_p50, age_p99 };
+        bar.println(measured.line());
+        bar.inc(1);
+        all.push(measured);
+    }
+    bar.finish_and_clear();
+    let best = choose(&all, args.target, args.budget_ms).map_err(CliError::input)?;
+    let about = format!("{}; {}", engine.describe(), args.setup.about(&load));
+    let text = yaml(best, &all, args, &about);
+    if let Some(file) = &args.out {
+        std::fs::write(file, &text).map_err(|e| CliError::input(format!("--out {}: {e}", file.display())))?;
+    }
+    if args.json {
+        let row = |m: &Measured| {
+            serde_json::json!({ "mode": m.mode.name(), "backend": m.share.grant.kind.name(),
+                "encoder_percent": m.share.percent, "encoder_sms": m.share.grant.encoder,
+                "decoder_sms": m.share.grant.decoder, "decode_hz": m.decode_hz, "encode_hz": m.encode_hz,
+                "image_age_ms_p50": m.age_p50, "image_age_ms_p99": m.age_p99 })
+        };
+        println!("{}", serde_json::json!({ "best": row(best), "all": all.iter().map(row).collect::<Vec<_>>() }));
+    } else if let Some(file) = &args.out {
+        println!("{}\n{}: written", best.line(), file.display());
+    } else {
+        print!("{text}");
+    }
+    Ok(())
+}
+
+/// The parameters, and what was measured as comments.
+fn yaml(best: &Measured, all: &[Measured], args: &Args, about: &str) -> String {
+    let target = match args.target {
+        Target::Latency => "latency",
+        Target::Rate => "rate",
+        Target::StateRate => "state-rate",
+    };
+    let budget = args.budget_ms.map_or_else(String::new, |b| format!(" --budget-ms {b}"));
+    let mut out = format!("# pi0 tune --target {target}{budget}\n# {about}\n#\n# measured, {} s each:\n", args.seconds);
+    for m in all {
+        let mark = if std::ptr::eq(m, best) { '>' } else { ' ' };
+        let _ = writeln!(out, "# {mark} {}", m.line());
+    }
+    let (backend, encoder) = match best.share.grant.kind {
+        Kind::Whole => (Backend::Auto, 50),
+        Kind::Mps => (Backend::Mps, best.share.percent.unwrap_or(50)),
+        Kind::Green => (Backend::Green, best.share.percent.unwrap_or(50)),
+        Kind::Shared => (Backend::Shared, 50),
+    };
+    let _ = write!(
+        out,
+        "/**:\n  ros__parameters:\n    pipeline_mode: {}\n    partition: {backend}\n    mps_encoder_percentage: {encoder}\n    \
+         mps_decoder_percentage: {}\n",
+        best.mode,
+        100 - encoder
+    );
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::partition::Grant;
+    use crate::params::{Value, yaml as params_yaml};
+
+    fn measured(mode: PipelineMode, kind: Kind, decode_hz: f64, age: f64) -> Measured {
+        let share = Share { grant: Grant { kind, encoder: 92, decoder: 40 }, percent: Some(70) };
+        Measured { share, mode, decode_hz, encode_hz: 100.0, age_p50: age, age_p99: age + 1.0 }
+    }
+
+    #[test]
+    fn each_target_has_its_own_best() {
+        let all = [
+            measured(PipelineMode::Sequential, Kind::Whole, 90.0, 11.0),
+            measured(PipelineMode::Pipelined, Kind::Green, 130.0, 16.0),
+            measured(PipelineMode::Pipelined, Kind::Mps, 140.0, 18.0),
+            measured(PipelineMode::DualRate, Kind::Green, 210.0, 19.0),
+        ];
+        let best = |target, budget| choose(&all, target, budget).map(|m| (m.mode, m.share.grant.kind));
+        assert_eq!(best(Target::Latency, None), Ok((PipelineMode::Sequential, Kind::Whole)));
+        assert_eq!(best(Target::Rate, None), Ok((PipelineMode::Pipelined, Kind::Mps)));
+        assert_eq!(best(Target::Rate, Some(17.5)), Ok((PipelineMode::Pipelined, Kind::Green)));
+        assert_eq!(best(Target::StateRate, None), Ok((PipelineMode::DualRate, Kind::Green)));
+        assert!(best(Target::Rate, Some(5.0)).unwrap_err().contains("the best has a p99 of 12.00 ms"));
+    }
+
+    #[test]
+    fn what_is_written_is_a_parameter_file() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let args = Line::parse_from(["tune", "--target", "rate"]).args;
+        let all = [measured(PipelineMode::Pipelined, Kind::Green, 130.0, 16.0)];
+        let text = yaml(&all[0], &all, &args, "a GPU");
+        let given = params_yaml::overrides(&text, "pi0_mps").unwrap();
+        let value = |name: &str| given.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
+        assert_eq!(value("partition"), Some(Value::String("green".into())));
+        assert_eq!(value("mps_decoder_percentage"), Some(Value::Int(30)));
+        assert_eq!(value("pipeline_mode"), Some(Value::String("pipelined".into())));
+        assert!(text.contains("# > pipelined  green 70-30 (92+40)"), "{text}");
+    }
+}
