@@ -4,8 +4,7 @@
 // they join at the end. The same rounding points as attention.cu.
 #include "wgmma.cuh"
 
-constexpr int kRows = 64, kKeys = 64, kDim = 256, kGroup = 128;
-constexpr int kTile = 64 * kDim * 2;  // bytes of queries, and of a tile of keys or values
+constexpr int kGroup = 128;  // threads of one group
 
 struct AttentionArgs {
     const bf16* q;  // as in attention.cu; head_dim is 256
@@ -25,6 +24,8 @@ struct Threads {
 
 extern "C" __global__ void __launch_bounds__(2 * kGroup, 1) attention_wide(const __grid_constant__ AttentionArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int kRows = 64, kKeys = 64, kDim = 256;
+    constexpr int kTile = 64 * kDim * 2;  // bytes of queries, and of a tile of keys or values
     extern __shared__ uint8_t raw[];
     // Queries, then keys and values of each group.
     uint8_t* shared = raw + (1024 - smem_address(raw) % 1024) % 1024;

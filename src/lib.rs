@@ -6,7 +6,8 @@
 //! | --- | --- |
 //! | [`clock`], [`error`], [`choice`] | time sources and stamps; who is at fault; enums with the names users know |
 //! | [`rt`] | scheduling rights, period loop, latest-value slot |
-//! | [`telemetry`] | histograms and counters |
+//! | [`bag`] | recordings in MCAP and sqlite3, and the messages in them |
+//! | [`telemetry`] | histograms and counters, the ring of the flight recorder |
 //! | [`model`] | checkpoint, tokenizer, images, normalisation, action transforms |
 //! | [`engine`] | the traits `Encoder`, `Decoder`, `KvCache` and their implementations |
 //! | [`control`] | chunk timeline, limits, mode machine, one pure `tick` |
@@ -15,6 +16,7 @@
 //! | [`node`] | the whole node without a middleware: inputs, pipeline, control thread |
 //! | [`ros`], [`cli`] | outermost; neither knows the other |
 
+pub mod bag;
 pub mod choice;
 pub mod cli;
 pub mod clock;

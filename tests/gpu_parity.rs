@@ -27,13 +27,13 @@ const TAP_TOLERANCE: f64 = 2e-3;
 /// cores' truncated sums differ by (1e-5 before the first one).
 const TRUNK_TOLERANCE: f64 = 3e-3;
 /// The same behind two expert layers, between which nothing can be read. The oracle itself moves by up to 3e-3 there
-/// when it adds its float32 sums in another order: every rounding makes more of the last bit.
-const TWO_LAYERS_TOLERANCE: f64 = 5e-3;
+/// (π0.5: 1.5e-3) when it adds its float32 sums in another order: every rounding makes more of the last bit.
+const TWO_LAYERS_TOLERANCE: [f64; 2] = [5e-3, 2.5e-3];
 /// Relative L2 of a velocity of the full-size model against float32.
 const FULL_TOLERANCE: f64 = 1.5e-2;
-/// How much larger query weights are: scores have this standard deviation. With 4 the full-size model's velocities are
-/// 1.7e-2 to 2.7e-2 away from float32, with 2 they are 5e-3 away.
-const PEAK: f32 = 2.0;
+/// How much larger query weights are: scores have this standard deviation. With 4 the velocities of the full-size π0 are
+/// 1.7e-2 to 2.7e-2 away from float32, with 2 they are 5e-3 away. π0.5, whose gates are small, bears 4.
+const PEAK: [f32; 2] = [2.0, 4.0];
 
 /// What one observation is made of.
 struct Inputs {
@@ -116,12 +116,12 @@ fn compare(ours: &(Encoded, Decoded), theirs: &(Encoded, Decoded)) -> Vec<(Strin
 }
 
 /// How far the worst tap is over what it may be: 1 is the limit.
-fn excess(taps: &[(String, f64)], layers: usize) -> (&str, f64) {
+fn excess(taps: &[(String, f64)], family: Family, layers: usize) -> (&str, f64) {
     let behind_two = |name: &str| layers > 1 && (name.starts_with("velocity") || name == "actions");
     let limit = |name: &str| match name {
         name if name.starts_with("trunk") => TRUNK_TOLERANCE,
-        "suffix keys 1" | "suffix values 1" => TWO_LAYERS_TOLERANCE,
-        name if behind_two(name) => TWO_LAYERS_TOLERANCE,
+        "suffix keys 1" | "suffix values 1" => TWO_LAYERS_TOLERANCE[family as usize],
+        name if behind_two(name) => TWO_LAYERS_TOLERANCE[family as usize],
         _ => TAP_TOLERANCE,
     };
     let rated = taps.iter().map(|(name, distance)| (&name[..], distance / limit(name)));
@@ -145,6 +145,7 @@ fn run(oracle: &Oracle, inputs: &Inputs, steps: usize) -> (Encoded, Decoded) {
 #[test]
 #[ignore = "needs a GPU"]
 fn every_layer_of_full_width_agrees_with_the_rounding_oracle() {
+    let mut wrong = Vec::new();
     for (family, layers, views, tokens, seed) in [
         (Family::Pi0, 2, 2, 20, 11),
         (Family::Pi05, 2, 1, 33, 12),
@@ -152,7 +153,7 @@ fn every_layer_of_full_width_agrees_with_the_rounding_oracle() {
         (Family::Pi05, 1, 1, 33, 14),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        write_checkpoint(dir.path(), &full_width(family, layers), seed, PEAK);
+        write_checkpoint(dir.path(), &full_width(family, layers), seed, PEAK[family as usize]);
         let open = || Checkpoint::open(dir.path()).unwrap();
         let inputs = Inputs::drawn(open().dims(), views, tokens, seed);
         let ours = on_gpu(&open(), &inputs, 2);
@@ -161,17 +162,24 @@ fn every_layer_of_full_width_agrees_with_the_rounding_oracle() {
         for (name, distance) in &taps {
             println!("parity {family:?}, {layers} layers, {name}: {distance:.1e}");
         }
-        let (name, sound) = excess(&taps, layers);
+        let (name, sound) = excess(&taps, family, layers);
         let rows = ours.0.cache[0].keys.len() / open().dims().trunk.head_dim;
         for fault in [Fault::PositionShifted, Fault::PrefixPositionShifted, Fault::KeyDropped(rows - 1)] {
             oracle = oracle.with(fault);
             let faulty = compare(&ours, &follow(&oracle, &inputs, &ours));
-            let (at, noticed) = excess(&faulty, layers);
+            let (at, noticed) = excess(&faulty, family, layers);
             println!("faults {family:?}, {layers} layers, {fault:?}: {at} {noticed:.1} times its limit");
-            assert!(noticed > 1.5, "{family:?}: {fault:?} went unnoticed: {at} at {noticed} of its limit");
+            if noticed <= 1.5 {
+                wrong.push(format!(
+                    "{family:?}, {layers} layers: {fault:?} went unnoticed: {at} at {noticed} of its limit"
+                ));
+            }
         }
-        assert!(sound <= 1.0, "{family:?}, {layers} layers: '{name}' is {sound:.2} times its limit");
+        if sound > 1.0 {
+            wrong.push(format!("{family:?}, {layers} layers: '{name}' is {sound:.2} times its limit"));
+        }
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]
@@ -214,7 +222,7 @@ fn the_full_size_model_agrees_with_the_cpu_engine() {
         at = now;
     };
     let dir = tempfile::tempdir().unwrap();
-    write_checkpoint(dir.path(), &dims, 31, PEAK);
+    write_checkpoint(dir.path(), &dims, 31, PEAK[0]);
     lap("drawn and written in");
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let inputs = Inputs::drawn(&dims, 2, 20, 31);

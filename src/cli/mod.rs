@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod infer;
 pub mod jitter;
 pub mod new_checkpoint;
+pub mod replay;
 pub mod step;
 pub mod tune;
 
@@ -32,6 +33,7 @@ enum Command {
     Infer(infer::Args),
     Jitter(jitter::Args),
     NewCheckpoint(new_checkpoint::Args),
+    Replay(replay::Args),
     Tune(tune::Args),
     Step(step::Args),
 }
@@ -43,6 +45,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Infer(args) => infer::run(&args),
         Command::Jitter(args) => jitter::run(&args),
         Command::NewCheckpoint(args) => new_checkpoint::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Tune(args) => tune::run(&args),
         Command::Step(args) => step::run(&args),
     }

@@ -13,6 +13,9 @@ pub struct JointVector {
 }
 
 impl JointVector {
+    /// No joints.
+    pub const NONE: Self = Self { len: 0, values: [0.0; MAX_JOINTS] };
+
     /// `len` joints (at most [`MAX_JOINTS`]), all with `value`.
     pub fn filled(len: usize, value: f64) -> Self {
         Self { len: len.min(MAX_JOINTS), values: [value; MAX_JOINTS] }

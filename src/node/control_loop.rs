@@ -18,6 +18,7 @@ use crate::rt::period::{Periodic, Wake};
 use crate::rt::signals::{Epoch, RequestBits};
 
 use super::publisher::Job;
+use super::recorder::{TickRecord, TickTap};
 
 /// What is wrong with an output, as one number that the control thread can read.
 #[derive(Debug, Default)]
@@ -133,6 +134,7 @@ pub(super) struct ControlLoop {
     pub events: rtrb::Producer<Event>,
     pub changes: rtrb::Consumer<Change>,
     pub discarded: rtrb::Producer<Change>,
+    pub recorder: Option<TickTap>,
 }
 
 /// A change of settings, prepared elsewhere so that taking it over allocates and frees nothing.
@@ -163,14 +165,14 @@ impl ControlLoop {
         };
         let report = self.turn(wake, &mut free, state);
         state.blocked = 0;
+        let times = TickTimes {
+            scheduled: wake.scheduled,
+            woke: wake.woke,
+            computed: self.clock.monotonic(),
+            published: None,
+            plan: state.source.of(&report),
+        };
         if report.published {
-            let times = TickTimes {
-                scheduled: wake.scheduled,
-                woke: wake.woke,
-                computed: self.clock.monotonic(),
-                published: None,
-                plan: state.source.of(&report),
-            };
             // As many places as windows: this cannot fail.
             let _ = self.jobs.push(Job { window: free, times });
             if let Some(publisher) = &self.publisher {
@@ -179,12 +181,13 @@ impl ControlLoop {
         } else {
             state.window = Some(free);
         }
-        self.tell(Some(&report), state);
+        self.tell(Some((&report, &times, wake.skipped)), state);
         Some(report)
     }
 
     fn turn(&mut self, wake: &Wake, window: &mut Window, state: &mut Turn) -> TickReport {
         let (ros_now, now) = (self.clock.ros(), wake.woke);
+        state.ros = ros_now;
         let asked = self.signals.requests.take();
         // After the requests: limits that were set before the robot was armed are in force when it is.
         self.take_changes();
@@ -201,6 +204,7 @@ impl ControlLoop {
             self.retire(older, taken);
         }
         let measured = self.measured(ros_now, now);
+        state.measured = measured.positions;
         let inputs = self.health(ros_now, now);
         let report = self.controller.tick(
             &TickInput {
@@ -294,7 +298,7 @@ impl ControlLoop {
     }
 
     /// Says what a tick did, or that there was none.
-    fn tell(&mut self, report: Option<&TickReport>, state: &Turn) {
+    fn tell(&mut self, tick: Option<(&TickReport, &TickTimes, u64)>, state: &Turn) {
         let mut status = self.controller.status();
         status.counters.chunks += state.superseded;
         status.counters.superseded += state.superseded;
@@ -308,7 +312,23 @@ impl ControlLoop {
             answer: state.answer,
             blocked: state.blocked,
         });
-        let Some(report) = report else { return };
+        let Some((report, times, skipped)) = tick else { return };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.push(&status, |s| TickRecord {
+                ros: state.ros,
+                times: *times,
+                skipped,
+                report: *report,
+                given: state.chunk,
+                measured: state.measured,
+                epoch: s.epoch,
+                plan: s.plan.map(|p| p.sequence),
+                interventions: s.interventions.total(),
+                tracking_error: s.tracking_error,
+                seam_jump: s.seam_jump,
+                command: s.command,
+            });
+        }
         let news = report.mode != report.previous
             || report.refusal.is_some()
             || report.stop.is_some()
@@ -334,6 +354,9 @@ pub(super) struct Turn {
     answer: Option<(u64, Option<Refusal>)>,
     chunk: Option<u64>,
     source: Source,
+    /// ROS time and measured positions of the last tick.
+    ros: RosTime,
+    measured: JointVector,
 }
 
 /// Which observation the commands are made from.
@@ -378,6 +401,8 @@ impl Turn {
             answer: None,
             chunk: None,
             source: Source::default(),
+            ros: RosTime::default(),
+            measured: JointVector::default(),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::control_loop::{Change, Event, InputRules, Signals, Snapshot};
 use super::lifecycle::State;
 use super::status::{self, Status};
-use super::{NodeError, convert, lock, publisher};
+use super::{NodeError, convert, lock, publisher, recorder};
 use crate::clock::{Clock, Monotonic, RosTime};
 use crate::control::chunk::ActionChunk;
 use crate::control::{ChunkVerdict, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport};
@@ -54,6 +54,8 @@ pub(super) struct Core {
     pub rights: Mutex<Vec<(String, String)>>,
     pub device: Mutex<String>,
     pub failure: Mutex<Option<(Fault, String)>>,
+    /// The flight recorder, unless it is switched off.
+    pub recorder: Option<Arc<recorder::Handle>>,
     /// One caller of `enable` or `reset` at a time, so that each gets its own answer.
     pub asking: Mutex<()>,
 }
@@ -104,7 +106,11 @@ impl Inputs {
 
     /// A joint state message; names that are not joints of this node are ignored and reported.
     pub fn joints(&self, stamp: RosTime, names: &[String], positions: &[f64]) {
-        self.0.inputs.put_joints(names, positions, stamp, self.0.clock.monotonic());
+        let now = self.0.clock.monotonic();
+        if let Some(recorder) = &self.0.recorder {
+            recorder.joints(now, self.0.clock.ros(), stamp, names, positions);
+        }
+        self.0.inputs.put_joints(names, positions, stamp, now);
     }
 
     /// What is wrong with an output, [`InputFault::OutputUnconnected`] or [`InputFault::OutputContested`], until told
@@ -166,6 +172,14 @@ impl Commands {
         let before = core.snapshot().turns;
         core.wait(|s| s.turns >= before + 2)?;
         Ok("stopping; call ~/reset to release".into())
+    }
+
+    /// Writes the last seconds to a file; answers with its path.
+    pub fn save_recording(&self) -> Result<String, String> {
+        let Some(recorder) = &self.0.recorder else {
+            return Err("the recorder is switched off: restart with recorder.enabled true".into());
+        };
+        recorder.save().map(|path| path.display().to_string())
     }
 
     /// Releases a stop or a fault to `active`, not armed.
@@ -296,6 +310,7 @@ impl Core {
             device: &device,
             rights: &rights,
             frozen_after: FROZEN_FRAMES,
+            recorder: self.recorder.as_ref().map(|r| r.report()),
         })
     }
 
@@ -352,18 +367,37 @@ pub(super) fn input_rules(s: &Settings) -> InputRules {
     InputRules { camera_max_age_ms: live.camera_max_age_ms, drop_lost_views: live.drop_lost_views }
 }
 
-pub(super) fn log_event(r: &TickReport, chunk: Option<u64>, names: &Names) {
+/// How serious a line of the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EventLevel {
+    Info,
+    Warn,
+}
+
+/// What a tick has to say: one line each.
+pub(super) fn event_texts(r: &TickReport, chunk: Option<u64>, names: &Names) -> Vec<(EventLevel, String)> {
+    let mut lines = Vec::new();
     if r.mode != r.previous {
-        tracing::info!("mode: {} → {}", r.previous, r.mode);
+        lines.push((EventLevel::Info, format!("mode: {} → {}", r.previous, r.mode)));
     }
     if let Some(reason) = r.stop {
-        tracing::warn!("{}", reason.text(names));
+        lines.push((EventLevel::Warn, reason.text(names)));
     }
     let refused = match r.chunk {
         Some(ChunkVerdict::Refused(why)) => Some(why),
         _ => r.dropped,
     };
     if let Some(why) = refused {
-        tracing::warn!("chunk {} dropped: {}", chunk.unwrap_or_default(), why.text(names));
+        lines.push((EventLevel::Warn, format!("chunk {} dropped: {}", chunk.unwrap_or_default(), why.text(names))));
+    }
+    lines
+}
+
+pub(super) fn log_event(r: &TickReport, chunk: Option<u64>, names: &Names) {
+    for (level, text) in event_texts(r, chunk, names) {
+        match level {
+            EventLevel::Info => tracing::info!("{text}"),
+            EventLevel::Warn => tracing::warn!("{text}"),
+        }
     }
 }

@@ -11,7 +11,10 @@ mod convert;
 mod core;
 pub mod lifecycle;
 mod loader;
+pub mod messages;
 mod publisher;
+mod recorder;
+mod replay;
 mod status;
 mod stepped;
 
@@ -37,6 +40,9 @@ use core::{Core, InputsWired, input_rules, log_event};
 use lifecycle::{Edge, Request, State, Transitions};
 pub use publisher::Outputs;
 use publisher::{Job, Publisher};
+pub use recorder::Identity;
+use recorder::Recorder;
+pub use replay::{ReplayNode, ReplayOptions};
 pub use status::{Diagnostic, Status};
 pub use stepped::SteppedNode;
 
@@ -103,6 +109,7 @@ struct Parts {
     core: Arc<Core>,
     control: ControlLoop,
     publisher: Publisher,
+    recorder: Option<recorder::Waiting>,
 }
 
 impl Parts {
@@ -112,6 +119,7 @@ impl Parts {
         horizon: usize,
         clock: Arc<dyn Clock>,
         outputs: Box<dyn Outputs>,
+        identity: Option<Identity>,
     ) -> Result<Self, NodeError> {
         let controller = Controller::new(convert::control(&settings, horizon))?;
         let names = convert::names(&settings);
@@ -139,6 +147,11 @@ impl Parts {
         let config = controller.config();
         let deadlines = Arc::new(Mutex::new(Deadlines::new(config.deadline, config.period)));
         let rules = Box::new(input_rules(&settings));
+        let recorder = identity.and_then(|identity| recorder::ends(&settings, &controller.window(), identity));
+        let (recorder, ticks, windows, waiting) = match recorder {
+            Some(r) => (Some(r.handle), Some(r.ticks), Some(r.windows), Some(r.recorder)),
+            None => (None, None, None, None),
+        };
 
         let core = Arc::new(Core {
             clock: clock.clone(),
@@ -167,6 +180,7 @@ impl Parts {
             rights: Mutex::new(Vec::new()),
             device: Mutex::new(String::new()),
             failure: Mutex::new(None),
+            recorder,
             asking: Mutex::new(()),
         });
         let publisher = Publisher {
@@ -178,6 +192,7 @@ impl Parts {
             deadlines,
             signals: signals.clone(),
             stopping: Arc::default(),
+            recorder: windows,
         };
         let control = ControlLoop {
             controller: Box::new(controller),
@@ -196,8 +211,9 @@ impl Parts {
             events: events_in,
             changes: changes_out,
             discarded: discarded_in,
+            recorder: ticks,
         };
-        Ok(Self { core, control, publisher })
+        Ok(Self { core, control, publisher, recorder: waiting })
     }
 }
 
@@ -206,6 +222,7 @@ pub struct Node {
     core: Arc<Core>,
     threads: Vec<JoinHandle<()>>,
     lifecycle: Option<JoinHandle<()>>,
+    recorder: Option<Recorder>,
     requests: crossbeam_channel::Sender<Request>,
     transitions: crossbeam_channel::Receiver<Edge>,
     publisher_stop: Arc<AtomicBool>,
@@ -215,14 +232,26 @@ impl Node {
     /// Checks the settings and starts the control loop, unarmed. With `autostart` the policy is then loaded and run on
     /// the lifecycle thread; if that fails, [`failure`](Self::failure) says why.
     pub fn start(settings: Settings, clock: Arc<dyn Clock>, outputs: Box<dyn Outputs>) -> Result<Self, NodeError> {
+        Self::start_as(Identity::default(), settings, clock, outputs)
+    }
+
+    /// The same for a node whose recordings say who it is.
+    pub fn start_as(
+        identity: Identity,
+        settings: Settings,
+        clock: Arc<dyn Clock>,
+        outputs: Box<dyn Outputs>,
+    ) -> Result<Self, NodeError> {
         let horizon = USUAL_HORIZON.max(settings.chunks.replan_steps + 1);
         let (period, process) = (settings.timing.period(), settings.process.clone());
-        let Parts { core, mut control, publisher } = Parts::new(settings, horizon, clock, outputs)?;
+        let Parts { core, mut control, publisher, recorder } =
+            Parts::new(settings, horizon, clock, outputs, Some(identity))?;
         let publisher_stop = publisher.stopping.clone();
         let (requests, asked) = crossbeam_channel::unbounded();
         let (told, transitions) = crossbeam_channel::bounded(TRANSITIONS);
+        let recorder = recorder.map(|waiting| Recorder::start(core.clone(), waiting)).transpose()?;
         let (threads, lifecycle) = (Vec::new(), None);
-        let mut node = Self { core: core.clone(), threads, lifecycle, requests, transitions, publisher_stop };
+        let mut node = Self { core: core.clone(), threads, lifecycle, recorder, requests, transitions, publisher_stop };
         if process.lock_memory {
             node.report_right("lock_memory", &rights::lock_memory());
         }
@@ -356,6 +385,10 @@ impl Node {
                 thread.thread().unpark();
             }
             let _ = thread.join();
+        }
+        // Last: it has what the others left.
+        if let Some(mut recorder) = self.recorder.take() {
+            recorder.end();
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::control::{Deadlines, DeadlinesSnapshot, TickTimes, Window};
 use crate::telemetry::trace::{self, What};
 
 use super::control_loop::Signals;
+use super::recorder::WindowTap;
 
 /// Where commands go. Called on the publisher thread only.
 pub trait Outputs: Send {
@@ -37,6 +38,7 @@ pub(super) struct Publisher {
     pub deadlines: Arc<Mutex<Deadlines>>,
     pub signals: Arc<Signals>,
     pub stopping: Arc<AtomicBool>,
+    pub recorder: Option<WindowTap>,
 }
 
 /// Without a wake-up the thread looks this often: only chunks and the end of the node come without one.
@@ -65,13 +67,17 @@ impl Publisher {
         }
         for newer in (0..waiting).rev() {
             let Ok(mut job) = self.jobs.pop() else { break };
-            if newer == 0 && !lapsed {
+            let sent = newer == 0 && !lapsed;
+            if sent {
                 self.outputs.trajectory(&job.window);
             } else {
                 self.signals.unsent.fetch_add(1, Ordering::AcqRel);
             }
             let published = self.clock.monotonic();
             job.times.published = Some(published);
+            if let Some(recorder) = self.recorder.as_mut().filter(|_| sent) {
+                recorder.sent(&job.times, &job.window);
+            }
             let missed = self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).record(&job.times);
             trace::span(What::Tick, 0, job.times.woke, published);
             if missed {
@@ -81,6 +87,9 @@ impl Publisher {
             let _ = self.free.push(job.window);
         }
         while let Ok(chunk) = self.chunks.try_recv() {
+            if let Some(recorder) = &self.recorder {
+                recorder.chunk(&chunk);
+            }
             self.outputs.chunk(&chunk);
         }
     }

@@ -1,10 +1,12 @@
-//! What the node says about itself: one status for people and machines, and five diagnostics.
+//! What the node says about itself: one status for people and machines, and six diagnostics.
 
 use crate::clock::{Monotonic, RosTime};
 use crate::control::{ChunkRefusal, ControlStatus, DeadlinesSnapshot, InputFault, Level, Mode, Names, Reason, Rule};
 use crate::pipeline::PipelineReport;
 use crate::pipeline::inputs::{CameraFreshness, JointSample, stamp_is_believable};
 use crate::telemetry::Stats;
+
+use super::recorder::Report;
 
 /// The whole node at one moment.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,7 +26,7 @@ pub struct Status {
 /// One entry of `/diagnostics`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Diagnostic {
-    /// `inputs`, `inference`, `control`, `safety` or `gpu`.
+    /// `inputs`, `inference`, `control`, `safety`, `gpu` or `recorder`.
     pub name: &'static str,
     /// How serious.
     pub level: Level,
@@ -88,6 +90,8 @@ pub(super) struct Facts<'a> {
     pub rights: &'a [(String, String)],
     /// Identical frames in a row that count as frozen.
     pub frozen_after: u64,
+    /// What the flight recorder has done; `None` if it is switched off.
+    pub recorder: Option<Report>,
 }
 
 fn ms(ns: f64) -> String {
@@ -116,7 +120,7 @@ fn pair(name: impl Into<String>, value: impl ToString) -> (String, String) {
 
 impl Status {
     pub(super) fn new(f: &Facts<'_>) -> Self {
-        let diagnostics = vec![inputs(f), inference(f), control(f), safety(f), gpu(f)];
+        let diagnostics = vec![inputs(f), inference(f), control(f), safety(f), gpu(f), recorder(f)];
         let message = message(f);
         let told = diagnostics.iter().map(|d| d.level).filter(|l| *l != Level::Stale);
         let level = match (f.control.level, told.max().unwrap_or(Level::Ok)) {
@@ -386,6 +390,19 @@ fn gpu(f: &Facts<'_>) -> Diagnostic {
         values.push(pair("last_resplit_in_force_ms", format!("{:.1}", r.total_ms)));
     }
     Diagnostic { name: "gpu", level: Level::Ok, message: f.device.into(), values }
+}
+
+fn recorder(f: &Facts<'_>) -> Diagnostic {
+    let Some(r) = &f.recorder else { return summarise("recorder", Vec::new(), "switched off", Vec::new()) };
+    let values = vec![
+        pair("held_seconds", format!("{:.1}", r.seconds)),
+        pair("held_megabytes", format!("{:.1}", r.bytes as f64 * 1e-6)),
+        pair("messages_lost", r.lost),
+        pair("recordings_written", r.written),
+        pair("last_recording", r.last.as_ref().map(|p| p.display().to_string()).unwrap_or_default()),
+    ];
+    let problems = r.failure.iter().map(|why| (Level::Warn, why.clone())).collect();
+    summarise("recorder", problems, "recording", values)
 }
 
 fn summarise(

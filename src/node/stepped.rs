@@ -87,7 +87,7 @@ impl SteppedNode {
         chunks_from: impl FnOnce(&Core) -> Result<Chunks, NodeError>,
     ) -> Result<Self, NodeError> {
         let (period, scheduled) = (settings.timing.period(), clock.monotonic());
-        let Parts { core, control, publisher } = Parts::new(settings, dims.horizon, clock, outputs)?;
+        let Parts { core, control, publisher, .. } = Parts::new(settings, dims.horizon, clock, outputs, None)?;
         let chunks = chunks_from(&core)?;
         Ok(Self { core, control, turn: Turn::new(scheduled), publisher, chunks, period, scheduled })
     }
@@ -137,6 +137,30 @@ impl SteppedNode {
     pub fn think(&mut self) {
         if let Chunks::Decoded(stages) = &mut self.chunks {
             stages.advance();
+        }
+    }
+
+    /// When the policy's stages have something to do next, if nothing comes in before.
+    pub fn due(&self) -> Option<Monotonic> {
+        match &self.chunks {
+            Chunks::Played => None,
+            Chunks::Decoded(stages) => stages.due(),
+        }
+    }
+
+    /// Why the policy's stages cannot go on, if they cannot, and who has to act.
+    pub fn fault(&self) -> Option<(Fault, String)> {
+        match &self.chunks {
+            Chunks::Played => None,
+            Chunks::Decoded(stages) => stages.fault(),
+        }
+    }
+
+    /// Chunks that the policy has made.
+    pub fn chunks(&self) -> u64 {
+        match &self.chunks {
+            Chunks::Played => 0,
+            Chunks::Decoded(stages) => stages.chunks(),
         }
     }
 

@@ -13,9 +13,11 @@ pub mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use settings::{Camera, Chunks, Gpu, Inputs, Joint, Model, OutputGroup, Process, Qos, Safety, Settings, Timing};
+pub use settings::{
+    Camera, Chunks, Gpu, Inputs, Joint, Model, OutputGroup, Process, Qos, Recorder, Safety, Settings, Timing,
+};
 pub use table::{Allowed, DefaultValue, ParamSpec, Placeholder, TABLE, When, spec};
-pub use text::{default_yaml, help_table, markdown_table};
+pub use text::{default_yaml, help_table, markdown_table, params_file};
 use urdf::Description;
 pub use value::{Kind, ParamError, Value};
 

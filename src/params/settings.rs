@@ -32,6 +32,8 @@ pub struct Settings {
     pub chunks: Chunks,
     /// Bounds of motion that are not a joint's own.
     pub safety: Safety,
+    /// The flight recorder.
+    pub recorder: Recorder,
     /// The process.
     pub process: Process,
 }
@@ -198,6 +200,25 @@ pub struct Safety {
     pub ramp_time: Duration,
 }
 
+/// The flight recorder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recorder {
+    /// Whether it runs.
+    pub enabled: bool,
+    /// What it keeps, in seconds.
+    pub seconds: f64,
+    /// Where its files go; `None` for the place where ROS keeps what it writes.
+    pub folder: Option<PathBuf>,
+    /// Files that stay.
+    pub keep: usize,
+    /// Widest image, pixels; 0 leaves images as they are.
+    pub image_width: usize,
+    /// Images a second of each camera; 0 for none.
+    pub image_rate_hz: f64,
+    /// Whether an ordinary end of the node is written too.
+    pub on_shutdown: bool,
+}
+
 /// The process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
@@ -334,6 +355,15 @@ impl Settings {
                 max_tracking_error: r.double("max_tracking_error"),
                 stop_time: r.ms("stop_time_ms"),
                 ramp_time: r.ms("ramp_time_ms"),
+            },
+            recorder: Recorder {
+                enabled: r.flag("recorder.enabled"),
+                seconds: r.double("recorder.seconds"),
+                folder: r.path("recorder.folder"),
+                keep: r.int("recorder.keep"),
+                image_width: r.int("recorder.image_width"),
+                image_rate_hz: r.double("recorder.image_rate_hz"),
+                on_shutdown: r.flag("recorder.on_shutdown"),
             },
             process: Process {
                 autostart: r.flag("autostart"),

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::Params;
 use super::table::{DefaultValue, ParamSpec, TABLE, When};
 use super::value::{Kind, Value};
 
@@ -78,6 +79,25 @@ pub fn default_yaml() -> String {
         // An empty list has no type in a params file.
         let comment = s.placeholder().is_some() || matches!(s.default, DefaultValue::Required | DefaultValue::Empty);
         let _ = writeln!(out, "    {}{}: {}", if comment { "# " } else { "" }, s.name, default_text(s));
+    }
+    out
+}
+
+/// The values of a node as a params file that gives the same node again. Numbers that are not set and empty lists are
+/// left out: they are what they are without.
+pub fn params_file(params: &Params) -> String {
+    let mut out = String::from("/**:\n  ros__parameters:\n");
+    for (name, entry) in params.iter() {
+        let unset = match &entry.value {
+            Value::Double(x) => x.is_nan(),
+            Value::Ints(v) => v.is_empty(),
+            Value::Doubles(v) => v.is_empty(),
+            Value::Strings(v) => v.is_empty(),
+            _ => false,
+        };
+        if !unset {
+            let _ = writeln!(out, "    {name}: {}", entry.value);
+        }
     }
     out
 }

@@ -23,7 +23,7 @@ use crate::telemetry::trace::{self, What};
 const WAIT: Duration = Duration::from_millis(100);
 
 /// Frames of one observation that arrive within this time are encoded together.
-const GATHER: Duration = Duration::from_millis(30);
+pub(super) const GATHER: Duration = Duration::from_millis(30);
 
 /// A filled cache slot on its way to the decoder.
 pub(super) struct Filled<C> {

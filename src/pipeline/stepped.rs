@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use super::mailbox::Mailbox;
 use super::resplit::Seat;
-use super::stages::{DecodeStage, EncodeStage, Filled};
+use super::stages::{DecodeStage, EncodeStage, Filled, GATHER};
 use super::{PipelineConfig, PipelineError, PipelineIo, PipelineMode, PipelineReport, Shared};
 use crate::clock::{Clock, Monotonic, RosTime};
 use crate::control::chunk::ActionChunk;
 use crate::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError};
+use crate::error::Fault;
 use crate::model::Policy;
 
 /// How long each stage takes in virtual time.
@@ -28,8 +29,14 @@ pub struct StageTimes {
 pub trait SteppedStages {
     /// Hands over what is finished and starts what can start, at the clock's time.
     fn advance(&mut self);
+    /// When it has something to do next, after the clock's time, if nothing comes in before.
+    fn due(&self) -> Option<Monotonic>;
     /// Figures and faults so far.
     fn report(&self) -> PipelineReport;
+    /// Chunks so far.
+    fn chunks(&self) -> u64;
+    /// Why they cannot go on, if they cannot, and who has to act.
+    fn fault(&self) -> Option<(Fault, String)>;
 }
 
 /// The caller's clock, and how far the stage at work is ahead of it.
@@ -240,6 +247,21 @@ impl<E: Engine> SteppedStages for SteppedPipeline<E> {
         }
         self.start_decode();
         self.start_encode();
+    }
+
+    fn due(&self) -> Option<Monotonic> {
+        let now = self.clock.base.monotonic();
+        let gathered = self.encoded.2.filter(|_| self.encoding.is_none()).map(|t| t + GATHER);
+        let ends = [self.encoding.as_ref().map(|e| e.0), self.decoding.as_ref().map(|d| d.0), gathered];
+        ends.into_iter().flatten().filter(|t| *t > now).min()
+    }
+
+    fn chunks(&self) -> u64 {
+        self.shared.report(|r| r.decode.runs)
+    }
+
+    fn fault(&self) -> Option<(Fault, String)> {
+        self.shared.report(|r| r.fault.clone())
     }
 
     fn report(&self) -> PipelineReport {

@@ -25,8 +25,8 @@ use super::status::StatusPublisher;
 use super::wiring::Wiring;
 use super::{inputs, log, services::outcome, services::respond};
 use crate::error::Fault;
-use crate::node::{Commands, Node};
-use crate::params::{ParamError, Params, help_table};
+use crate::node::{Commands, Identity, Node};
+use crate::params::{ParamError, Params, help_table, params_file};
 use crate::telemetry::trace;
 
 /// Runs `control_node`; returns its exit code: 0 after SIGINT or SIGTERM, 2 for what the user can put right, 3 for the
@@ -109,7 +109,8 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         .create_publisher("/parameter_events", QosProfile::parameter_events())
         .map_err(middleware("advertising '/parameter_events'"))?;
 
-    let core = Arc::new(Node::start(settings.clone(), shared_clock.clone(), Box::new(outputs))?);
+    let identity = Identity { name: name.clone(), parameters: params_file(&params) };
+    let core = Arc::new(Node::start_as(identity, settings.clone(), shared_clock.clone(), Box::new(outputs))?);
     let commands = core.commands();
     stop_on_panic(commands.clone());
     let mut wiring = Wiring::new(topics, core.inputs());

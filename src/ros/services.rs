@@ -26,6 +26,7 @@ use crate::params::{Change, Value};
 pub enum Job {
     Enable(ServiceRequest<SetBool::Service>),
     Reset(ServiceRequest<Trigger::Service>),
+    SaveRecording(ServiceRequest<Trigger::Service>),
     Get(ServiceRequest<GetParameters::Service>),
     Types(ServiceRequest<GetParameterTypes::Service>),
     Describe(ServiceRequest<DescribeParameters::Service>),
@@ -63,6 +64,7 @@ pub fn offer(node: &mut r2r::Node, to: &Sender<Job>, drains: &mut Vec<Drain>) ->
     let mut offer = Offer { node, drains, to };
     offer.service("~/enable", Job::Enable)?;
     offer.service("~/reset", Job::Reset)?;
+    offer.service("~/save_recording", Job::SaveRecording)?;
     offer.service("~/get_parameters", Job::Get)?;
     offer.service("~/get_parameter_types", Job::Types)?;
     offer.service("~/describe_parameters", Job::Describe)?;
@@ -139,6 +141,14 @@ impl Services {
             Job::Reset(r) => {
                 let (success, message) = outcome("~/reset", self.commands.reset());
                 respond("~/reset", r, Trigger::Response { success, message });
+            }
+            // Writing a file takes a while, in which ~/enable must answer.
+            Job::SaveRecording(r) => {
+                let commands = self.commands.clone();
+                std::thread::spawn(move || {
+                    let (success, message) = outcome("~/save_recording", commands.save_recording());
+                    respond("~/save_recording", r, Trigger::Response { success, message });
+                });
             }
             Job::Get(r) => {
                 let values = self.parameters.get(&r.message.names);

@@ -74,7 +74,7 @@ def start_node(binaries: Path, checkpoint: Path, robot: IdealRobot, tmp_path: Pa
         command = [str(binaries / "control_node"), "--ros-args"]
         command += ["--params-file", str(params_file), "-p", f"checkpoint:={checkpoint}"]
         command += arguments
-        for parameter, value in parameters.items():
+        for parameter, value in {"recorder.folder": str(tmp_path / "recordings"), **parameters}.items():
             command += ["-p", f"{parameter}:={value}"]
         started.append(NodeUnderTest(command, tmp_path / f"control_node_{len(started)}.log", robot, name))
         return started[-1]
