@@ -1,6 +1,7 @@
-"""The demo: a simulated arm, the control node with a tiny random policy, a live line a second, a summary.
+"""The demo: a simulated arm, the control node with a small trained policy, a live line a second, a summary.
 
-Started by scripts/demo, which sets up ROS 2, builds the node and makes the checkpoint.
+It says which of three blocks to touch, and names the next one when that is done or eight seconds are over. Started by
+scripts/demo, which sets up ROS 2 and builds the node.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
+from std_msgs.msg import String
 from std_srvs.srv import SetBool
 
 from harness import MOVING_MODES, ROOT, Process, claim_domain, count, number, status_values, wait_until
+from touch import COLOURS, PROMPT, TIME_LIMIT_S
 
 START_TIMEOUT_S = 120.0
 ENABLE_TIMEOUT_S = 5.0
@@ -31,6 +34,41 @@ PIPELINE_MODES = ["sequential", "pipelined", "dual_rate"]
 
 class DemoError(Exception):
     """The demo cannot go on; the text says why."""
+
+
+class Task:
+    """Which block is asked for, and what became of it."""
+
+    def __init__(self):
+        self.turns: list[dict] = []
+        self._seen = 0
+
+    def hear(self, touched: list, now: float) -> str | None:
+        """What the robot says of contacts so far; a line to print when that settles the running turn."""
+        new, self._seen = touched[self._seen :], len(touched)
+        turn = self.turns[-1] if self.turns else None
+        if not turn or turn["touched"] is not None:
+            return None
+        for colour, _ in new:
+            turn["touched"] = colour
+            turn["seconds"] = round(now - turn["asked_at"], 1)
+            return f"  touched the {colour} block after {turn['seconds']:.1f} s" + ("" if colour == turn["colour"] else ": the wrong one")
+        return None
+
+    def next_prompt(self, now: float) -> str | None:
+        """The next sentence, when the running turn is settled or its time is over."""
+        if self.turns and self.turns[-1]["touched"] is None and now - self.turns[-1]["asked_at"] < TIME_LIMIT_S:
+            return None
+        colour = COLOURS[len(self.turns) % len(COLOURS)]
+        self.turns.append({"colour": colour, "asked_at": now, "touched": None, "seconds": None})
+        return PROMPT.format(colour)
+
+    def summary(self) -> dict:
+        """The last turn counts only once it is settled."""
+        over = [t for i, t in enumerate(self.turns) if i + 1 < len(self.turns) or t["touched"]]
+        right = [t for t in over if t["touched"] == t["colour"]]
+        wrong = sum(t["touched"] not in (None, t["colour"]) for t in over)
+        return {"asked": len(over), "touched": len(right), "wrong": wrong, "seconds": [t["seconds"] for t in right]}
 
 
 class Demo:
@@ -48,17 +86,24 @@ class Demo:
         rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
         self._watcher = rclpy.create_node("demo")
         self._watcher.create_subscription(DiagnosticStatus, "/pi0_mps/status", self._on_status, 50)
+        self._watcher.create_subscription(DiagnosticStatus, "/sim_robot/report", self._on_report, 1)
+        self._prompt = self._watcher.create_publisher(String, "/pi0_mps/prompt", 1)
+        self.task = Task()
         self._enable = self._watcher.create_client(SetBool, "/pi0_mps/enable")
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._watcher)
 
     def _robot_command(self) -> list[str]:
-        command = [sys.executable, str(ROOT / "scripts/sim_robot.py"), "--json"]
-        return command + (["--picture", str(self.options.picture.resolve())] if self.options.picture else [])
+        command = [sys.executable, str(ROOT / "scripts/sim_robot.py"), "--json", "--seed", str(self.options.seed)]
+        for name in ("picture", "film"):
+            if path := getattr(self.options, name):
+                command += [f"--{name}", str(path.resolve())]
+        return command
 
     def _node_command(self) -> list[str]:
         command = [str(self.options.control_node), "--ros-args"]
-        command += ["--params-file", str(ROOT / "config/robots/sim_arm.yaml")]
+        for name in ("sim_arm.yaml", "sim_arm_touch.yaml"):
+            command += ["--params-file", str(ROOT / "config/robots" / name)]
         command += ["-p", f"checkpoint:={self.options.checkpoint}"]
         if self.options.pipeline_mode:
             command += ["-p", f"pipeline_mode:={self.options.pipeline_mode}"]
@@ -69,6 +114,11 @@ class Demo:
 
     def _on_status(self, msg: DiagnosticStatus) -> None:
         self.statuses.append(status_values(msg))
+
+    def _on_report(self, msg: DiagnosticStatus) -> None:
+        touched = json.loads(status_values(msg).get("touched", "[]"))
+        if line := self.task.hear(touched, time.monotonic()):
+            self.options.say(line)
 
     @property
     def mode(self) -> str:
@@ -117,6 +167,9 @@ class Demo:
         shown = None
         while not self.interrupted and time.monotonic() < end:
             self.spin()
+            if prompt := self.task.next_prompt(time.monotonic()):
+                self.options.say(f"  \"{prompt}\"")
+                self._prompt.publish(String(data=prompt))
             if time.monotonic() >= next_line and self.statuses and self.statuses[-1] is not shown:
                 next_line += 1.0
                 shown = self.statuses[-1]
@@ -133,7 +186,7 @@ class Demo:
         code = self.policy.end()
         if code is not None:
             time.sleep(STANDSTILL_S)
-        self.robot.end(timeout=30.0)
+        self.robot.end(timeout=600.0 if self.options.film else 30.0)
         self._executor.shutdown()
         self._watcher.destroy_node()
         rclpy.try_shutdown()
@@ -161,7 +214,7 @@ def text(values: dict[str, str], key: str) -> str:
     return "    -" if value is None else f"{value:5.1f}"
 
 
-def summarise(moving: list[dict[str, str]], robot: dict | None) -> dict:
+def summarise(moving: list[dict[str, str]], robot: dict | None, task: dict) -> dict:
     """Counters as differences between the first status after arming and the last one before the stop."""
     first, last = moving[0], moving[-1]
     summary = {"seconds": round(number(last, "seconds") - number(first, "seconds"), 4)}
@@ -170,6 +223,7 @@ def summarise(moving: list[dict[str, str]], robot: dict | None) -> dict:
         summary[name] = {q: number(last, f"{name}_{q}") for q in QUANTILES}
     summary |= {key: number(last, key) for key in ("max_seam_jump_rad", "max_tracking_error_rad")}
     summary |= {"mode": last["mode"], "pipeline_mode": last["pipeline_mode"]}
+    summary["task"] = task
     keys = ("max_tracking_error_rad", "max_jump_rad", "refused", "accepted", "at_rest", "camera_frames")
     summary["sim"] = {key: robot[key] for key in keys} if robot else None
     return summary
@@ -199,8 +253,10 @@ def table(summary: dict) -> str:
         values = ("-" if summary[name][q] is None else f"{summary[name][q]:.1f}" for q in QUANTILES)
         return " / ".join(values) + " ms"
 
-    sim = summary["sim"] or {}
+    sim, task = summary["sim"] or {}, summary["task"]
+    took = ", ".join(f"{s:.1f}" for s in task["seconds"])
     rows = [
+        ("blocks touched", f"{task['touched']} of {task['asked']} asked for, {task['wrong']} wrong" + (f"; after {took} s" if took else "")),
         ("ran", f"{summary['seconds']:.1f} s in mode {summary['mode']}, {summary['pipeline_mode']}"),
         ("ticks", f"{summary['ticks']}: {summary['published']} published, {summary['skipped']} skipped"),
         ("deadline misses", summary["deadline_misses"]),
@@ -223,9 +279,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--duration", type=float, default=30.0, metavar="S", help="seconds to run armed (default 30)")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON, the last on stdout")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG of the scene")
+    parser.add_argument("--film", type=Path, metavar="FILE", help="write an animated PNG of the run, which takes a while at the end")
     parser.add_argument("--pipeline-mode", choices=PIPELINE_MODES, help="instead of the one in config/robots/sim_arm.yaml")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=ROOT / ".local/demo-checkpoint",
-                        help="checkpoint of a π0 policy for this robot (default: a tiny random one)")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=ROOT / "checkpoints/touch",
+                        help="checkpoint of a π0 policy for this robot (default: the trained one of this repository)")
+    parser.add_argument("--seed", type=int, default=7, help="where blocks and arm are at the start")
     parser.add_argument("--control-node", type=Path, default=ROOT / "target/ros/release/control_node", help=argparse.SUPPRESS)
     parser.add_argument("--log-folder", type=Path, default=ROOT / ".local/log/demo", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -252,13 +310,14 @@ def main() -> int:
         found.append(str(error))
     code, robot = demo.close()
     moving = demo.moving()
-    summary = summarise(moving, robot) if moving else None
+    summary = summarise(moving, robot, demo.task.summary()) if moving else None
     # After a failure the rest only follows from it.
     found = found or problems(code, summary, robot)
     if summary:
         say("\nsummary\n" + table(summary))
-    if options.picture and options.picture.exists():
-        say(f"  picture: {options.picture}")
+    for name, path in (("picture", options.picture), ("film", options.film)):
+        if path and path.exists():
+            say(f"  {name}: {path}")
     for problem in found:
         print(f"error: {problem}", file=sys.stderr, flush=True)
     if options.json and summary:

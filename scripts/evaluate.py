@@ -273,6 +273,13 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def write(folder: Path, rows: list[dict], kept: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(kept))
+    (folder / "table.md").write_text(HEAD + "\n" + "\n".join(map(row, rows)) + "\n")
+    plot(rows, folder / "latency.svg")
+
+
 def main() -> int:
     options = parse_arguments()
     seeds = list(range(options.first_seed, options.first_seed + options.episodes))
@@ -289,15 +296,13 @@ def main() -> int:
                 about = parts[0][1]
                 print(f"{about['engine']}; a stage takes {about['encode_ms']:.0f} and {about['decode_ms']:.0f} ms of virtual time\n\n{HEAD}")
             print(row(rows[-1]), flush=True)
+            if options.out:
+                # After every row: a long sweep may be ended early.
+                write(options.out, rows, kept)
             print(f"{case.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
             for r in results:
                 if r["touched"] != r["wanted"]:
                     print(f"  seed {r['seed']}: asked for {r['wanted']}, touched {r['touched']}, mode {r['mode']}, {r['reason']}", file=sys.stderr)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps(kept))
-        (options.out / "table.md").write_text(HEAD + "\n" + "\n".join(map(row, rows)) + "\n")
-        plot(rows, options.out / "latency.svg")
     return int(options.at_least is not None and any(s["success"] < options.at_least for s in rows))
 
 

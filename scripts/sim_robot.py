@@ -28,9 +28,11 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from film import Film
 from sim_arm import CAMERAS, JOINTS, MODEL, Arm, write_picture
 from touch import Touch
 from trajectory import Sample, Trajectory, brakes, refusal, seconds
@@ -193,6 +195,10 @@ class SimRobot:
             self._reset(options.seed)
         self.controller = Controller(self.arm, self.report)
         self.recorder = Recorder(options.record) if options.record else None
+        self.film = Film() if options.film else None
+        self._asked = ""
+        if self.film:
+            node.create_subscription(String, options.prompt_topic, self._on_prompt, 1)
         self._newest: JointTrajectory | None = None
         self._lock = threading.Lock()
         # Images as camera drivers send them: the newest or nothing.
@@ -223,6 +229,9 @@ class SimRobot:
         self.touch.reset(seed)
         self._begun = time.monotonic()
         self.report.touched = self.touch.touches.order
+
+    def _on_prompt(self, msg: String) -> None:
+        self._asked = msg.data
 
     def _on_trajectory(self, msg: JointTrajectory) -> None:
         with self._lock:
@@ -259,6 +268,8 @@ class SimRobot:
                 self.controller.step(physics)
             self.controller.measure(physics)
             self.touch.judge(now - self._begun)
+            if self.film:
+                self.film.add(now - start, self.arm.data.qpos, self._asked)
             self._publish_joints()
             # One camera a cycle, so that rendering both does not hold up the joint states.
             due = min(next_image, key=next_image.get)
@@ -277,6 +288,8 @@ class SimRobot:
             self.recorder.close()
         if self.options.picture:
             write_picture(self.options.picture, self.options.model, self.arm.data)
+        if self.film:
+            self.film.write(self.options.film, self.options.model)
 
     def _send(self, publisher, msg) -> None:
         publisher.publish(msg)
@@ -352,6 +365,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--move", action="store_true", help="move by itself, gently, without a policy")
     parser.add_argument("--record", type=Path, help="write what is published to this rosbag2 folder (MCAP)")
     parser.add_argument("--picture", type=Path, help="write a PNG of the scene at the end")
+    parser.add_argument("--film", type=Path, help="write an animated PNG of the run at the end, which takes a while")
+    parser.add_argument("--prompt-topic", default="/pi0_mps/prompt", help="what a film says above the picture")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON at the end")
     options = parser.parse_args()
     for name, value in {"--width": options.width, "--height": options.height, "--camera-rate": options.camera_rate}.items():

@@ -257,6 +257,25 @@ fn infer_reproduces_the_golden_cases_from_the_command_line() {
     }
 }
 
+/// The case was written by training/check.py: other code, the same weights.
+#[test]
+fn the_shipped_policy_computes_what_its_training_code_computes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.safetensors");
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints/touch");
+    let case = fixtures().join("touch/case.safetensors");
+    let [checkpoint, case, out] = [&checkpoint, &case, &out].map(|path| path.to_str().unwrap());
+    let done = pi0(&["infer", "--checkpoint", checkpoint, "--case", case, "--out", out, "--device", "cpu", "--json"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let summary: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    for (name, tolerance) in
+        [("prefix_embs", PREFIX_TOLERANCE), ("v", VELOCITY_TOLERANCE), ("actions", ACTION_TOLERANCE)]
+    {
+        let distance = summary["relative_l2"][name].as_f64().unwrap();
+        assert!(distance <= tolerance, "{name} are off by {distance:.2e}");
+    }
+}
+
 #[test]
 fn infer_refuses_what_does_not_fit_together() {
     let folder = tempfile::tempdir().unwrap();
