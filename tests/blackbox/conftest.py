@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import rclpy  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from rclpy.signals import SignalHandlerOptions  # noqa: E402
+from rclpy.time import Time  # noqa: E402
 
 from harness import claim_domain  # noqa: E402
 from node_under_test import NodeUnderTest  # noqa: E402
@@ -84,3 +87,40 @@ def start_node(binaries: Path, checkpoint: Path, robot: IdealRobot, tmp_path: Pa
         code = node.close()
         assert code == node.expected_exit, f"the node ended with {code}; its log:\n{node.process.tail()}"
         node.check_accounting()
+
+
+@pytest.fixture
+def play_bag() -> Callable[[Path, NodeUnderTest], None]:
+    """Plays a bag over topics with its time on /clock, as `ros2 bag play --clock` does; arms as soon as that is possible."""
+
+    def play(bag: Path, node: NodeUnderTest) -> None:
+        from rclpy.serialization import deserialize_message
+        from rosbags.rosbag2 import Reader
+        from rosgraph_msgs.msg import Clock
+        from sensor_msgs.msg import Image, JointState
+
+        ros = node.robot.node
+        newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        clock = ros.create_publisher(Clock, "/clock", newest)
+        with Reader(bag) as reader:
+            kinds = {c.topic: JointState if c.msgtype.endswith("JointState") else Image for c in reader.connections}
+            messages = [(t, c.topic, deserialize_message(bytes(d), kinds[c.topic])) for c, t, d in reader.messages()]
+        topics = {topic: ros.create_publisher(kind, topic, newest) for topic, kind in kinds.items()}
+        everybody = [clock, *topics.values()]
+        node.wait(lambda: all(p.get_subscription_count() for p in everybody), "subscriptions of the node")
+        node.wait_for_text("waiting")  # the policy is loaded
+        begin, wall = messages[0][0], time.monotonic()
+        armed = None
+        for recorded, topic, message in messages:
+            while (ahead := (recorded - begin) * 1e-9 - (time.monotonic() - wall)) > 0:
+                clock.publish(Clock(clock=Time(nanoseconds=recorded - int(ahead * 1e9)).to_msg()))
+                time.sleep(min(ahead, 0.002))
+            clock.publish(Clock(clock=Time(nanoseconds=recorded).to_msg()))
+            topics[topic].publish(message)
+            if armed is None or (armed.done() and not armed.result().success):
+                armed = node.ask_to_enable()
+        assert armed.result().success, armed.result().message
+        for publisher in everybody:
+            ros.destroy_publisher(publisher)
+
+    return play

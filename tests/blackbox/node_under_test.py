@@ -39,6 +39,7 @@ class NodeUnderTest:
         self._enable = ros.create_client(SetBool, f"{name}/enable")
         self._stop = ros.create_client(Trigger, f"{name}/stop")
         self._reset = ros.create_client(Trigger, f"{name}/reset")
+        self._save_recording = ros.create_client(Trigger, f"{name}/save_recording")
         self._set = ros.create_client(SetParameters, f"{name}/set_parameters")
         self._get = ros.create_client(GetParameters, f"{name}/get_parameters")
         self._change_state = ros.create_client(ChangeState, f"{name}/change_state")
@@ -103,11 +104,18 @@ class NodeUnderTest:
     def enable(self, on: bool = True) -> SetBool.Response:
         return self.call(self._enable, SetBool.Request(data=on))
 
+    def ask_to_enable(self):
+        """Without waiting for the answer."""
+        return self._enable.call_async(SetBool.Request(data=True))
+
     def stop(self) -> Trigger.Response:
         return self.call(self._stop, Trigger.Request())
 
     def reset(self) -> Trigger.Response:
         return self.call(self._reset, Trigger.Request())
+
+    def save_recording(self) -> Trigger.Response:
+        return self.call(self._save_recording, Trigger.Request())
 
     def change_state(self, label: str) -> bool:
         return self.call(self._change_state, ChangeState.Request(transition=Transition(label=label))).success
