@@ -16,7 +16,7 @@ struct FlowArgs {
     float* h;               // [64, width]
     bf16* hb;               // panel of h·scale
     bf16* u;                // panel of SiLU(in-projection), the second time layer's input
-    float* squares;         // [square_tiles][64]
+    float* squares;         // partial sums of squares of each row
     const float* out_w;     // [action_dim, width]
     const float* out_b;     // [action_dim]
     const float* out_scale;  // [width] of the final norm
@@ -26,7 +26,8 @@ struct FlowArgs {
     const float* state_b;   // [width]
     const float* scale;     // [width] of the first norm
     float inv_width, time, dt;
-    int32_t width, horizon, action_dim, state_dim, stride, square_tiles;
+    int32_t width, horizon, action_dim, state_dim, stride;
+    int32_t square_tiles, square_row, square_tile;  // partial sums of a row; from row to row, and from one to the next
     int32_t step;           // the step that ends here; -1 before the first
     int32_t last;           // 1: only the output side
     int32_t direct;         // 1: the in-projection is the token itself (π0.5)
@@ -91,6 +92,6 @@ extern "C" __global__ void __launch_bounds__(256) flow_step(const __grid_constan
     }
     if (!action || a.direct) {
         sum = block_sum(sum, scratch);
-        if (tid < a.square_tiles) a.squares[tid * 64 + n] = tid == 0 ? sum : 0.0f;
+        if (tid < a.square_tiles) a.squares[n * a.square_row + tid * a.square_tile] = tid == 0 ? sum : 0.0f;
     }
 }

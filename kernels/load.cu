@@ -30,20 +30,27 @@ extern "C" __global__ void __launch_bounds__(kThreads) load_copy(const __grid_co
     }
 }
 
-// Where row r of a matrix goes in the packed order of skinny.cu.
+// Where row r of a matrix goes in packed order: rows that are combined after the product lie `half` apart.
 // order 0: as it is; 1: pairs of the rotation, starting at head `first`; 2: gate rows; 3: up rows.
-__device__ __forceinline__ int64_t packed_row(int64_t r, int order, int first, int head_dim) {
+__device__ __forceinline__ int64_t packed_row(int64_t r, int order, int first, int head_dim, int half) {
     if (order == 0) return r;
+    int64_t pair = r, second = order == 3;
     if (order == 1) {
-        const int half = head_dim / 2;
-        const int64_t d = r % head_dim, p = (first + r / head_dim) * half + d % half;
-        return p / 32 * 64 + p % 32 + (d >= half ? 32 : 0);
+        const int pairs = head_dim / 2;
+        const int64_t d = r % head_dim;
+        pair = (first + r / head_dim) * pairs + d % pairs, second = d >= pairs;
     }
-    return r / 32 * 64 + r % 32 + (order == 3 ? 32 : 0);
+    return pair / half * (2 * half) + pair % half + second * half;
 }
 
-// Offset of (row, k) in packed weights [tiles][k/32][4][2][32][8].
-__device__ __forceinline__ int64_t packed_at(int64_t row, int64_t k, int64_t padded_k) {
+// Layouts of packed weights: for skinny.cu [tiles][k/32][4][2][32][8], for persistent.cu [k/128][rows/8][16][8][8].
+enum Layout { kFragments = 0, kTiles = 1 };
+
+__device__ __forceinline__ int half_of(int layout) { return layout == kFragments ? 32 : 1; }
+
+// Offset of (row, k) of `rows` packed rows.
+__device__ __forceinline__ int64_t packed_at(int64_t row, int64_t k, int64_t padded_k, int64_t rows, int layout) {
+    if (layout == kTiles) return (k / 128 * (rows / 8) + row / 8) * 1024 + k % 128 / 8 * 64 + row % 8 * 8 + k % 8;
     const int64_t tile = row / 64, r = row % 64;
     const int64_t lane = (r % 8) * 4 + (k % 32) / 8;
     return (((tile * (padded_k / 32) + k / 32) * 4 + r / 16) * 2 + (r % 16) / 8) * 256 + lane * 8 + k % 8;
@@ -52,15 +59,16 @@ __device__ __forceinline__ int64_t packed_at(int64_t row, int64_t k, int64_t pad
 struct PackArgs {
     const void* from;  // [rows, cols]
     bf16* to;
-    int64_t rows, cols, padded_k;
-    int32_t type, order, first, head_dim;
+    int64_t rows, cols, padded_k, packed_rows;
+    int32_t type, order, first, head_dim, layout;
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads) load_pack(const __grid_constant__ PackArgs a) {
     const int64_t total = a.rows * a.cols;
     for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * kThreads) {
         const int64_t r = i / a.cols, k = i % a.cols;
-        a.to[packed_at(packed_row(r, a.order, a.first, a.head_dim), k, a.padded_k)] = __float2bfloat16(read_as(a.from, i, a.type));
+        const int64_t row = packed_row(r, a.order, a.first, a.head_dim, half_of(a.layout));
+        a.to[packed_at(row, k, a.padded_k, a.packed_rows, a.layout)] = __float2bfloat16(read_as(a.from, i, a.type));
     }
 }
 
@@ -70,7 +78,7 @@ struct ProductArgs {
     const float* bias;  // [rows] or null
     float* y;           // [count, y_stride]
     int64_t rows, k, padded_k, x_stride, y_stride;
-    int32_t type, count, silu;
+    int32_t type, count, silu, layout;
     float add;          // added to every result: the 1 of 1 + scale
 };
 
@@ -81,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) load_product(const __grid
     const int64_t row = id / a.count, n = id % a.count, lane = threadIdx.x % 32;
     float sum = 0.0f;
     for (int64_t k = lane; k < a.k; k += 32)
-        sum += read_as(a.w, a.padded_k ? packed_at(row, k, a.padded_k) : row * a.k + k, a.type) * a.x[n * a.x_stride + k];
+        sum += read_as(a.w, a.padded_k ? packed_at(row, k, a.padded_k, a.rows, a.layout) : row * a.k + k, a.type) * a.x[n * a.x_stride + k];
     sum = warp_sum(sum);
     if (lane == 0) {
         sum += (a.bias ? a.bias[row] : 0.0f) + a.add;

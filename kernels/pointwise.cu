@@ -56,7 +56,7 @@ struct RopeArgs {
     bf16* qkv;  // [rows, (heads + 2)·head_dim]: rotated queries stay here, keys and values go to the cache
     const float2* rope;
     const EncodeParams* params;
-    int32_t rows, heads, head_dim, layer;
+    int32_t rows, heads, head_dim, layer, cache_row;  // cache_row: elements from one row of the cache to the next
 };
 
 // Half-split rotation (spec section 4); position = row. One thread per 4 pairs.
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) rope_cache(const __grid_c
     bf16* from = a.qkv + (static_cast<size_t>(row) * (a.heads + 2) + head) * a.head_dim + i;
     uint2 lo = *reinterpret_cast<const uint2*>(from), hi = *reinterpret_cast<const uint2*>(from + half);
     bf16* to = from;
-    const size_t cached = a.layer * a.params->layer_stride + static_cast<size_t>(row) * a.head_dim + i;
+    const size_t cached = a.layer * a.params->layer_stride + static_cast<size_t>(row) * a.cache_row + i;
     if (head == a.heads) to = a.params->keys + cached;
     if (head > a.heads) to = a.params->values + cached;
     if (head <= a.heads) {

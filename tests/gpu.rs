@@ -12,7 +12,7 @@ mod seeded;
 use golden::{CASES, Golden, relative_l2};
 use half::bf16;
 use pi0_mps::engine::cpu::CpuEngine;
-use pi0_mps::engine::cuda::{CudaCache, CudaDecoder, CudaEncoder, CudaEngine, Tuning};
+use pi0_mps::engine::cuda::{CudaCache, CudaDecoder, CudaEncoder, CudaEngine, DecoderPath, Tuning};
 use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, Guidance, GuidanceSchedule, KvCache, View,
 };
@@ -127,9 +127,9 @@ fn every_guidance_schedule_agrees() {
 
 /// Both engines on one seeded checkpoint.
 struct Pair {
+    dir: tempfile::TempDir,
     dims: Dims,
     gpu: Gpu,
-    engine: CudaEngine,
     views: Vec<Vec<f32>>,
     tokens: Vec<u32>,
     state: Vec<f32>,
@@ -164,7 +164,13 @@ impl Pair {
         let mut actions = vec![f32::NAN; noise.len()];
         let velocities = decoder.decode_with_velocities(&cache, &plain(&state, &noise), &mut actions).unwrap();
         let gpu = Gpu::new(&engine, views.len(), tokens.len());
-        Self { dims, gpu, engine, views, tokens, state, noise, embeddings, velocities, actions }
+        Self { dir, dims, gpu, views, tokens, state, noise, embeddings, velocities, actions }
+    }
+
+    /// The same checkpoint once more, with the decoder on this path.
+    fn on(&self, path: DecoderPath) -> CudaEngine {
+        let checkpoint = Checkpoint::open(self.dir.path()).unwrap();
+        CudaEngine::load_for(path, &checkpoint, Resampler::LeRobot, 0).unwrap()
     }
 
     /// Worst distance of a step's velocity, and that of the actions.
@@ -208,21 +214,80 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
         assert!(short > PEAKED_TOLERANCE, "a prefix one row short went unnoticed: {short}");
         assert!(dropped > 1.05 * sound, "a dropped key went unnoticed: {dropped}");
 
-        // Without dependent launch the same bits come out.
         pair.encode();
+        let first = pair.gpu.decode(&plain(&pair.state, &pair.noise));
+        for run in 0..200 {
+            let again = pair.gpu.decode(&plain(&pair.state, &pair.noise));
+            assert!(again == first, "run {run} differs");
+        }
+        println!(
+            "bits {family:?}: 200 decodes of {} equal, {:?} blocks",
+            pair.dims.expert.width,
+            pair.gpu.decoder.blocks()
+        );
+
+        // By launches: as near, and without dependent launch the same bits.
+        let engine = pair.on(DecoderPath::Launches);
+        pair.gpu = Gpu::new(&engine, views, tokens);
+        pair.encode();
+        pair.gpu.decoder.poison().unwrap();
+        let (velocities, actions) = pair.distances();
+        println!("parity {family:?} full width, launches: velocities {velocities:.1e}, actions {actions:.1e}");
+        assert!(velocities <= PEAKED_TOLERANCE && actions <= TOLERANCE && pair.gpu.decoder.blocks().is_none());
         let dependent = pair.gpu.decode(&plain(&pair.state, &pair.noise));
-        let mut serial = Gpu::new(&CudaEngine::tuned(pair.engine, Tuning::default().dependent(false)), views, tokens);
+        let mut serial = Gpu::new(&engine.tuned(Tuning::default().dependent(false)), views, tokens);
         serial.encode(&pair.views, &pair.tokens);
         let alone = serial.decode(&plain(&pair.state, &pair.noise));
         assert_eq!(dependent, alone, "dependent launch changes results");
-        for run in 0..200 {
-            let again = pair.gpu.decode(&plain(&pair.state, &pair.noise));
-            assert!(again == dependent, "run {run} differs");
+    }
+}
+
+/// Few blocks, many, and blocks that sleep at random: the same bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
+    for (family, layers, steps, views) in [(Family::Pi0, 4, 10, 2), (Family::Pi05, 2, 3, 5)] {
+        let mut dims = full_width(family, layers);
+        dims.vision.layers = 1;
+        dims.trunk.mlp = 2048;
+        let Ok(mut engine) = CudaEngine::random_for(DecoderPath::Persistent, &dims, Resampler::LeRobot, 0, 41) else {
+            println!("bits: no persistent decoder on this GPU");
+            return;
+        };
+        let planes: Vec<Vec<f32>> = (0..views).map(|v| normals(42 + v, 3 * 224 * 224)).collect();
+        let (state, noise) = (normals(44, 32), normals(45, 50 * 32));
+        let input = DecodeInput { steps, ..plain(&state, &noise) };
+        let mut expected = None;
+        let (mut runs, mut sizes) = (0, Vec::new());
+        for (clusters, delay, times) in [
+            (99, 0, 50),
+            (25, 0, 50),
+            (16, 0, 50),
+            (11, 0, 50),
+            (6, 0, 30),
+            (1, 0, 5),
+            (99, 3_000, 400),
+            (19, 10_000, 300),
+            (11, 2_000, 300),
+        ] {
+            engine = engine.tuned(Tuning::default().clusters(clusters).delay(delay));
+            let mut gpu = Gpu::new(&engine, planes.len(), 20);
+            sizes.push(gpu.decoder.blocks().unwrap());
+            gpu.encode(&planes, &(2..22).collect::<Vec<u32>>());
+            for run in 0..times {
+                if run % 10 == 0 {
+                    gpu.decoder.poison().unwrap();
+                }
+                let got = gpu.decode(&input);
+                assert!(got.0.iter().all(|v| v.is_finite()), "{clusters} clusters, run {run}: not finite");
+                assert!(
+                    *expected.get_or_insert_with(|| got.clone()) == got,
+                    "{clusters} clusters, delay {delay}, run {run} differs"
+                );
+                runs += 1;
+            }
         }
-        println!(
-            "bits {family:?}: 200 decodes of {} dims equal, with and without dependent launch",
-            pair.dims.expert.width
-        );
+        println!("bits {family:?}: {runs} decodes equal over {sizes:?} blocks, 1000 of them with random delays");
     }
 }
 

@@ -13,8 +13,8 @@ use std::ptr::null_mut;
 
 use cudarc::driver::sys;
 use golden::Golden;
-use pi0_mps::engine::cuda::{CudaEngine, Gpu, probe};
-use pi0_mps::engine::{EncodeInput, Encoder, Engine, EngineError, View};
+use pi0_mps::engine::cuda::{CudaEngine, Gpu, Tuning, probe};
+use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, View};
 use pi0_mps::model::{Checkpoint, Family, Resampler};
 
 /// Enters the GPU's primary context for calls of this test's own.
@@ -43,6 +43,35 @@ fn a_process_that_sees_no_gpu_says_so() {
     let said = String::from_utf8_lossy(&again.stdout).into_owned();
     assert!(said.contains("the driver finds no GPU. Check nvidia-smi"), "{said}");
     println!("faults: no GPU is told as such");
+}
+
+/// In a process of its own: the GPU is lost to it.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_decoder_that_waits_in_vain_says_so() {
+    if std::env::var_os("PI0_TEST_STALL").is_some() {
+        let engine = CudaEngine::random(&seeded::full_width(Family::Pi0, 1), Resampler::OpenPi, 0, 1).unwrap();
+        let engine = engine.tuned(Tuning::default().stall());
+        let (mut encoder, mut decoder) = engine.stages().unwrap();
+        let mut cache = engine.cache(1, 4).unwrap();
+        let view = seeded::normals(1, 3 * 224 * 224);
+        let input = EncodeInput { views: &[View::Planes(&view)], tokens: &[1, 2, 3, 4] };
+        encoder.encode(&input, &mut cache).unwrap();
+        let (state, noise) = (seeded::normals(2, 32), seeded::normals(3, 50 * 32));
+        let input = DecodeInput { state: &state, noise: &noise, steps: 2, guidance: None };
+        let e = decoder.decode(&cache, &input, &mut vec![0.0; noise.len()]).unwrap_err();
+        println!("stall: fatal {}, {e}", e.is_fatal());
+        return;
+    }
+    let again = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--include-ignored", "--nocapture", "--exact", "a_decoder_that_waits_in_vain_says_so"])
+        .env("PI0_TEST_STALL", "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&again.stdout).into_owned();
+    let line = said.lines().find_map(|l| l.split_once("stall: ")).map(|(_, l)| l.to_owned()).unwrap_or_default();
+    println!("faults: {line}");
+    assert!(line.starts_with("fatal true") && line.contains("waited two seconds in vain"), "{said}");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 #[path = "common/seeded.rs"]
 mod seeded;
 
-use pi0_mps::engine::cuda::{CudaEngine, Stage, Tuning};
+use pi0_mps::engine::cuda::{CudaCache, CudaEngine, DecoderPath, Stage, Tuning};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
 use pi0_mps::model::{Dims, Family, Frame, Resampler};
 use seeded::{full_width, normals};
@@ -23,11 +23,14 @@ fn dims() -> Dims {
 }
 
 /// The full-size engine, and the library's log where RUST_LOG asks for it.
-fn engine() -> CudaEngine {
+fn engine(path: Option<DecoderPath>) -> CudaEngine {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stdout).try_init();
     let start = std::time::Instant::now();
-    let engine = CudaEngine::random(&dims(), Resampler::OpenPi, 0, 1).unwrap();
+    let engine = match path {
+        None => CudaEngine::random(&dims(), Resampler::OpenPi, 0, 1).unwrap(),
+        Some(path) => CudaEngine::random_for(path, &dims(), Resampler::OpenPi, 0, 1).unwrap(),
+    };
     println!("{} loaded in {:.1} s", engine.describe(), start.elapsed().as_secs_f32());
     engine
 }
@@ -44,7 +47,7 @@ fn tokens() -> Vec<u32> {
 #[test]
 #[ignore = "needs a GPU"]
 fn encode_times() {
-    let engine = engine();
+    let engine = engine(None);
     let (frame, tokens) = (frame(), tokens());
     let mut cache = engine.cache(3, 48).unwrap();
     let (mut encoder, _) = engine.stages().unwrap();
@@ -73,68 +76,81 @@ fn encode_times() {
     }
 }
 
-#[test]
-#[ignore = "needs a GPU"]
-fn decode_times() {
-    let engine = engine();
-    let (frame, tokens) = (frame(), tokens());
-    let (state, noise) = (normals(4, 32), normals(5, 50 * 32));
-    let mut cache = engine.cache(3, 48).unwrap();
-    {
+/// Times decoders of one engine over the same prefix.
+struct Timed {
+    engine: Option<CudaEngine>,
+    cache: CudaCache,
+    state: Vec<f32>,
+    noise: Vec<f32>,
+    base: Option<Vec<f32>>,
+}
+
+impl Timed {
+    fn new(path: Option<DecoderPath>) -> Self {
+        let engine = engine(path);
+        let (frame, tokens) = (frame(), tokens());
+        let mut cache = engine.cache(3, 48).unwrap();
         let (mut encoder, _) = engine.stages().unwrap();
         let views = [View::Frame(&frame), View::Frame(&frame)];
         encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+        drop(encoder);
+        Self { engine: Some(engine), cache, state: normals(4, 32), noise: normals(5, 50 * 32), base: None }
     }
-    let mut engine = Some(engine);
-    use Stage::*;
-    let prefetches: [&[(Stage, Stage)]; 2] =
-        [&[(Attention, GateUp)], &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)]];
-    let slices = [[512, 256, 512, 512], [512, 512, 512, 512], [256, 256, 1024, 512]];
-    let exclusives: [&[Stage]; 7] = [
-        &[],
-        &[Attention],
-        &[Attention, Down],
-        &[Attention, Out, Down],
-        &[Qkv, Attention, Out, Down],
-        &[Qkv, Attention, Out, GateUp, Down],
-        &[Qkv, Out, Down],
-    ];
-    let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
-    let mut base: Option<Vec<f32>> = None;
-    let mut time = |label: String, tuning: Tuning, same: bool| {
-        let mut taken = engine.take().unwrap();
-        taken = taken.tuned(tuning);
-        let (_, mut decoder) = taken.stages().unwrap();
-        engine = Some(taken);
-        let mut actions = vec![0.0; noise.len()];
+
+    /// `same`: must give what the first of them gave, to the bit.
+    fn time(&mut self, label: String, tuning: Tuning, same: bool) {
+        let engine = self.engine.take().unwrap().tuned(tuning);
+        let (_, mut decoder) = engine.stages().unwrap();
+        self.engine = Some(engine);
+        let mut actions = vec![0.0; self.noise.len()];
+        let input = DecodeInput { state: &self.state, noise: &self.noise, steps: 10, guidance: None };
         let mut times = Vec::new();
         for run in 0..120 {
-            decoder.decode(&cache, &input, &mut actions).unwrap();
+            decoder.decode(&self.cache, &input, &mut actions).unwrap();
             if run >= 20 {
                 times.push(decoder.last_ms().unwrap());
             }
         }
         let (mid, low, high) = median(times);
-        println!("decode {label}: {mid:.3} ms ({low:.3} to {high:.3})");
+        println!("decode {label}: {mid:.3} ms ({low:.3} to {high:.3}), {:?} blocks", decoder.blocks());
         if same {
             assert!(actions.iter().all(|a| a.is_finite()));
-            assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
+            assert!(*self.base.get_or_insert_with(|| actions.clone()) == actions, "the result changed");
         }
-    };
-    time("default".into(), Tuning::default(), true);
-    time("without dependent launch".into(), Tuning::default().dependent(false), true);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_times() {
+    let mut timed = Timed::new(None);
+    timed.time("default".into(), Tuning::default(), true);
+    for clusters in [32, 31, 24, 16, 12, 11, 10, 8, 6, 4] {
+        timed.time(format!("on at most {clusters} clusters"), Tuning::default().clusters(clusters), true);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn launch_times() {
+    let mut timed = Timed::new(Some(DecoderPath::Launches));
+    use Stage::*;
+    let prefetches: [&[(Stage, Stage)]; 2] =
+        [&[(Attention, GateUp)], &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)]];
+    let slices = [[512, 256, 512, 512], [512, 512, 512, 512], [256, 256, 1024, 512]];
+    let exclusives: [&[Stage]; 3] = [&[], &[Attention, Down], &[Qkv, Attention, Out, GateUp, Down]];
+    timed.time("by launches".into(), Tuning::default(), true);
+    timed.time("without dependent launch".into(), Tuning::default().dependent(false), true);
     for prefetch in prefetches {
-        time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
+        timed.time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
     }
     for stages in exclusives {
-        time(format!("exclusive {stages:?}"), Tuning::default().exclusive(stages), true);
-        let fewer = Tuning::default().exclusive(stages).slices([512, 256, 512, 512]);
-        time(format!("exclusive {stages:?}, slices [512, 256, 512, 512]"), fewer, false);
+        timed.time(format!("exclusive {stages:?}"), Tuning::default().exclusive(stages), true);
     }
     for slices in slices {
-        time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
+        timed.time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
     }
     for stage in [Qkv, Attention, Out, GateUp, Down] {
-        time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
+        timed.time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
     }
 }

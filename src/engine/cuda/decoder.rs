@@ -1,6 +1,6 @@
 //! The action expert: ten flow-matching steps as one graph.
 //!
-//! Five kernels a layer, each started early enough to fetch its weights while the one in front still runs
+//! One cooperative kernel a step where plan.rs allows it (persistent.rs), otherwise five kernels a layer, each started early enough to fetch its weights while the one in front still runs
 //! (docs/performance.md). The state row of π0 rides along in the first step only: its keys and values depend on
 //! neither actions nor time.
 
@@ -9,9 +9,12 @@ use std::sync::Arc;
 
 use super::device::{Buffer, Pinned};
 use super::encoder::CudaCache;
-use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, Shape, Skinny, SkinnyArgs};
+use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, PersistentArgs, Shape, Skinny, SkinnyArgs};
 use super::lane::Lane;
-use super::plan::{self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES};
+use super::persistent::Persistent;
+use super::plan::{
+    self, CLUSTERS, DecoderPath, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES,
+};
 use super::stream::{Event, Graph, Stream};
 use super::time::Tables;
 use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
@@ -52,7 +55,7 @@ impl Block {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     steps: usize,
-    /// Keys a pass of the attention.
+    /// Keys a pass of the attention; 0 in the persistent decoder, which reads their number.
     tile: usize,
 }
 
@@ -92,6 +95,7 @@ pub struct CudaDecoder {
     suffix_values: Buffer<u16>,
     squares: Buffer<f32>,
     events: [Event; 2],
+    persistent: Option<Persistent>,
 }
 
 impl CudaDecoder {
@@ -119,9 +123,15 @@ impl CudaDecoder {
         };
         let chunk = dims.horizon * dims.action_dim;
         let block = Block::new(&dims);
-        let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride * 8);
+        let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride.max(plan::PANEL_ROWS) * 8);
+        let stream = Stream::new(&lane)?;
+        let persistent = match weights.path {
+            DecoderPath::Launches => None,
+            DecoderPath::Persistent => Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?),
+        };
         Ok(Self {
-            stream: Stream::new(&lane)?,
+            stream,
+            persistent,
             graphs: HashMap::new(),
             tables: HashMap::new(),
             tokens,
@@ -139,7 +149,7 @@ impl CudaDecoder {
             q: Buffer::zeroed(&device, 64 * e.heads * e.head_dim)?,
             suffix_keys: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
             suffix_values: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
-            squares: Buffer::zeroed(&device, sizes.width_rows / TILE * 64)?,
+            squares: Buffer::zeroed(&device, plan::SQUARES.max(sizes.width_rows / TILE) * 64)?,
             events: [Event::new(&lane)?, Event::new(&lane)?],
             sizes,
             plans,
@@ -154,6 +164,11 @@ impl CudaDecoder {
     pub fn last_ms(&self) -> Result<f32, EngineError> {
         let _current = self.lane.enter()?;
         self.events[1].ms_since(&self.events[0])
+    }
+
+    /// Blocks of the persistent decoder; none where it runs by launches.
+    pub fn blocks(&self) -> Option<usize> {
+        self.persistent.as_ref().map(Persistent::blocks)
     }
 
     /// Overwrites every working buffer with NaN patterns, so that a test sees a value nobody wrote.
@@ -227,9 +242,15 @@ impl CudaDecoder {
     fn queue(&self, tables: &Tables, key: Key) -> Result<(), EngineError> {
         let dims = &self.model.dims;
         let steps = tables.times.len();
+        self.persistent.as_ref().map_or(Ok(()), |p| p.begin(&self.stream))?;
         self.flow(tables, None)?;
         for step in 0..steps {
             let rows = dims.horizon + if step == 0 { self.has_state() } else { 0 };
+            if let Some(p) = &self.persistent {
+                p.step(&self.lane, &self.stream, dims, (step, steps), self.persistent_args(tables, step, rows))?;
+                self.flow(tables, Some(step))?;
+                continue;
+            }
             if let Suffix::Pi0 { out, out_bias, .. } = &self.weights.suffix {
                 let args = SkinnyArgs {
                     w: out.pointer(),
@@ -250,16 +271,51 @@ impl CudaDecoder {
         Ok(())
     }
 
+    fn persistent_args(&self, tables: &Tables, step: usize, rows: usize) -> PersistentArgs {
+        let mut args = PersistentArgs {
+            params: self.inputs.pointer(),
+            rope: self.model.rope.pointer(),
+            u: self.u.pointer(),
+            hb: self.hb.pointer(),
+            q: self.q.pointer(),
+            suffix_keys: self.suffix_keys.pointer(),
+            suffix_values: self.suffix_values.pointer(),
+            attended: self.attended.pointer(),
+            gated: self.gated.pointer(),
+            h: self.h.pointer(),
+            squares: self.squares.pointer(),
+            rows: rows as i32,
+            ..PersistentArgs::default()
+        };
+        if let Suffix::Pi0 { out, out_bias, .. } = &self.weights.suffix {
+            args.time_w = out.pointer();
+            args.time_bias = out_bias.pointer();
+            args.first_scale = tables.scale(&self.weights.layers[0].norm1, step, 0);
+        }
+        args
+    }
+
     fn skinny(&self) -> &Skinny {
         &self.lane.kernels().skinny[self.tokens]
     }
 
     fn stride(&self) -> i32 {
-        8 * TOKEN_TILES[self.tokens] as i32 + 2
+        match self.persistent {
+            Some(_) => plan::PANEL_ROWS as i32,
+            None => 8 * TOKEN_TILES[self.tokens] as i32 + 2,
+        }
     }
 
     fn square_tiles(&self) -> i32 {
         (self.sizes.width_rows / TILE) as i32
+    }
+
+    /// Partial sums of squares of a token row, and elements from row to row and from one to the next.
+    fn squares_layout(&self) -> [i32; 3] {
+        match self.persistent {
+            Some(_) => [plan::SQUARES, plan::SQUARES, 1].map(|n| n as i32),
+            None => [self.square_tiles(), 1, 64],
+        }
     }
 
     /// The output side of a product that adds to the residual.
@@ -416,6 +472,7 @@ impl CudaDecoder {
         let step = done.unwrap_or(0);
         let at = |offset: usize| self.inputs.at(offset);
         let final_index = 2 * self.weights.layers.len();
+        let [square_tiles, square_row, square_tile] = self.squares_layout();
         let mut args = FlowArgs {
             x: self.x.pointer(),
             velocities: self.velocities.at(step * dims.horizon * dims.action_dim),
@@ -440,7 +497,9 @@ impl CudaDecoder {
             action_dim: dims.action_dim as i32,
             state_dim: dims.state_dim as i32,
             stride: self.stride(),
-            square_tiles: self.square_tiles(),
+            square_tiles,
+            square_row,
+            square_tile,
             step: done.map_or(-1, |s| s as i32),
             last: i32::from(next == steps),
             ..FlowArgs::default()
@@ -541,7 +600,10 @@ impl CudaDecoder {
             });
         }
         self.write_inputs(cache, input)?;
-        let (tile, _) = plan::decode_attention(keys, self.model.decode_head.1);
+        let tile = match self.persistent {
+            Some(_) => 0,
+            None => plan::decode_attention(keys, self.model.decode_head.1).0,
+        };
         let key = Key { steps: input.steps, tile };
         if !self.tables.contains_key(&input.steps) {
             let tables = Tables::new(&self.model.device, &dims, &self.weights, input.steps)?;
@@ -552,6 +614,9 @@ impl CudaDecoder {
                 self.graphs.clear();
             }
             if let Some(tables) = self.tables.get(&input.steps) {
+                if let Some(p) = &mut self.persistent {
+                    p.prepare(&self.model.device, &self.weights, tables)?;
+                }
                 let graph = self.stream.capture(|| {
                     self.stream.upload(&self.input, self.block.len, &self.inputs, 0)?;
                     self.queue(tables, key)?;
@@ -567,7 +632,11 @@ impl CudaDecoder {
             self.stream.launch_graph(graph)?;
             self.stream.record(&self.events[1])?;
         }
-        self.stream.synchronize()?;
+        let ended = self.stream.synchronize();
+        match &self.persistent {
+            Some(p) => p.check(ended)?,
+            None => ended?,
+        }
         actions.copy_from_slice(self.output.as_slice());
         Ok(())
     }

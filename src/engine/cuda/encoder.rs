@@ -20,23 +20,26 @@ use crate::model::Dims;
 /// Graphs kept before all are dropped.
 const KEPT_GRAPHS: usize = 32;
 
-/// Keys and values of one prefix on the device, `[layers, capacity, head_dim]` each.
+/// Keys and values of one prefix on the device, `[layers, capacity, row]` each, of which `head_dim` are used.
 pub struct CudaCache {
     keys: Buffer<u16>,
     values: Buffer<u16>,
     capacity: usize,
     head_dim: usize,
+    row: usize,
     pub(super) rows: usize,
 }
 
 impl CudaCache {
-    pub(super) fn new(device: &Arc<Device>, dims: &Dims, capacity: usize) -> Result<Self, EngineError> {
-        let len = dims.trunk.layers * capacity * dims.trunk.head_dim;
+    /// `row`: elements from one row to the next.
+    pub(super) fn new(device: &Arc<Device>, dims: &Dims, capacity: usize, row: usize) -> Result<Self, EngineError> {
+        let len = dims.trunk.layers * capacity * row;
         Ok(Self {
             keys: Buffer::zeroed(device, len)?,
             values: Buffer::zeroed(device, len)?,
             capacity,
             head_dim: dims.trunk.head_dim,
+            row,
             rows: 0,
         })
     }
@@ -51,13 +54,16 @@ impl CudaCache {
 
     /// Elements between layers.
     pub(super) fn layer_stride(&self) -> usize {
-        self.capacity * self.head_dim
+        self.capacity * self.row
     }
 
     /// Keys and values of a layer, `[rows, head_dim]` each: for comparison with an oracle.
     pub fn layer(&self, layer: usize) -> Result<[Vec<f32>; 2], EngineError> {
-        let (at, len) = (layer * self.layer_stride(), self.rows * self.head_dim);
-        Ok([self.keys.read_bf16(at, len)?, self.values.read_bf16(at, len)?])
+        let (at, len) = (layer * self.layer_stride(), self.rows * self.row);
+        let used = |padded: Vec<f32>| {
+            padded.chunks_exact(self.row).flat_map(|r| &r[..self.head_dim]).copied().collect::<Vec<f32>>()
+        };
+        Ok([used(self.keys.read_bf16(at, len)?), used(self.values.read_bf16(at, len)?)])
     }
 
     /// A planted fault: key `row` of every layer becomes that of the row before it.
@@ -65,8 +71,8 @@ impl CudaCache {
         let mut line = vec![0u16; self.head_dim];
         for start in (0..self.keys.len()).step_by(self.layer_stride()) {
             for buffer in [&self.keys, &self.values] {
-                buffer.read(start + (row - 1) * self.head_dim, &mut line)?;
-                buffer.write(start + row * self.head_dim, &line)?;
+                buffer.read(start + (row - 1) * self.row, &mut line)?;
+                buffer.write(start + row * self.row, &line)?;
             }
         }
         Ok(())
@@ -650,6 +656,7 @@ impl Queue<'_> {
                 heads: heads as i32,
                 head_dim: t.head_dim as i32,
                 layer: l as i32,
+                cache_row: self.model.cache_row as i32,
             };
             let items = rows * (heads + 2) * (t.head_dim / 8);
             self.kernels.rope.launch(self.stream, Shape::items(items, 256), &rope)?;
@@ -659,7 +666,7 @@ impl Queue<'_> {
                 out: w.attended.pointer(),
                 params: self.params,
                 q_row: (attention + 2 * t.head_dim) as i32,
-                kv_row: t.head_dim as i32,
+                kv_row: self.model.cache_row as i32,
                 out_row: attention as i32,
                 rows: rows as i32,
                 keys: rows as i32,

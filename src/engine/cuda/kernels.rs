@@ -104,9 +104,43 @@ pub(super) struct FlowArgs {
     pub state_dim: i32,
     pub stride: i32,
     pub square_tiles: i32,
+    pub square_row: i32,
+    pub square_tile: i32,
     pub step: i32,
     pub last: i32,
     pub direct: i32,
+}
+
+/// `PersistentArgs` of persistent.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PersistentArgs {
+    pub layers: u64,
+    pub params: u64,
+    pub rope: u64,
+    pub time_w: u64,
+    pub time_bias: u64,
+    pub first_scale: u64,
+    pub u: u64,
+    pub hb: u64,
+    pub q: u64,
+    pub suffix_keys: u64,
+    pub suffix_values: u64,
+    pub attended: u64,
+    pub gated: u64,
+    pub h: u64,
+    pub squares: u64,
+    pub arrived: u64,
+    pub error: u64,
+    pub scale: f32,
+    pub inv_width: f32,
+    pub layer_count: i32,
+    pub horizon: i32,
+    pub has_state: i32,
+    pub rows: i32,
+    pub suffix: i32,
+    pub barriers: i32,
+    pub delay: i32,
 }
 
 /// `AttentionArgs` of attention.cu.
@@ -156,6 +190,7 @@ pub(super) struct RopeArgs {
     pub heads: i32,
     pub head_dim: i32,
     pub layer: i32,
+    pub cache_row: i32,
 }
 
 /// `GegluArgs` of pointwise.cu.
@@ -221,10 +256,12 @@ pub(super) struct PackArgs {
     pub rows: i64,
     pub cols: i64,
     pub padded_k: i64,
+    pub packed_rows: i64,
     pub dtype: i32,
     pub order: i32,
     pub first: i32,
     pub head_dim: i32,
+    pub layout: i32,
 }
 
 /// `ProductArgs` of load.cu.
@@ -243,6 +280,7 @@ pub(super) struct ProductArgs {
     pub dtype: i32,
     pub count: i32,
     pub silu: i32,
+    pub layout: i32,
     pub add: f32,
 }
 
@@ -297,9 +335,31 @@ impl<A: Copy> Kernel<A> {
     /// Queues one launch. What `args` points at must be live and large enough until it has run: the launchers in
     /// encoder.rs and decoder.rs compute both from the same dimensions.
     pub fn launch(&self, stream: &Stream, shape: Shape, args: &A) -> Result<(), EngineError> {
-        let mut args = *args;
-        let mut parameters = [(&raw mut args).cast::<c_void>()];
-        let mut attributes = Vec::with_capacity(2);
+        self.queue(stream, shape, false, args)
+    }
+
+    /// As [`launch`](Self::launch), for blocks that wait for each other: all run at once, or the launch is refused.
+    pub fn launch_together(&self, stream: &Stream, shape: Shape, args: &A) -> Result<(), EngineError> {
+        self.queue(stream, shape, true, args)
+    }
+
+    /// Clusters of `shape` that fit what `stream` runs on at once, as the driver sees it.
+    pub fn clusters_at_once(&self, stream: &Stream, shape: Shape) -> Result<usize, EngineError> {
+        let mut attributes = Vec::with_capacity(1);
+        let config = Self::config(stream, shape, false, &mut attributes);
+        let mut found = 0;
+        // SAFETY: a loaded function, a configuration whose attributes live until the call returns, an out-parameter.
+        let code = unsafe { sys::cuOccupancyMaxActiveClusters(&mut found, self.function, &config) };
+        check(code, "asking how many clusters fit")?;
+        Ok(found.unsigned_abs() as usize)
+    }
+
+    fn config(
+        stream: &Stream,
+        shape: Shape,
+        together: bool,
+        attributes: &mut Vec<sys::CUlaunchAttribute>,
+    ) -> sys::CUlaunchConfig {
         // SAFETY: all-zero is a valid launch attribute (IGNORE).
         let blank: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         if shape.cluster > 1 {
@@ -316,7 +376,13 @@ impl<A: Copy> Kernel<A> {
             a.value.programmaticStreamSerializationAllowed = 1;
             attributes.push(a);
         }
-        let config = sys::CUlaunchConfig {
+        if together {
+            let mut a = blank;
+            a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+            a.value.cooperative = 1;
+            attributes.push(a);
+        }
+        sys::CUlaunchConfig {
             gridDimX: shape.grid[0],
             gridDimY: shape.grid[1],
             gridDimZ: shape.grid[2],
@@ -327,7 +393,14 @@ impl<A: Copy> Kernel<A> {
             hStream: stream.raw(),
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
-        };
+        }
+    }
+
+    fn queue(&self, stream: &Stream, shape: Shape, together: bool, args: &A) -> Result<(), EngineError> {
+        let mut args = *args;
+        let mut parameters = [(&raw mut args).cast::<c_void>()];
+        let mut attributes = Vec::with_capacity(3);
+        let config = Self::config(stream, shape, together, &mut attributes);
         // SAFETY: the function is loaded, its one parameter has this type's size (checked at load), and the driver
         // copies parameters and attributes before it returns.
         let code =
@@ -426,6 +499,8 @@ pub(super) struct Kernels {
     pub attention: [Kernel<AttentionArgs>; 4],
     /// For heads of 256, on sm_90a only.
     pub attention_wide: Option<Kernel<AttentionArgs>>,
+    /// For the published action expert, on sm_90a only.
+    pub persistent: Option<Kernel<PersistentArgs>>,
     pub flow: Kernel<FlowArgs>,
     pub norm: Kernel<NormArgs>,
     pub rope: Kernel<RopeArgs>,
@@ -452,7 +527,7 @@ impl Kernels {
             Ok(modules.len() - 1)
         };
         let (skinny, decode, attention) = (open("skinny")?, open("decode_attention")?, open("attention")?);
-        let wide = open("attention_wide")?;
+        let (wide, persistent) = (open("attention_wide")?, open("persistent")?);
         let (flow, pointwise, image, load) = (open("flow")?, open("pointwise")?, open("image")?, open("load")?);
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| -> Result<[Kernel<SkinnyArgs>; 4], EngineError> {
@@ -464,6 +539,8 @@ impl Kernels {
         };
         let attention_wide = modules[wide].kernel("attention_wide", MAX_SHARED)?;
         let attention_wide = if attention_wide.is_hopper()? { Some(attention_wide) } else { None };
+        let persistent = modules[persistent].kernel("persistent_step", super::plan::PERSISTENT_SHARED)?;
+        let persistent = if persistent.is_hopper()? { Some(persistent) } else { None };
         let [t0, t1, t2, t3] = super::plan::TOKEN_TILES;
         Ok(Self {
             skinny: [family(t0)?, family(t1)?, family(t2)?, family(t3)?],
@@ -480,6 +557,7 @@ impl Kernels {
                 modules[attention].kernel("attention_256", MAX_SHARED)?,
             ],
             attention_wide,
+            persistent,
             flow: modules[flow].kernel("flow_step", 0)?,
             norm: modules[pointwise].kernel("row_norm", 0)?,
             rope: modules[pointwise].kernel("rope_cache", 0)?,

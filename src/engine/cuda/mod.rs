@@ -18,6 +18,7 @@ mod kernels;
 mod lane;
 mod load;
 mod lt;
+mod persistent;
 mod plan;
 mod rope;
 mod stream;
@@ -30,7 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
 pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
-pub use plan::Stage;
+pub use plan::{DecoderPath, Stage};
 
 use super::partition::{Grant, Kind, Offer};
 use super::{Engine, EngineError};
@@ -75,6 +76,8 @@ struct Model {
     vision_head: (usize, usize),
     trunk_head: (usize, usize),
     decode_head: (usize, usize),
+    /// Elements from one row of a cache to the next.
+    cache_row: usize,
     /// Rows of the rotation table.
     positions: usize,
     rope: Buffer<f32>,
@@ -95,6 +98,10 @@ pub struct Tuning {
     exclusive: [bool; 5],
     /// A kernel to launch twice: its time is the difference, its results are wrong.
     twice: Option<Stage>,
+    /// Clusters of the persistent decoder at most.
+    clusters: usize,
+    /// Sleep of each of its blocks before each phase, up to so many ns; negative: one block never says that it is done.
+    delay: i32,
 }
 
 impl Default for Tuning {
@@ -105,6 +112,8 @@ impl Default for Tuning {
             prefetch: plan::PREFETCH,
             exclusive: plan::EXCLUSIVE,
             twice: None,
+            clusters: usize::MAX,
+            delay: 0,
         }
     }
 }
@@ -113,6 +122,25 @@ impl Tuning {
     /// These K slices for the products QKV, O, gate/up and down.
     pub fn slices(mut self, [qkv, out, gate_up, down]: [usize; 4]) -> Self {
         self.slices = plan::Slices { qkv, out, gate_up, down };
+        self
+    }
+
+    /// At most so many clusters for the persistent decoder, as on a smaller share.
+    pub fn clusters(mut self, most: usize) -> Self {
+        self.clusters = most;
+        self
+    }
+
+    /// Lets each block of the persistent decoder sleep up to so many ns before each phase, differently each time: nothing
+    /// but time may change.
+    pub fn delay(mut self, nanoseconds: u16) -> Self {
+        self.delay = nanoseconds.into();
+        self
+    }
+
+    /// A planted fault: one block of the persistent decoder never says that it has finished a phase.
+    pub fn stall(mut self) -> Self {
+        self.delay = -1;
         self
     }
 
@@ -162,15 +190,42 @@ impl CudaEngine {
     ///
     /// Errors: no such GPU, driver or library; too little memory; dimensions the kernels cannot run.
     pub fn load(checkpoint: &Checkpoint, resampler: Resampler, ordinal: usize) -> Result<Self, EngineError> {
-        Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal)
+        Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal, None)
+    }
+
+    /// As [`load`](Self::load), with the decoder's path chosen by the caller.
+    pub fn load_for(
+        path: DecoderPath,
+        checkpoint: &Checkpoint,
+        resampler: Resampler,
+        ordinal: usize,
+    ) -> Result<Self, EngineError> {
+        Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal, Some(path))
     }
 
     /// A model of these dimensions with weights drawn from `seed` on the GPU: for benchmarks.
     pub fn random(dims: &Dims, resampler: Resampler, ordinal: usize, seed: u64) -> Result<Self, EngineError> {
-        Self::new(*dims, Source::Random(seed), resampler, ordinal)
+        Self::new(*dims, Source::Random(seed), resampler, ordinal, None)
     }
 
-    fn new(dims: Dims, source: Source<'_>, resampler: Resampler, ordinal: usize) -> Result<Self, EngineError> {
+    /// As [`random`](Self::random), with the decoder's path chosen by the caller.
+    pub fn random_for(
+        path: DecoderPath,
+        dims: &Dims,
+        resampler: Resampler,
+        ordinal: usize,
+        seed: u64,
+    ) -> Result<Self, EngineError> {
+        Self::new(*dims, Source::Random(seed), resampler, ordinal, Some(path))
+    }
+
+    fn new(
+        dims: Dims,
+        source: Source<'_>,
+        resampler: Resampler,
+        ordinal: usize,
+        path: Option<DecoderPath>,
+    ) -> Result<Self, EngineError> {
         plan::check(&dims)?;
         let device = Gpu::open(ordinal)?;
         let variant = |found: Option<(usize, usize)>, d: usize| {
@@ -183,13 +238,15 @@ impl CudaEngine {
         let vision_head = dims.vision.width / dims.vision.heads;
         let head = dims.trunk.head_dim;
         let positions = MAX_VIEWS * dims.vision.tokens() + dims.max_tokens.max(256) + 64;
-        let (encoder, decoder) = weights::load(&device, &dims, source)?;
+        let path = plan::decoder_path(&dims, device.kernels().persistent.is_some(), path)?;
+        let (encoder, decoder) = weights::load(&device, &dims, source, path)?;
         let model = Model {
             dims,
             resampler,
             vision_head: variant(encoder::head_variant(vision_head), vision_head)?,
             trunk_head: variant(encoder::head_variant(head), head)?,
             decode_head: variant(plan::head_dim(&plan::DECODE_HEAD_DIMS, head), head)?,
+            cache_row: path.cache_row(head),
             positions,
             rope: rope::table(&device, positions, head)?,
             algorithms: Arc::default(),
@@ -254,7 +311,7 @@ impl Engine for CudaEngine {
                 found: format!("{rows} ({views} views and {tokens} prompt tokens)"),
             });
         }
-        CudaCache::new(&self.model.device, &self.model.dims, rows)
+        CudaCache::new(&self.model.device, &self.model.dims, rows, self.model.cache_row)
     }
 
     fn offer(&self) -> Option<&Offer> {

@@ -138,6 +138,76 @@ pub(super) const EXCLUSIVE: [bool; 5] = [false, true, false, false, false];
 /// More than half of what an SM has.
 pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 
+/// How the decoder runs; its weights are packed for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DecoderPath {
+    /// One cooperative kernel a step (persistent.cu), for the published action expert on sm_90a.
+    Persistent,
+    /// Five kernels a layer, for any dimensions.
+    Launches,
+}
+
+impl DecoderPath {
+    /// Layout of packed weights, as load.cu numbers them.
+    pub(super) fn layout(self) -> i32 {
+        match self {
+            Self::Launches => 0,
+            Self::Persistent => 1,
+        }
+    }
+
+    /// Elements from one row of keys or values in the cache to the next: padded where the decoder takes many at once into
+    /// shared memory.
+    pub(super) fn cache_row(self, head_dim: usize) -> usize {
+        match self {
+            Self::Launches => head_dim,
+            Self::Persistent => head_dim + 8,
+        }
+    }
+}
+
+/// Shared memory of a block of the persistent decoder (persistent.cu asserts that its struct fits).
+pub(super) const PERSISTENT_SHARED: usize = 227 * 1024;
+/// Blocks of one of its clusters.
+pub(super) const RANKS: usize = 4;
+/// Token rows of one of its activation panels.
+pub(super) const PANEL_ROWS: usize = 52;
+/// Partial sums of squares of a token row: one for eight columns.
+pub(super) const SQUARES: usize = PUBLISHED.width / 8;
+/// Token rows at most: each rank finishes 13.
+const PERSISTENT_ROWS: usize = 13 * RANKS;
+/// Layers it has room to describe.
+const PERSISTENT_LAYERS: usize = 32;
+/// The action expert it is compiled for.
+const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
+
+/// Grid barriers of one step: one after each of a layer's five phases but the last, and one after the time layer of π0.
+pub(super) fn barriers(dims: &Dims) -> usize {
+    5 * dims.expert.layers - usize::from(dims.family == Family::Pi05)
+}
+
+/// The path for these dimensions, on a chip that has the persistent kernel or not; `asked` overrides the choice.
+pub(super) fn decoder_path(
+    dims: &Dims,
+    persistent: bool,
+    asked: Option<DecoderPath>,
+) -> Result<DecoderPath, EngineError> {
+    let e = &dims.expert;
+    let fits = *e == StackDims { layers: e.layers, ..PUBLISHED }
+        && (1..=PERSISTENT_LAYERS).contains(&e.layers)
+        && suffix_rows(dims) <= PERSISTENT_ROWS;
+    match asked {
+        Some(DecoderPath::Persistent) if !(fits && persistent) => Err(EngineError::Shape {
+            what: "action expert",
+            expected: "the published one, at most 51 actions, on sm_90a".into(),
+            found: format!("{e:?}, {} actions", dims.horizon),
+        }),
+        Some(path) => Ok(path),
+        None if fits && persistent => Ok(DecoderPath::Persistent),
+        None => Ok(DecoderPath::Launches),
+    }
+}
+
 /// Refuses dimensions the kernels cannot run, by name.
 pub(super) fn check(dims: &Dims) -> Result<(), EngineError> {
     let refuse = |what: &'static str, expected: &str, found: usize| {

@@ -6,7 +6,7 @@ use super::device::{Buffer, Device};
 use super::faults;
 use super::kernels::{CopyArgs, PackArgs};
 use super::load::{Loader, Source};
-use super::plan::{self, STEP_K, TILE, pad};
+use super::plan::{self, DecoderPath, STEP_K, TILE, pad};
 use crate::engine::EngineError;
 use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
 
@@ -90,7 +90,7 @@ pub(super) enum ExpertNorm {
     Adaptive { weight: Buffer<u8>, dtype: i32, bias: Buffer<f32> },
 }
 
-/// One expert layer; matrices are packed for skinny.cu.
+/// One expert layer; matrices are packed for the decoder's path.
 pub(super) struct ExpertLayer {
     pub norm1: ExpertNorm,
     pub qkv: Buffer<u16>,
@@ -127,6 +127,8 @@ pub(super) enum Suffix {
 
 /// Everything the decoder reads.
 pub(super) struct DecoderWeights {
+    /// What the matrices are packed for.
+    pub path: DecoderPath,
     pub layers: Vec<ExpertLayer>,
     pub final_norm: ExpertNorm,
     pub suffix: Suffix,
@@ -199,6 +201,7 @@ enum Order {
 struct Reader<'a, 'b> {
     loader: &'a mut Loader<'b>,
     device: Arc<Device>,
+    path: DecoderPath,
 }
 
 impl Reader<'_, '_> {
@@ -288,10 +291,12 @@ impl Reader<'_, '_> {
             rows: rows as i64,
             cols: cols as i64,
             padded_k: pad(cols, STEP_K) as i64,
+            packed_rows: (to.len() / pad(cols, STEP_K)) as i64,
             dtype,
             order,
             first: first as i32,
             head_dim: head_dim as i32,
+            layout: self.path.layout(),
         };
         self.loader.convert(&self.device.kernels().pack, rows * cols, &args)
     }
@@ -480,6 +485,7 @@ impl Reader<'_, '_> {
         let to = Buffer::zeroed(&self.device, dims.action_dim * padded)?;
         self.place("action_out_proj.weight", &[dims.action_dim, dims.expert.width], &to, 0, padded, 0.0)?;
         Ok(DecoderWeights {
+            path: self.path,
             layers: (0..dims.expert.layers).map(|i| self.expert_layer(i, dims)).collect::<Result<_, _>>()?,
             final_norm: self.expert_norm(&format!("{EXPERT}.norm"), dims)?,
             suffix: self.suffix(dims)?,
@@ -489,16 +495,17 @@ impl Reader<'_, '_> {
     }
 }
 
-/// Brings all weights of `source` to `device`.
+/// Brings all weights of `source` to `device`, the decoder's in the layout of `path`.
 pub(super) fn load(
     device: &Arc<Device>,
     dims: &Dims,
     source: Source<'_>,
+    path: DecoderPath,
 ) -> Result<(EncoderWeights, DecoderWeights), EngineError> {
     let (free, _) = device.memory()?;
     faults::room(device.name(), device_bytes(dims), free)?;
     let mut loader = Loader::new(device, source, elements(dims))?;
-    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device) };
+    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device), path };
     let weights = (reader.encoder(dims)?, reader.decoder(dims)?);
     loader.finish()?;
     Ok(weights)

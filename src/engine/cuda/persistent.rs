@@ -1,0 +1,156 @@
+//! The persistent decoder: one cooperative kernel for all layers of a step (kernels/persistent.cu).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::device::{Buffer, Device, Pinned};
+use super::kernels::{Kernel, PersistentArgs, Shape};
+use super::lane::Lane;
+use super::plan::{self, RANKS};
+use super::stream::Stream;
+use super::time::Tables;
+use super::weights::DecoderWeights;
+use crate::engine::EngineError;
+use crate::model::Dims;
+
+/// Threads of a block: eight warps that compute, one that fetches weights, one that fetches activations.
+const THREADS: u32 = 320;
+/// Words of the kernel's `LayerArgs`.
+const LAYER_WORDS: usize = 10;
+
+/// The counter's own piece of memory; an empty run reads zeros of its size as `DecodeParams`.
+const COUNTER_BYTES: usize = 128;
+
+/// What it needs beside the buffers it shares with the launch-based decoder.
+pub(super) struct Persistent {
+    shape: Shape,
+    delay: i32,
+    /// Blocks that have got to a barrier; zero before each decode.
+    arrived: Buffer<u8>,
+    /// 0, or 1 once a wait was given up; in host memory, since the context does not outlive that.
+    error: Pinned<u8>,
+    /// The kernel's `LayerArgs` by step and layer, for a number of steps.
+    tables: HashMap<usize, Buffer<u64>>,
+}
+
+impl Persistent {
+    /// As many clusters as the lane of `stream` holds at once, at most `clusters`.
+    pub fn new(lane: &Lane, stream: &Stream, clusters: usize, delay: i32) -> Result<Self, EngineError> {
+        let _current = lane.enter()?;
+        let device = lane.device();
+        let kernel = kernel(lane)?;
+        let sized = |clusters: usize| Shape {
+            shared: plan::PERSISTENT_SHARED as u32,
+            cluster: RANKS as u32,
+            dependent: false,
+            ..Shape::blocks(clusters * RANKS, THREADS)
+        };
+        let offered = kernel.clusters_at_once(stream, sized(1))?.min(lane.sms() / RANKS);
+        let mut this = Self {
+            shape: sized(0),
+            delay,
+            arrived: Buffer::zeroed(device, COUNTER_BYTES)?,
+            error: Pinned::zeroed(device, size_of::<u32>())?,
+            tables: HashMap::new(),
+        };
+        // What the driver offers is a guess where SMs are shared out: an empty run says what it grants.
+        let mut refused = None;
+        let _decoding = device.decoding();
+        for clusters in (1..=offered.min(clusters)).rev() {
+            this.shape = sized(clusters);
+            let idle = PersistentArgs { params: this.arrived.pointer(), ..PersistentArgs::default() };
+            match kernel.launch_together(stream, this.shape, &idle).and_then(|()| stream.synchronize()) {
+                Ok(()) => {
+                    tracing::debug!("persistent decoder: {clusters} clusters of {RANKS} on {} SMs", lane.sms());
+                    return Ok(this);
+                }
+                Err(e) => refused = Some(e),
+            }
+        }
+        Err(refused.unwrap_or_else(|| EngineError::Device {
+            what: "placing the decoder",
+            reason: format!("a share of {} SMs holds no cluster of {RANKS} blocks", lane.sms()),
+            remedy: "Give the decoder a larger share: raise mps_decoder_percentage".into(),
+        }))
+    }
+
+    /// Blocks that run at once.
+    pub fn blocks(&self) -> usize {
+        self.shape.grid[0] as usize
+    }
+
+    /// Makes the address table of `tables` if there is none yet.
+    pub fn prepare(&mut self, device: &Arc<Device>, w: &DecoderWeights, tables: &Tables) -> Result<(), EngineError> {
+        let steps = tables.times.len();
+        if self.tables.contains_key(&steps) {
+            return Ok(());
+        }
+        let mut layers = Vec::with_capacity(steps * w.layers.len() * LAYER_WORDS);
+        for step in 0..steps {
+            for (l, layer) in w.layers.iter().enumerate() {
+                let after = w.layers.get(l + 1).map_or(&w.final_norm, |n| &n.norm1);
+                let (qkv_bias, gate_up_bias) = tables.biases(step, l);
+                layers.extend([&layer.qkv, &layer.out, &layer.gate_up, &layer.down].map(Buffer::pointer));
+                layers.extend([qkv_bias, gate_up_bias]);
+                layers.extend([tables.scale(&layer.norm2, step, 2 * l + 1), tables.gate(step, 2 * l)]);
+                layers.extend([tables.scale(after, step, 2 * l + 2), tables.gate(step, 2 * l + 1)]);
+            }
+        }
+        self.tables.insert(steps, Buffer::from_slice(device, &layers)?);
+        Ok(())
+    }
+
+    /// Queues what comes before the first step.
+    pub fn begin(&self, stream: &Stream) -> Result<(), EngineError> {
+        stream.fill(&self.arrived, 0)
+    }
+
+    /// Queues all layers of step `step` of `steps`; `args` names the decoder's buffers.
+    pub fn step(
+        &self,
+        lane: &Lane,
+        stream: &Stream,
+        dims: &Dims,
+        (step, steps): (usize, usize),
+        args: PersistentArgs,
+    ) -> Result<(), EngineError> {
+        let Some(layers) = self.tables.get(&steps) else { return Ok(()) };
+        let args = PersistentArgs {
+            layers: layers.at(step * dims.expert.layers * LAYER_WORDS),
+            arrived: self.arrived.pointer(),
+            error: self.error.as_ptr() as u64,
+            scale: std::f32::consts::LOG2_E / (dims.expert.head_dim as f32).sqrt(),
+            inv_width: 1.0 / dims.expert.width as f32,
+            layer_count: dims.expert.layers as i32,
+            horizon: dims.horizon as i32,
+            has_state: (plan::suffix_rows(dims) - dims.horizon) as i32,
+            suffix: plan::suffix_rows(dims) as i32,
+            barriers: (step * plan::barriers(dims)) as i32,
+            delay: self.delay,
+            ..args
+        };
+        kernel(lane)?.launch_together(stream, self.shape, &args)
+    }
+
+    /// What a run that has ended says: `ended` is what the driver did.
+    pub fn check(&self, ended: Result<(), EngineError>) -> Result<(), EngineError> {
+        if self.error.as_slice().iter().all(|b| *b == 0) {
+            return ended;
+        }
+        Err(EngineError::Device {
+            what: "decoding",
+            reason: format!("one of {} blocks waited two seconds in vain for another", self.blocks()),
+            remedy:
+                "Something else holds SMs of this share (nvidia-smi lists processes): end it, and restart this process"
+                    .into(),
+        })
+    }
+}
+
+fn kernel(lane: &Lane) -> Result<&Kernel<PersistentArgs>, EngineError> {
+    lane.kernels().persistent.as_ref().ok_or_else(|| EngineError::Device {
+        what: "loading kernels",
+        reason: "the persistent decoder is for sm_90a only".into(),
+        remedy: "Rebuild with PI0_CUDA_ARCHS=90a".into(),
+    })
+}
