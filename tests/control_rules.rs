@@ -131,7 +131,7 @@ fn arming_is_refused_with_the_reason() {
         (|w| w.lifecycle = Lifecycle::Unconfigured, "configure and activate"),
         (|w| w.lifecycle = Lifecycle::Failed, "fault"),
         (|w| w.requests.stop = true, "call ~/reset first"),
-        (|w| w.controller.set_limits(&[limits(1.0, 1.0), None]).unwrap(), "joint 'elbow' has no limits"),
+        (|w| assert!(w.change(|c| c.joints[1].limits = None)), "joint 'elbow' has no limits"),
         (|w| w.disturbance[1] = f64::NAN, "no usable position of joint 'elbow'"),
         (|w| w.age = f64::NAN, "no usable position of joint 'shoulder'"),
         (|w| w.age = 0.3, "joint 'shoulder' is 300 ms old (limit 100 ms)"),
@@ -689,19 +689,48 @@ fn the_ramp_is_bounded_and_starts_at_the_measured_pose() {
 }
 
 #[test]
-fn limits_change_only_while_unarmed() {
-    let mut w = running(config());
-    let new = [limits(1.0, 4.0), limits(1.0, 4.0)];
-    let e = w.controller.set_limits(&new).unwrap_err().to_string();
-    assert!(e.contains("only change while unarmed"), "{e}");
+fn settings_change_only_while_unarmed() {
+    let slower = |c: &mut ControlConfig| c.joints.iter_mut().for_each(|j| j.limits = limits(1.0, 4.0));
+    let mut w = moving();
+    assert!(!w.change(slower));
+    assert_eq!(w.controller.config(), &config(), "the old ones stay");
     w.requests.disable = true;
     w.step(None);
-    w.until(Mode::Active, 10);
-    w.controller.set_limits(&new).unwrap();
-    assert_eq!(w.config().joints[0].limits.unwrap().max_velocity, 1.0);
-    let e = w.controller.set_limits(&[limits(1.0, f64::NAN), None]).unwrap_err().to_string();
-    assert!(e.contains("limits.shoulder.max_acceleration = NaN"), "{e}");
-    assert!(w.controller.set_limits(&new[..1]).is_err());
+    assert!(!w.change(slower), "still stopping");
+    w.until(Mode::Active, 20);
+    assert!(w.change(slower));
+    assert_eq!(w.controller.config().joints[0].limits.unwrap().max_velocity, 1.0);
+}
+
+#[test]
+fn a_change_of_settings_keeps_the_books_the_latch_and_the_newest_prompt_and_drops_what_waits() {
+    let mut w = moving();
+    w.requests.stop = true;
+    w.step(None);
+    w.until(Mode::Stopped, 20);
+    let mut waiting = w.observe(hold);
+    waiting.prompt_generation = 3;
+    assert_eq!(w.step(Some(&waiting)).chunk, Some(ChunkVerdict::Accepted));
+    let flying = w.observe(hold);
+    let before = w.controller.status();
+    assert!(w.change(|c| c.replan_steps = 4));
+    let after = w.controller.status();
+    assert_eq!((after.mode, after.reason), (Mode::Stopped, Some(Reason::StopRequested)));
+    assert_eq!(after.epoch, before.epoch + 1);
+    let discarded = before.counters.discarded + 1;
+    assert_eq!(after.counters, Counters { discarded, ..before.counters });
+    assert_eq!(after.interventions, before.interventions);
+    assert_eq!((after.seam_jump_max, after.tracking_error_max), (before.seam_jump_max, before.tracking_error_max));
+    assert_eq!(after.command.len(), 0, "nothing was told under these settings");
+    let refused = |r: TickReport| match r.chunk {
+        Some(ChunkVerdict::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(refused(w.step(Some(&flying))), ChunkRefusal::Epoch { .. }));
+    let of_the_old_prompt = ActionChunk { prompt_generation: 2, ..w.observe(hold) };
+    assert!(matches!(refused(w.step(Some(&of_the_old_prompt))), ChunkRefusal::OldPrompt { chunk: 2, current: 3 }));
+    w.requests.enable = true;
+    assert_eq!(w.step(None).refusal, Some(Refusal::Mode(Mode::Stopped)), "the stop is still latched");
 }
 
 #[test]

@@ -3,10 +3,10 @@
 
 use super::adopt::{Plan, Ramp};
 use super::chunk::ActionChunk;
-use super::config::{ConfigError, ControlConfig, JointLimits};
+use super::config::{ConfigError, ControlConfig};
 use super::curve::Curve;
 use super::filter::Bound;
-use super::io::{ChunkVerdict, Lifecycle, LimitsError, TickInput, TickReport};
+use super::io::{ChunkVerdict, Lifecycle, TickInput, TickReport};
 use super::joints::JointVector;
 use super::mode::{Level, Mode};
 use super::pace::State;
@@ -74,8 +74,9 @@ impl Controller {
         config.check()?;
         let joints = config.joints.len();
         let window = Window::for_config(&config);
-        let mut controller = Self {
-            bounds: vec![Bound::default(); joints],
+        Ok(Self {
+            // Without limits there is no arming, and nothing that would use these.
+            bounds: (0..joints).map(|j| config.bound(j).unwrap_or_default()).collect(),
             mode: Mode::Unconfigured,
             reason: None,
             latched: false,
@@ -102,9 +103,7 @@ impl Controller {
             tracking_error: 0.0,
             tracking_error_max: 0.0,
             config,
-        };
-        controller.refresh_bounds();
-        Ok(controller)
+        })
     }
 
     /// A window with room for everything this controller can publish.
@@ -127,29 +126,14 @@ impl Controller {
         self.epoch
     }
 
-    /// Replaces the limits of all joints, only while nothing is published; allocates nothing.
-    pub fn set_limits(&mut self, limits: &[Option<JointLimits>]) -> Result<(), LimitsError> {
-        if self.mode.publishes() {
-            return Err(LimitsError::Armed(self.mode));
-        }
-        if limits.len() != self.config.joints.len() {
-            return Err(LimitsError::Joints { found: limits.len(), expected: self.config.joints.len() });
-        }
-        for (joint, l) in self.config.joints.iter().zip(limits) {
-            if let Some(l) = l {
-                l.check(&joint.name)?;
-            }
-        }
-        for (joint, l) in self.config.joints.iter_mut().zip(limits) {
-            joint.limits = *l;
-        }
-        self.refresh_bounds();
-        Ok(())
-    }
-
     /// Takes over what must survive a change of settings: epoch, counters, a latched stop or fault, and what was
-    /// executed last. For a controller that stands in for `old` while nothing is published; allocates nothing.
-    pub fn succeed(&mut self, old: &Controller) {
+    /// executed last. For a controller that stands in for `old`, whose settings stay while something is published:
+    /// then this does nothing and is false. Allocates nothing.
+    #[must_use]
+    pub fn succeed(&mut self, old: &Controller) -> bool {
+        if old.mode.publishes() {
+            return false;
+        }
         self.mode = old.mode;
         self.reason = old.reason;
         (self.latched, self.fault) = (old.latched, old.fault);
@@ -159,14 +143,11 @@ impl Controller {
         self.interventions = old.interventions;
         (self.seam_jump, self.seam_jump_max) = (old.seam_jump, old.seam_jump_max);
         (self.tracking_error, self.tracking_error_max) = (old.tracking_error, old.tracking_error_max);
+        self.gate.succeed(&old.gate);
         // Chunks cut for the old settings are not executed under the new ones.
+        self.counters.discarded += u64::from(old.pending.present);
         self.new_epoch();
-    }
-
-    fn refresh_bounds(&mut self) {
-        for j in 0..self.bounds.len() {
-            self.bounds[j] = self.config.bound(j).unwrap_or_default();
-        }
+        true
     }
 
     /// A snapshot of everything that can be asked, as of the last tick.
@@ -198,7 +179,11 @@ impl Controller {
                 pace: self.progress.first().map_or(0.0, |(_, pace)| *pace),
                 ..p.view
             }),
-            command: JointVector::from_slice(self.window.now().0).unwrap_or_default(),
+            // Before the first window nothing was told.
+            command: match self.window.points() {
+                0 => JointVector::NONE,
+                _ => JointVector::from_slice(self.window.now().0).unwrap_or_default(),
+            },
         }
     }
 

@@ -33,6 +33,11 @@ impl Gate {
         }
     }
 
+    /// Takes over which prompt is the newest that was seen.
+    pub(crate) fn succeed(&mut self, old: &Gate) {
+        self.prompt_generation = old.prompt_generation;
+    }
+
     /// A new epoch may number its chunks from anywhere.
     pub(crate) fn new_epoch(&mut self) {
         self.sequence = None;

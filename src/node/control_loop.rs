@@ -283,12 +283,13 @@ impl ControlLoop {
     fn take_changes(&mut self) {
         while let Ok(change) = self.changes.pop() {
             let old = match change {
-                Change::Controller(mut next) if !self.controller.mode().publishes() => {
-                    next.succeed(&self.controller);
-                    Change::Controller(std::mem::replace(&mut self.controller, next))
+                Change::Controller(mut next) => {
+                    // Armed meanwhile: settings that need an unarmed node were checked before, so this is a lost race.
+                    if next.succeed(&self.controller) {
+                        std::mem::swap(&mut self.controller, &mut next);
+                    }
+                    Change::Controller(next)
                 }
-                // Armed meanwhile: settings that need an unarmed node were checked before, so this is a lost race.
-                late @ Change::Controller(_) => late,
                 Change::Rules(next) => Change::Rules(std::mem::replace(&mut self.rules, next)),
             };
             if let Err(rtrb::PushError::Full(old)) = self.discarded.push(old) {
