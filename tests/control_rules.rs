@@ -284,14 +284,15 @@ fn a_slowed_plan_is_consumed_slower_and_the_next_chunk_knows() {
     let t0 = w.now;
     let c = w.observe(|t, _| if t < 0.3 { -1.4 * (t / 0.3) } else { sprint(t - 0.3, 0) });
     w.step(Some(&c));
-    let mut lag = 0.0f64;
+    let (mut lag, mut pace) = (0.0f64, 1.0f64);
     for _ in 0..30 {
         w.step(None);
         if let Some(p) = w.controller.status().plan {
-            lag = lag.max(p.lag);
+            (lag, pace) = (lag.max(p.lag), pace.min(p.pace));
         }
     }
     assert!(lag > 0.05, "{lag}");
+    assert!(pace < 0.6, "it is said at which pace: {pace}");
     let s = w.controller.status();
     assert!(s.interventions.by_rule(Rule::Scaled) > 5);
     // A chunk observed before all that is dated by what was consumed.
@@ -703,6 +704,24 @@ fn settings_change_only_while_unarmed() {
 }
 
 #[test]
+fn how_old_a_chunk_may_be_changes_while_moving() {
+    let mut w = moving();
+    let late = |w: &mut World| {
+        let stamp = w.now.plus_seconds(-0.3);
+        let c = ActionChunk { state_stamp: stamp, oldest_image_stamp: stamp, ..w.observe(hold) };
+        w.step(Some(&c)).chunk.unwrap()
+    };
+    assert_eq!(late(&mut w), ChunkVerdict::Accepted);
+    w.controller.set_ages(0.2, 0.7);
+    assert!(matches!(late(&mut w), ChunkVerdict::Refused(ChunkRefusal::TooOld { max: 0.2, .. })));
+    w.controller.set_ages(0.5, 0.2);
+    assert!(matches!(late(&mut w), ChunkVerdict::Refused(ChunkRefusal::ImagesTooOld { max: 0.2, .. })));
+    w.controller.set_ages(0.5, 0.7);
+    assert_eq!(late(&mut w), ChunkVerdict::Accepted);
+    assert_eq!((w.controller.mode(), w.controller.epoch()), (Mode::Run, 0));
+}
+
+#[test]
 fn a_change_of_settings_keeps_the_books_the_latch_and_the_newest_prompt_and_drops_what_waits() {
     let mut w = moving();
     w.requests.stop = true;
@@ -731,6 +750,24 @@ fn a_change_of_settings_keeps_the_books_the_latch_and_the_newest_prompt_and_drop
     assert!(matches!(refused(w.step(Some(&of_the_old_prompt))), ChunkRefusal::OldPrompt { chunk: 2, current: 3 }));
     w.requests.enable = true;
     assert_eq!(w.step(None).refusal, Some(Refusal::Mode(Mode::Stopped)), "the stop is still latched");
+}
+
+#[test]
+fn the_level_is_that_of_the_mode_and_of_the_reason_for_standing_still() {
+    let mut w = World::new(config());
+    w.lifecycle = Lifecycle::Unconfigured;
+    w.step(None);
+    assert_eq!(w.controller.status().level, Level::Stale, "no news");
+    let mut w = moving();
+    assert_eq!(w.controller.status().level, Level::Ok);
+    w.health = InputHealth::Bad(InputFault::CameraMissing { camera: 0 });
+    w.step(None);
+    w.until(Mode::Active, 20);
+    assert_eq!(w.controller.status().level, Level::Error);
+    w.lifecycle = Lifecycle::Unconfigured;
+    w.step(None);
+    assert_eq!(w.controller.status().mode, Mode::Unconfigured);
+    assert_eq!(w.controller.status().level, Level::Error, "somebody has to act, loaded or not");
 }
 
 #[test]

@@ -150,16 +150,24 @@ impl Controller {
         true
     }
 
+    /// How old a chunk and its images may be to be adopted, in seconds; at any time, since it only decides what is
+    /// taken next. Allocates nothing.
+    pub fn set_ages(&mut self, max_chunk_age: f64, max_image_age: f64) {
+        (self.config.max_chunk_age, self.config.max_image_age) = (max_chunk_age, max_image_age);
+        self.gate.set_ages(max_chunk_age, max_image_age);
+    }
+
     /// A snapshot of everything that can be asked, as of the last tick.
     pub fn status(&self) -> ControlStatus {
         let now = self.last.unwrap_or_default();
         let starved = if self.starved_long { Level::Error } else { Level::Ok };
+        // While it follows the policy there is no reason not to.
+        let own = self.mode.row().level;
         let level = match self.reason {
-            Some(reason) if !matches!(self.mode, Mode::Ramp | Mode::Run) => {
-                let own = if self.mode == Mode::Unconfigured { Level::Ok } else { self.mode.row().level };
-                own.max(reason.level()).max(starved)
+            Some(reason) => {
+                (if self.mode == Mode::Unconfigured { Level::Ok } else { own }).max(reason.level()).max(starved)
             }
-            _ => self.mode.row().level,
+            None => own,
         };
         ControlStatus {
             mode: self.mode,

@@ -108,11 +108,14 @@ pub(super) struct Event {
 /// A controller for other settings, on its way in; or the old one, on its way out to be freed.
 pub(super) type ControllerBox = Box<Controller>;
 
-/// Limits of freshness that the loop itself judges.
+/// Limits of freshness; they may change at any time.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct InputRules {
     pub camera_max_age_ms: Vec<f64>,
     pub drop_lost_views: bool,
+    /// Of a chunk to be adopted and of its images, seconds.
+    pub max_chunk_age: f64,
+    pub max_image_age: f64,
 }
 
 /// Everything the control thread owns.
@@ -290,7 +293,10 @@ impl ControlLoop {
                     }
                     Change::Controller(next)
                 }
-                Change::Rules(next) => Change::Rules(std::mem::replace(&mut self.rules, next)),
+                Change::Rules(next) => {
+                    self.controller.set_ages(next.max_chunk_age, next.max_image_age);
+                    Change::Rules(std::mem::replace(&mut self.rules, next))
+                }
             };
             if let Err(rtrb::PushError::Full(old)) = self.discarded.push(old) {
                 std::mem::forget(old);
