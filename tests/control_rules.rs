@@ -775,7 +775,9 @@ fn a_failure_stops_and_is_left_by_reset_once_it_is_over() {
     let mut w = moving();
     w.lifecycle = Lifecycle::Failed;
     assert_eq!(w.step(None).stop, Some(Reason::Failed));
+    let epoch = w.controller.epoch();
     w.until(Mode::Fault, 20);
+    assert_eq!(w.controller.epoch(), epoch, "one failure ends one epoch");
     w.requests.reset = true;
     assert_eq!(w.step(None).mode, Mode::Fault, "it is still there");
     w.lifecycle = Lifecycle::Ready;
