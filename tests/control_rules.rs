@@ -526,6 +526,20 @@ fn a_robot_that_is_not_where_it_was_told_is_held_where_it_is() {
 }
 
 #[test]
+fn a_robot_that_braked_by_itself_is_held_where_it_is() {
+    let mut w = moving();
+    // Less than a tracking error: only that nothing was sent tells.
+    w.disturbance = vec![0.0, -0.05];
+    w.health = InputHealth::Bad(InputFault::OutputBlocked);
+    let measured = w.robot.at(w.now.plus_seconds(0.02)).0[1] - 0.05;
+    let report = w.step(None);
+    assert!(report.restarted && report.published);
+    assert_eq!(report.stop, Some(Reason::Input(InputFault::OutputBlocked)));
+    assert!((w.window.positions(0)[1] - measured).abs() < 1e-9);
+    assert!((0..w.window.points()).all(|i| w.window.velocities(i).iter().all(|v| *v == 0.0)));
+}
+
+#[test]
 fn a_paused_clock_repeats_the_last_command() {
     let mut w = moving();
     w.step(None);
