@@ -161,6 +161,10 @@ fn arming_is_refused_with_the_reason() {
         assert!(text.contains(says), "{text}");
         assert!(!report.published && !report.mode.armed());
     }
+    // On a limit is inside it.
+    let mut w = World::new(config());
+    w.robot = Played::hold(w.now, &[1.5, -1.5], 0.02);
+    w.arm(|_, j| [1.5, -1.5][j]);
     let mut w = World::new(config());
     w.requests.enable = true;
     assert_eq!(w.step(None).refusal, Some(Refusal::NoChunk));

@@ -571,3 +571,38 @@ impl Controller {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::JointLimits;
+    use super::*;
+
+    /// Never needed so far: what the controller fills a window with keeps every rule.
+    #[test]
+    fn the_last_check_finds_what_must_not_leave() {
+        let limits = JointLimits { min_position: -1.5, max_position: 1.5, max_velocity: 2.0, max_acceleration: 8.0 };
+        let mut config = ControlConfig::new(["a".to_string(), "b".to_string()], 0.02, 0.05, 20);
+        config.joints.iter_mut().for_each(|j| j.limits = Some(limits));
+        let mut controller = Controller::new(config).unwrap();
+        let rest = ([0.0, 0.0], [0.0, 0.0]);
+        for (q, v, last, breach) in [
+            ([0.0, 0.0], [0.0, 0.0], rest, None),
+            ([1.5, -1.5], [2.0, -2.0], rest, None),
+            ([0.0, 1.5001], [0.0, 0.0], rest, Some(1)),
+            ([-1.5001, 0.0], [0.0, 0.0], rest, Some(0)),
+            ([0.0, 0.0], [0.0, 2.001], rest, Some(1)),
+            ([0.0, 0.0], [-2.001, 0.0], rest, Some(0)),
+            ([f64::NAN, 0.0], [0.0, 0.0], rest, Some(0)),
+            ([0.0, 0.0], [0.0, f64::NAN], rest, Some(1)),
+            ([0.0, 0.0], [0.0, 0.0], ([0.0, 0.0], [0.0, 1e-9]), Some(1)),
+            ([0.0, 0.0], [0.0, 0.0], ([2.0, 0.0], [0.0, 0.0]), Some(0)),
+        ] {
+            controller.window.begin(RosTime(1), &[0.0, 0.0], &[0.0, 0.0]);
+            controller.window.push(&q, &v);
+            controller.window.push(&last.0, &last.1);
+            assert_eq!(controller.breach(), breach, "{q:?} {v:?}, then {last:?}");
+        }
+        controller.window.clear(RosTime(1));
+        assert_eq!(controller.breach(), None, "nothing leaves");
+    }
+}
