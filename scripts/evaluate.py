@@ -80,6 +80,7 @@ class Episode:
         self.period = node.about["period"]
         self.path: list[np.ndarray] = []
         self.jumps: list[float] = []
+        self.tracking: list[float] = []  # from the first seam on: distance of the simulated arm from what it was told, rad
 
     def run(self, seed: int, colour: str) -> dict:
         arm = self.touch.arm
@@ -110,6 +111,8 @@ class Episode:
                 arm.step()
                 if armed_at is not None:
                     self.touch.judge(now - armed_at)
+                    if self.jumps:
+                        self.tracking.append(float(np.abs(arm.position() - desired.position)[:6].max()))
             if armed_at is not None:
                 self.path.append(desired.position)
                 if answer["mode"] not in ("ramp", "run", "coast"):
@@ -146,6 +149,8 @@ class Episode:
             "seconds": touched[1] if touched else None,
             "jerk_rms": float(np.sqrt(np.mean(jerk**2))),
             "jumps": self.jumps,
+            "tracking_error_rms": float(np.sqrt(np.mean(np.square(self.tracking)))) if self.tracking else None,
+            "tracking_error_max": max(self.tracking, default=None),
             "interventions": answer["interventions"],
             "starved": answer["starved"],
             "mode": answer["mode"],
@@ -181,6 +186,9 @@ def summary(case: Case, results: list[dict]) -> dict:
         "seconds": float(np.median([r["seconds"] for r in right])) if right else None,
         "jump_median": float(np.median(jumps)),
         "jump_p95": float(np.percentile(jumps, 95)),
+        "jump_max": float(jumps.max()),
+        "tracking_error_rms": float(np.median([r["tracking_error_rms"] for r in results if r["tracking_error_rms"]] or [math.nan])),
+        "tracking_error_max": max((r["tracking_error_max"] for r in results if r["tracking_error_max"]), default=math.nan),
         "jerk": float(np.median([r["jerk_rms"] for r in results])),
         "interventions": float(np.mean([r["interventions"] for r in results])),
         "starved": sum(r["starved"] for r in results),

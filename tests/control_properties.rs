@@ -1,6 +1,6 @@
 //! Properties that hold for every history: seeded adversaries drive the controller through random latencies, drops,
-//! reorders, NaNs, wrong shapes, clock pauses, jumps and scales, skipped periods, stale inputs, requests and plans,
-//! while `World` checks every moment of every window (see `control_common`).
+//! reorders, NaNs, wrong shapes, clock pauses, jumps and scales, skipped periods, stale inputs, requests, parameter
+//! changes and plans, while `World` checks every moment of every window (see `control_common`).
 //!
 //! `PI0_MPS_TEST_TICKS` sets the number of virtual ticks of the large test (default one million).
 
@@ -64,6 +64,26 @@ fn random_config(rng: &mut ChaCha8Rng) -> ControlConfig {
     c
 }
 
+/// Parameters that may change while unarmed, changed. The pose is inside the new limits more often than not.
+fn other_settings(rng: &mut ChaCha8Rng, pose: &[f64], c: &mut ControlConfig) {
+    for (joint, q) in c.joints.iter_mut().zip(pose) {
+        let room = 10f64.powf(rng.random_range(-2.5..0.5));
+        let low = q - room * rng.random_range(-0.05..1.0);
+        joint.limits = Some(JointLimits {
+            min_position: low,
+            max_position: low + room,
+            max_velocity: 10f64.powf(rng.random_range(-1.0..1.0)),
+            max_acceleration: 10f64.powf(rng.random_range(-0.5..2.0)),
+        });
+        joint.max_tracking_error = 10f64.powf(rng.random_range(-2.0..0.0));
+    }
+    c.ramp_time = rng.random_range(0.0..1.0);
+    c.replan_steps = rng.random_range(1..c.horizon);
+    c.seam = [Seam::None, Seam::Crossfade, Seam::Rtc][rng.random_range(0..3)];
+    c.miss_policy = if rng.random_bool(0.7) { MissPolicy::Coast } else { MissPolicy::Stop };
+    c.max_joint_state_age = rng.random_range(0.02..0.2);
+}
+
 /// What histories have led through.
 #[derive(Debug, Default, Clone, PartialEq)]
 struct Seen {
@@ -81,6 +101,8 @@ struct Seen {
     paused: u64,
     jumps: u64,
     restarted: u64,
+    changed: u64,
+    change_refused: u64,
     longest_stop: f64,
 }
 
@@ -101,6 +123,8 @@ impl Seen {
             (&mut self.paused, o.paused),
             (&mut self.jumps, o.jumps),
             (&mut self.restarted, o.restarted),
+            (&mut self.changed, o.changed),
+            (&mut self.change_refused, o.change_refused),
         ] {
             *a += b;
         }
@@ -183,6 +207,15 @@ fn adversary(seed: u64, ticks: usize) -> Seen {
             w.disturbance.fill(0.0);
             w.health = InputHealth::Ok;
             w.lifecycle = Lifecycle::Ready;
+        }
+        // Parameters: taken over while nothing is published, refused otherwise.
+        if rng.random_bool(0.1 * trouble) {
+            let pose = w.told().0;
+            let moving = w.controller.mode().publishes();
+            let taken = w.change(|c| other_settings(rng, &pose, c));
+            assert_eq!(taken, !moving);
+            seen.changed += u64::from(taken);
+            seen.change_refused += u64::from(!taken);
         }
         // Chunks: observed every few ticks, delivered after a random latency, perhaps spoilt.
         if rng.random_bool(0.15) {
@@ -324,7 +357,11 @@ fn no_history_makes_a_command_past_a_limit() {
     for (name, n) in ChunkRefusal::NAMES.iter().zip(seen.refused) {
         assert!(n > 0, "no chunk was refused as {name}");
     }
-    for n in [seen.adopted, seen.superseded, seen.starved, seen.skipped, seen.paused, seen.jumps, seen.restarted] {
+    let changes = [seen.changed, seen.change_refused];
+    for n in [seen.adopted, seen.superseded, seen.starved, seen.skipped, seen.paused, seen.jumps, seen.restarted]
+        .into_iter()
+        .chain(changes)
+    {
         assert!(n > often, "{seen:?}");
     }
 }

@@ -131,7 +131,7 @@ fn arming_is_refused_with_the_reason() {
         (|w| w.lifecycle = Lifecycle::Unconfigured, "configure and activate"),
         (|w| w.lifecycle = Lifecycle::Failed, "fault"),
         (|w| w.requests.stop = true, "call ~/reset first"),
-        (|w| w.controller.set_limits(&[limits(1.0, 1.0), None]).unwrap(), "joint 'elbow' has no limits"),
+        (|w| assert!(w.change(|c| c.joints[1].limits = None)), "joint 'elbow' has no limits"),
         (|w| w.disturbance[1] = f64::NAN, "no usable position of joint 'elbow'"),
         (|w| w.age = f64::NAN, "no usable position of joint 'shoulder'"),
         (|w| w.age = 0.3, "joint 'shoulder' is 300 ms old (limit 100 ms)"),
@@ -161,6 +161,10 @@ fn arming_is_refused_with_the_reason() {
         assert!(text.contains(says), "{text}");
         assert!(!report.published && !report.mode.armed());
     }
+    // On a limit is inside it.
+    let mut w = World::new(config());
+    w.robot = Played::hold(w.now, &[1.5, -1.5], 0.02);
+    w.arm(|_, j| [1.5, -1.5][j]);
     let mut w = World::new(config());
     w.requests.enable = true;
     assert_eq!(w.step(None).refusal, Some(Refusal::NoChunk));
@@ -284,14 +288,15 @@ fn a_slowed_plan_is_consumed_slower_and_the_next_chunk_knows() {
     let t0 = w.now;
     let c = w.observe(|t, _| if t < 0.3 { -1.4 * (t / 0.3) } else { sprint(t - 0.3, 0) });
     w.step(Some(&c));
-    let mut lag = 0.0f64;
+    let (mut lag, mut pace) = (0.0f64, 1.0f64);
     for _ in 0..30 {
         w.step(None);
         if let Some(p) = w.controller.status().plan {
-            lag = lag.max(p.lag);
+            (lag, pace) = (lag.max(p.lag), pace.min(p.pace));
         }
     }
     assert!(lag > 0.05, "{lag}");
+    assert!(pace < 0.6, "it is said at which pace: {pace}");
     let s = w.controller.status();
     assert!(s.interventions.by_rule(Rule::Scaled) > 5);
     // A chunk observed before all that is dated by what was consumed.
@@ -525,6 +530,20 @@ fn a_robot_that_is_not_where_it_was_told_is_held_where_it_is() {
 }
 
 #[test]
+fn a_robot_that_braked_by_itself_is_held_where_it_is() {
+    let mut w = moving();
+    // Less than a tracking error: only that nothing was sent tells.
+    w.disturbance = vec![0.0, -0.05];
+    w.health = InputHealth::Bad(InputFault::OutputBlocked);
+    let measured = w.robot.at(w.now.plus_seconds(0.02)).0[1] - 0.05;
+    let report = w.step(None);
+    assert!(report.restarted && report.published);
+    assert_eq!(report.stop, Some(Reason::Input(InputFault::OutputBlocked)));
+    assert!((w.window.positions(0)[1] - measured).abs() < 1e-9);
+    assert!((0..w.window.points()).all(|i| w.window.velocities(i).iter().all(|v| *v == 0.0)));
+}
+
+#[test]
 fn a_paused_clock_repeats_the_last_command() {
     let mut w = moving();
     w.step(None);
@@ -689,19 +708,84 @@ fn the_ramp_is_bounded_and_starts_at_the_measured_pose() {
 }
 
 #[test]
-fn limits_change_only_while_unarmed() {
-    let mut w = running(config());
-    let new = [limits(1.0, 4.0), limits(1.0, 4.0)];
-    let e = w.controller.set_limits(&new).unwrap_err().to_string();
-    assert!(e.contains("only change while unarmed"), "{e}");
+fn settings_change_only_while_unarmed() {
+    let slower = |c: &mut ControlConfig| c.joints.iter_mut().for_each(|j| j.limits = limits(1.0, 4.0));
+    let mut w = moving();
+    assert!(!w.change(slower));
+    assert_eq!(w.controller.config(), &config(), "the old ones stay");
     w.requests.disable = true;
     w.step(None);
-    w.until(Mode::Active, 10);
-    w.controller.set_limits(&new).unwrap();
-    assert_eq!(w.config().joints[0].limits.unwrap().max_velocity, 1.0);
-    let e = w.controller.set_limits(&[limits(1.0, f64::NAN), None]).unwrap_err().to_string();
-    assert!(e.contains("limits.shoulder.max_acceleration = NaN"), "{e}");
-    assert!(w.controller.set_limits(&new[..1]).is_err());
+    assert!(!w.change(slower), "still stopping");
+    w.until(Mode::Active, 20);
+    assert!(w.change(slower));
+    assert_eq!(w.controller.config().joints[0].limits.unwrap().max_velocity, 1.0);
+}
+
+#[test]
+fn how_old_a_chunk_may_be_changes_while_moving() {
+    let mut w = moving();
+    let late = |w: &mut World| {
+        let stamp = w.now.plus_seconds(-0.3);
+        let c = ActionChunk { state_stamp: stamp, oldest_image_stamp: stamp, ..w.observe(hold) };
+        w.step(Some(&c)).chunk.unwrap()
+    };
+    assert_eq!(late(&mut w), ChunkVerdict::Accepted);
+    w.controller.set_ages(0.2, 0.7);
+    assert!(matches!(late(&mut w), ChunkVerdict::Refused(ChunkRefusal::TooOld { max: 0.2, .. })));
+    w.controller.set_ages(0.5, 0.2);
+    assert!(matches!(late(&mut w), ChunkVerdict::Refused(ChunkRefusal::ImagesTooOld { max: 0.2, .. })));
+    w.controller.set_ages(0.5, 0.7);
+    assert_eq!(late(&mut w), ChunkVerdict::Accepted);
+    assert_eq!((w.controller.mode(), w.controller.epoch()), (Mode::Run, 0));
+}
+
+#[test]
+fn a_change_of_settings_keeps_the_books_the_latch_and_the_newest_prompt_and_drops_what_waits() {
+    let mut w = moving();
+    w.requests.stop = true;
+    w.step(None);
+    w.until(Mode::Stopped, 20);
+    let mut waiting = w.observe(hold);
+    waiting.prompt_generation = 3;
+    assert_eq!(w.step(Some(&waiting)).chunk, Some(ChunkVerdict::Accepted));
+    let flying = w.observe(hold);
+    let before = w.controller.status();
+    assert!(w.change(|c| c.replan_steps = 4));
+    let after = w.controller.status();
+    assert_eq!((after.mode, after.reason), (Mode::Stopped, Some(Reason::StopRequested)));
+    assert_eq!(after.epoch, before.epoch + 1);
+    let discarded = before.counters.discarded + 1;
+    assert_eq!(after.counters, Counters { discarded, ..before.counters });
+    assert_eq!(after.interventions, before.interventions);
+    assert_eq!((after.seam_jump_max, after.tracking_error_max), (before.seam_jump_max, before.tracking_error_max));
+    assert_eq!(after.command.len(), 0, "nothing was told under these settings");
+    let refused = |r: TickReport| match r.chunk {
+        Some(ChunkVerdict::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(refused(w.step(Some(&flying))), ChunkRefusal::Epoch { .. }));
+    let of_the_old_prompt = ActionChunk { prompt_generation: 2, ..w.observe(hold) };
+    assert!(matches!(refused(w.step(Some(&of_the_old_prompt))), ChunkRefusal::OldPrompt { chunk: 2, current: 3 }));
+    w.requests.enable = true;
+    assert_eq!(w.step(None).refusal, Some(Refusal::Mode(Mode::Stopped)), "the stop is still latched");
+}
+
+#[test]
+fn the_level_is_that_of_the_mode_and_of_the_reason_for_standing_still() {
+    let mut w = World::new(config());
+    w.lifecycle = Lifecycle::Unconfigured;
+    w.step(None);
+    assert_eq!(w.controller.status().level, Level::Stale, "no news");
+    let mut w = moving();
+    assert_eq!(w.controller.status().level, Level::Ok);
+    w.health = InputHealth::Bad(InputFault::CameraMissing { camera: 0 });
+    w.step(None);
+    w.until(Mode::Active, 20);
+    assert_eq!(w.controller.status().level, Level::Error);
+    w.lifecycle = Lifecycle::Unconfigured;
+    w.step(None);
+    assert_eq!(w.controller.status().mode, Mode::Unconfigured);
+    assert_eq!(w.controller.status().level, Level::Error, "somebody has to act, loaded or not");
 }
 
 #[test]
@@ -709,7 +793,9 @@ fn a_failure_stops_and_is_left_by_reset_once_it_is_over() {
     let mut w = moving();
     w.lifecycle = Lifecycle::Failed;
     assert_eq!(w.step(None).stop, Some(Reason::Failed));
+    let epoch = w.controller.epoch();
     w.until(Mode::Fault, 20);
+    assert_eq!(w.controller.epoch(), epoch, "one failure ends one epoch");
     w.requests.reset = true;
     assert_eq!(w.step(None).mode, Mode::Fault, "it is still there");
     w.lifecycle = Lifecycle::Ready;

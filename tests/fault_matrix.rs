@@ -67,6 +67,8 @@ struct Faults {
     output: Option<InputFault>,
     /// Seconds of ROS time in one period.
     elapsed: f64,
+    /// Periods before this one in which the process did not run at all.
+    stood_still: u64,
     /// The robot does not follow: a hardware stop.
     seized: bool,
     /// The policy's process has died.
@@ -135,6 +137,7 @@ impl Default for Faults {
             blocked: false,
             output: None,
             elapsed: PERIOD,
+            stood_still: 0,
             seized: false,
             dead: false,
         }
@@ -234,9 +237,9 @@ impl Rig {
 
     /// One period of everything.
     fn step(&mut self, f: &Faults) -> Option<TickReport> {
-        self.tick += 1;
-        let before = self.clock.ros();
-        self.clock.advance(Duration::from_secs_f64(PERIOD));
+        self.tick += 1 + f.stood_still as usize;
+        let before = self.clock.ros().plus_seconds(f.stood_still as f64 * PERIOD);
+        self.clock.advance(Duration::from_secs_f64(PERIOD * (1 + f.stood_still) as f64));
         self.clock.set_ros(before.plus_seconds(f.elapsed));
         let now = self.clock.ros();
         if f.elapsed < 0.0 || f.seized {
@@ -265,7 +268,7 @@ impl Rig {
             self.node.fail_inference("the pi0_decoder thread panicked: see the log; restart the node");
         }
         self.think(&f.policy, now);
-        let report = self.node.control(0);
+        let report = self.node.control(f.stood_still);
         if let Some(report) = report {
             self.queued += u64::from(report.published);
             self.restarted |= report.restarted;
@@ -970,6 +973,30 @@ fn a_new_prompt_is_taken_while_moving_without_a_pause() {
     assert_eq!(rig.seen.windows.len(), 100, "a window in every period");
     assert_eq!(rig.node.control_status().plan.unwrap().prompt_generation, 1);
     assert_eq!((rig.node.epoch(), rig.node.control_status().counters.refused_total()), (epoch, 0));
+}
+
+#[test]
+fn a_process_that_stood_still_goes_on_from_where_the_robot_has_braked() {
+    // What it hears first decides whether its own inputs are too old; a window that jumps fails either way.
+    for (heard_first, mode) in [(true, Mode::Run), (false, Mode::Active)] {
+        let mut rig = Rig::moving();
+        let told = rig.robot.clone();
+        let woken = Faults {
+            stood_still: 74,
+            joints: JointFault { silent: !heard_first, ..JointFault::default() },
+            cameras: [(); 2].map(|()| CameraFault { silent: !heard_first, ..CameraFault::default() }),
+            ..Faults::default()
+        };
+        let skipped = rig.node.control_status().counters.skipped;
+        rig.step(&woken);
+        assert_eq!(rig.node.control_status().counters.skipped, skipped + 74, "nothing is made up for");
+        let first = rig.seen.windows.last().unwrap();
+        let rest = told.after(60.0).0;
+        assert!(first.now().0.iter().zip(&rest).all(|(a, b)| (a - b).abs() < 1e-9), "it begins where the robot is");
+        assert!(first.now().1.iter().all(|v| *v == 0.0), "at rest");
+        rig.run(AFTER, |_, _| {});
+        assert_eq!(rig.mode(), mode, "heard first: {heard_first}; {:?}", rig.seen.modes);
+    }
 }
 
 #[test]

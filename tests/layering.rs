@@ -1,5 +1,5 @@
-//! The layering table of `src/lib.rs`, checked against the paths that the sources really use; and the places where
-//! `cfg(feature)` and `unsafe` may stand.
+//! The layering table of `src/lib.rs`, checked against the paths that the sources really use; the places where
+//! `cfg(feature)` and `unsafe` may stand; and those where no lock and no log may.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,10 @@ use std::path::{Path, PathBuf};
 const CFG_FEATURE: &[&str] = &["engine/mod.rs", "ros/mod.rs", "lib.rs", "bin/"];
 /// Where `unsafe` may stand.
 const UNSAFE: &[&str] = &["engine/cuda/", "rt/", "model/checkpoint.rs"];
+/// What the control thread runs, and what it must not name.
+const REAL_TIME: &[&str] = &["control/", "rt/", "node/control_loop.rs"];
+const WAITS: &[&str] =
+    &["Mutex", "RwLock", "Condvar", "Barrier", "OnceLock", "LazyLock", "tracing", "println", "eprintln"];
 
 /// Row of each module in the table: a module may use those of lower rows and of its own, except that the modules of the
 /// last row do not know one another.
@@ -214,6 +218,11 @@ fn breaches(layers: &Layers, file: &str, text: &str) -> Vec<String> {
         if word == "unsafe" && !allowed(file, UNSAFE) {
             found.push(format!("src/{file}:{line}: unsafe stands only in {}", UNSAFE.join(", ")));
         }
+        if WAITS.contains(&word) && allowed(file, REAL_TIME) {
+            found.push(format!(
+                "src/{file}:{line}: the control thread takes no lock and logs nothing, so no {word} here"
+            ));
+        }
     }
     found
 }
@@ -284,6 +293,8 @@ fn planted_breaches_are_found() {
         ("node/mod.rs", "#[cfg(all(test, feature = \"ros\"))] fn f() {}"),
         ("control/tick.rs", "fn f(p: *const u8) -> u8 { unsafe { *p } }"),
         ("model/frame.rs", "const A: char = '\"'; unsafe fn f() {}"),
+        ("control/tick.rs", "use std::sync::Mutex;"),
+        ("node/control_loop.rs", "fn f() { tracing::info!(\"late\"); }"),
         ("model/frame.rs", "const A: &str = r#\"\"#; fn f<'a>() { unsafe { g() } }"),
     ] {
         assert_eq!(breaches(&layers, file, text).len(), 1, "{file}: {text}: {:?}", breaches(&layers, file, text));

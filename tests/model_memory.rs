@@ -1,14 +1,23 @@
-//! A checkpoint of the published size is opened without reading its weights.
+//! A checkpoint of the published size is opened without reading its weights, and not pinned by a node that locks its
+//! memory.
 
 use std::fs::File;
 use std::io::Write;
 
 use pi0_mps::model::{Checkpoint, Dims, Family, StackDims, VisionDims, expected_tensors};
+use pi0_mps::rt::rights;
 
 /// Resident memory of this process in bytes.
 fn resident() -> usize {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+/// Memory of this process that is locked, or would be once touched, in bytes.
+fn locked() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmLck:")).unwrap();
+    line.trim().strip_suffix("kB").unwrap().trim().parse::<usize>().unwrap() * 1024
 }
 
 #[test]
@@ -51,7 +60,10 @@ fn fourteen_gigabytes_open_in_a_few_megabytes() {
     file.write_all(header.as_bytes()).unwrap();
     file.set_len((8 + header.len() + end) as u64).unwrap();
 
-    let before = resident();
+    // As the node does, before it opens the checkpoint. Without the right nothing is locked at all.
+    let right = rights::lock_memory();
+    assert_eq!(right.granted(), locked() > 0, "{right}");
+    let (before, locked_before) = (resident(), locked());
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert_eq!(*checkpoint.dims(), dims);
     let weights: Vec<_> =
@@ -62,4 +74,8 @@ fn fourteen_gigabytes_open_in_a_few_megabytes() {
     assert_eq!(row, [0.0; 2048]);
     let grown = resident().saturating_sub(before);
     assert!(grown < 64 << 20, "opening took {grown} bytes of memory");
+    assert_eq!(right.granted(), locked() > locked_before + end, "all of a mapping is locked at first, if anything is");
+    checkpoint.unpin().unwrap();
+    let pinned = locked().saturating_sub(locked_before);
+    assert!(pinned < 64 << 20, "{pinned} bytes more are locked: the mapping is pinned as it is read");
 }

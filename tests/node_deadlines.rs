@@ -1,6 +1,11 @@
-//! The node without a middleware, driven over a robot that does what it is told.
+//! The node without a middleware, driven over a robot that does what it is told: its deadlines, and what its control
+//! thread does not do once it runs: allocate, free, wait for anything but its next period, or meet a page fault.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -29,15 +34,102 @@ fn value<'a>(status: &'a Status, diagnostic: &str, key: &str) -> Option<&'a str>
     d.values.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
 }
 
-/// Minor and major page faults of this process's thread of that name so far, from the kernel's own count.
-fn page_faults(thread: &str) -> [u64; 2] {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|t| t.unwrap().path());
-    let of = |file: &str, task: &std::path::Path| std::fs::read_to_string(task.join(file)).unwrap_or_default();
-    let task = tasks.into_iter().find(|t| of("comm", t).trim() == thread).unwrap();
-    // Behind the name in brackets: state, 6 numbers, minflt, cminflt, majflt.
-    let stat = of("stat", &task);
-    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    [fields[7].parse().unwrap(), fields[9].parse().unwrap()]
+/// Periods in which the control thread ran: not those it skipped, but those whose window was not sent.
+fn turns(status: &Status) -> u64 {
+    let count = |key| value(status, "control", key).unwrap().parse::<u64>().unwrap();
+    count("ticks") - count("skipped") + count("windows_not_sent")
+}
+
+/// Counts what one thread of this process asks of the allocator.
+struct Counting;
+
+/// The thread that is watched, and how often it has allocated or freed.
+static WATCHED: AtomicI32 = AtomicI32::new(0);
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    static ID: Cell<i32> = const { Cell::new(0) };
+}
+
+fn count() {
+    let watched = WATCHED.load(Ordering::Relaxed);
+    if watched == 0 {
+        return;
+    }
+    // A thread that is being torn down has no identity any more; it is not the one under test.
+    let _ = ID.try_with(|id| {
+        if id.get() == 0 {
+            // SAFETY: gettid takes nothing and cannot fail.
+            id.set(unsafe { libc::gettid() });
+        }
+        if id.get() == watched {
+            CALLS.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+}
+
+// SAFETY: every call is passed on to the system allocator unchanged; counting touches atomics and a const-initialised
+// thread-local, which do not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises are those of the system allocator.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        count();
+        // SAFETY: as above; `ptr` came from `System.alloc`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// A thread of this process, as the kernel knows it.
+struct Task(PathBuf);
+
+impl Task {
+    fn of_name(name: &str) -> Self {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|t| t.unwrap().path());
+        let is = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name);
+        Self(tasks.into_iter().find(is).unwrap())
+    }
+
+    fn id(&self) -> i32 {
+        self.0.file_name().unwrap().to_str().unwrap().parse().unwrap()
+    }
+
+    /// Minor and major page faults so far.
+    fn page_faults(&self) -> [u64; 2] {
+        // Behind the name in brackets: state, 6 numbers, minflt, cminflt, majflt.
+        let stat = std::fs::read_to_string(self.0.join("stat")).unwrap();
+        let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        [fields[7].parse().unwrap(), fields[9].parse().unwrap()]
+    }
+
+    /// How often it has given up its CPU to wait for something.
+    fn waits(&self) -> u64 {
+        let status = std::fs::read_to_string(self.0.join("status")).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+        line.trim().parse().unwrap()
+    }
+}
+
+/// What is known of the control thread at one moment of the soak.
+#[derive(Debug, Clone, Copy)]
+struct Moment {
+    commands: usize,
+    ticks: u64,
+    faults: [u64; 2],
+    waits: u64,
 }
 
 #[test]
@@ -57,9 +149,9 @@ fn deadlines_are_reported_from_the_first_command_on() {
         given.retain(|(n, _)| n != name);
         given.push((name.into(), value));
     }
-    let settings = Params::from_overrides(given).unwrap().settings();
+    let mut settings = Params::from_overrides(given).unwrap().settings();
     let (send, told) = channel();
-    let node = Node::start(settings, Arc::new(SystemClock), Box::new(Robot(send))).unwrap();
+    let node = Node::start(settings.clone(), Arc::new(SystemClock), Box::new(Robot(send))).unwrap();
     let (inputs, names) = (node.inputs(), JOINT_NAMES.map(String::from));
     let frame = Frame::new(32, 32, 96, "rgb8", (0..32 * 32 * 3).map(|i| i as u8).collect::<Vec<_>>()).unwrap();
     let mut pose = MEAN_POSE.to_vec();
@@ -78,11 +170,27 @@ fn deadlines_are_reported_from_the_first_command_on() {
         while let Ok(q) = told.try_recv() {
             (pose, commands) = (q, commands + 1);
         }
-        // Once everything has been done once, the control thread meets no page fault any more.
-        if commands > 60 && value(&status, "control", "observation_to_command_ms_p50").is_some_and(|v| v != "0.00") {
-            let (from, faults) = *soak.get_or_insert_with(|| (commands, page_faults("pi0_control")));
-            if commands > from + 200 {
-                assert_eq!(page_faults("pi0_control"), faults, "after {from} commands, and 200 more");
+        // Once everything has been done once, nothing of this happens any more, whatever settings change meanwhile.
+        let adopted = value(&status, "control", "observation_to_command_ms_p50").is_some_and(|v| v != "0.00");
+        if commands > 60 && adopted && soak.is_none() {
+            let control = Task::of_name("pi0_control");
+            WATCHED.store(control.id(), Ordering::Relaxed);
+            CALLS.store(0, Ordering::Relaxed);
+            let (ticks, faults, waits) = (turns(&status), control.page_faults(), control.waits());
+            soak = Some((control, Moment { commands, ticks, faults, waits }));
+        }
+        if let Some((control, begin)) = &soak {
+            if commands > begin.commands + 100 {
+                settings.inputs.cameras[0].max_age += Duration::from_millis(1);
+                node.apply(&settings).unwrap();
+            }
+            if commands > begin.commands + 200 {
+                let waits = control.waits();
+                assert_eq!(control.page_faults(), begin.faults, "page faults since {begin:?}");
+                assert_eq!(CALLS.load(Ordering::Relaxed), 0, "calls of the allocator since {begin:?}");
+                // One sleep a period. A lock that somebody else holds would be one more.
+                let periods = turns(&node.status()) - begin.ticks;
+                assert!(waits - begin.waits <= periods + 1, "{waits} waits in {periods} periods since {begin:?}");
                 break;
             }
         }

@@ -159,9 +159,9 @@ impl ControlConfig {
         ((self.output_window / self.period).round() as usize).max(1)
     }
 
-    /// Most points of a braking tail.
+    /// Most points of a braking tail: the velocity in use leaves one period of the stop time to spare.
     pub fn tail_points(&self) -> usize {
-        (self.stop_time / self.period).ceil() as usize + 1
+        (self.stop_time / self.period).ceil() as usize
     }
 
     /// Checks everything; the first thing wrong is returned.
@@ -276,21 +276,35 @@ mod tests {
     fn what_is_wrong_is_named_with_its_value_and_the_remedy() {
         good().check().unwrap();
         type Spoil = fn(&mut ControlConfig);
-        let cases: [(&str, Spoil); 14] = [
-            ("joint_names", |c| c.joints.clear()),
+        fn limits(c: &mut ControlConfig) -> &mut JointLimits {
+            c.joints[1].limits.as_mut().unwrap()
+        }
+        let cases: [(&str, Spoil); 25] = [
+            ("joint_names = 0 joints", |c| c.joints.clear()),
+            ("joint_names = 33 joints", |c| *c = ControlConfig::new((0..33).map(|j| format!("j{j}")), 0.02, 0.05, 10)),
             ("joint_names = 'a' twice", |c| c.joints[1].name = "a".into()),
             ("control_rate_hz", |c| c.period = f64::INFINITY),
             ("policy_rate_hz", |c| c.dt = 0.0),
             ("stop_time = 0.03 s", |c| c.stop_time = 0.03),
             ("ramp_time", |c| c.ramp_time = f64::NAN),
+            ("ramp_time = 3600.5 s", |c| c.ramp_time = 3600.5),
+            ("deadline = -0.001 s", |c| c.deadline = -0.001),
+            ("output_window = 0.01 s", |c| c.output_window = 0.01),
+            ("output_window + stop_time = 82 s at a period of 0.02 s", |c| c.output_window = 81.5),
             ("horizon = 1", |c| c.horizon = 1),
+            ("horizon = 1025", |c| c.horizon = 1025),
             ("replan_steps = 10", |c| c.replan_steps = 10),
+            ("replan_steps = 0", |c| c.replan_steps = 0),
             ("crossfade_steps = 0", |c| c.crossfade_steps = 0),
-            ("limits.b.max_velocity = NaN", |c| c.joints[1].limits.as_mut().unwrap().max_velocity = f64::NAN),
-            ("limits.b.max_acceleration = 0", |c| c.joints[1].limits.as_mut().unwrap().max_acceleration = 0.0),
-            ("limits.a.max_position = -1", |c| c.joints[0].limits.as_mut().unwrap().max_position = -1.0),
-            ("limits.a.min_position", |c| c.joints[0].limits.as_mut().unwrap().min_position = f64::NEG_INFINITY),
+            ("crossfade_steps = 11", |c| c.crossfade_steps = 11),
+            ("limits.b.max_velocity = NaN", |c| limits(c).max_velocity = f64::NAN),
+            ("limits.b.max_acceleration = 0", |c| limits(c).max_acceleration = 0.0),
+            ("limits.b.max_acceleration = 1000001", |c| limits(c).max_acceleration = 1_000_001.0),
+            ("limits.b.max_position = -1", |c| limits(c).max_position = -1.0),
+            ("limits.b.max_position = 1000001", |c| limits(c).max_position = 1_000_001.0),
+            ("limits.b.min_position", |c| limits(c).min_position = f64::NEG_INFINITY),
             ("max_tracking_error of joint 'b' = -1", |c| c.joints[1].max_tracking_error = -1.0),
+            ("max_tracking_error of joint 'b' = 0", |c| c.joints[1].max_tracking_error = 0.0),
         ];
         for (says, spoil) in cases {
             let mut c = good();
@@ -298,6 +312,21 @@ mod tests {
             let e = c.check().unwrap_err().to_string();
             assert!(e.contains(says), "{e} should say {says}");
         }
+    }
+
+    #[test]
+    fn the_ends_of_every_range_are_allowed() {
+        let mut c = ControlConfig::new((0..MAX_JOINTS).map(|j| format!("j{j}")), 0.125, 0.05, MAX_HORIZON);
+        c.joints[0].limits =
+            Some(JointLimits { min_position: -1e6, max_position: 1e6, max_velocity: 1e6, max_acceleration: 1e6 });
+        (c.ramp_time, c.starvation_timeout, c.future_tolerance) = (3600.0, 0.0, 0.0);
+        (c.replan_steps, c.crossfade_steps) = (MAX_HORIZON - 1, MAX_HORIZON);
+        (c.stop_time, c.output_window) = (0.25, MAX_POINTS * 0.125 - 0.25);
+        c.check().unwrap();
+        (c.horizon, c.replan_steps, c.crossfade_steps, c.output_window) = (2, 1, 1, c.period);
+        c.joints[0].limits =
+            Some(JointLimits { min_position: 0.0, max_position: 1e-6, max_velocity: 1e-6, max_acceleration: 1e-6 });
+        c.check().unwrap();
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl Curve {
     /// Position and velocity at `x` seconds; beyond the end it brakes with `bounds`.
     pub(crate) fn sample(&self, x: f64, bounds: &[Bound], q: &mut [f64], v: &mut [f64]) {
         let n = self.joints;
+        let (q, v) = (&mut q[..n], &mut v[..n]);
         let end = self.end();
         if self.len < 2 || x > end {
             let last = self.len.saturating_sub(1) * n;

@@ -103,9 +103,10 @@ impl Bound {
         0.5 * v * (v / self.acceleration + h)
     }
 
-    /// One step with the least time to rest.
+    /// One step with the least time to rest. From a state that keeps the invariant no limit is in the way.
     pub(crate) fn brake(&self, q: f64, v: f64, h: f64) -> (f64, f64) {
-        self.reach(q, v, 0.0, h)
+        let v1 = (v.abs() - self.acceleration * h).max(0.0).copysign(v);
+        (self.travel(q, v, v1, h), v1)
     }
 
     /// One step towards being at `target` with velocity `pace` after `h`: no overshoot, as fast as the rules allow.
@@ -120,12 +121,22 @@ impl Bound {
     /// Constant acceleration from `v` to the velocity nearest to `wanted` that breaks no rule.
     fn reach(&self, q: f64, v: f64, wanted: f64, h: f64) -> (f64, f64) {
         let a = self.acceleration;
-        let high = self.velocity.min(land(self.max - q, v, a, h)).min(v + a * h);
-        let low = (-self.velocity).max(land(self.min - q, v, a, h)).max(v - a * h);
-        // Rounding alone can make them cross; NaN leads to rest.
+        let (slowest, fastest) = ((v - a * h).max(-self.velocity), (v + a * h).min(self.velocity));
+        // NaN leads to rest.
         let wanted = if wanted.is_finite() { wanted } else { 0.0 };
-        let v1 = wanted.min(high).max(low);
-        ((q + 0.5 * (v + v1) * h).max(self.min).min(self.max), v1)
+        let mut v1 = wanted.min(fastest).max(slowest);
+        // Whether braking from there fits is known without a root; what just fits is not.
+        let ahead = if v1 < 0.0 { self.min - q } else { self.max - q };
+        let needed = 0.5 * (v + v1) * h + self.grid_brake(v1.abs(), h).copysign(v1);
+        if (ahead - needed) * v1 < 0.0 {
+            v1 = land(ahead, v, a, h).min(fastest).max(slowest);
+        }
+        (self.travel(q, v, v1, h), v1)
+    }
+
+    /// Position after `h` at constant acceleration from `v` to `v1`; rounding alone can leave the limits.
+    fn travel(&self, q: f64, v: f64, v1: f64, h: f64) -> f64 {
+        (q + 0.5 * (v + v1) * h).max(self.min).min(self.max)
     }
 }
 
@@ -133,7 +144,7 @@ impl Bound {
 /// away: solves `(v + u)·h/2 + u²/2a + u·h/2 = distance` for u, mirrored for targets behind.
 fn land(distance: f64, v: f64, a: f64, h: f64) -> f64 {
     let left = distance - 0.5 * v * h;
-    (a * ((h * h + 2.0 * left.abs() / a).sqrt() - h)).copysign(left)
+    ((a * h * (a * h) + 2.0 * a * left.abs()).sqrt() - a * h).copysign(left)
 }
 
 #[cfg(test)]

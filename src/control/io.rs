@@ -1,7 +1,6 @@
 //! What goes into a tick and what comes out of it.
 
 use super::chunk::ActionChunk;
-use super::config::ConfigError;
 use super::joints::JointVector;
 use super::mode::Mode;
 use super::reason::{ChunkRefusal, InputHealth, Reason, Refusal};
@@ -117,23 +116,4 @@ pub struct TickReport {
     /// Whether the window starts at the measured pose at rest (arming, tracking error) instead of continuing what
     /// the robot was told.
     pub restarted: bool,
-}
-
-/// Limits that cannot be taken over.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum LimitsError {
-    /// The robot may be moving.
-    #[error("limits can only change while unarmed (mode is '{0}'): call ~/enable with false first")]
-    Armed(Mode),
-    /// A value cannot be used.
-    #[error(transparent)]
-    Value(#[from] ConfigError),
-    /// No such joint.
-    #[error("limits for {found} joints, expected {expected}")]
-    Joints {
-        /// Given.
-        found: usize,
-        /// The controller's.
-        expected: usize,
-    },
 }

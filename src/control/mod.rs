@@ -40,7 +40,7 @@ pub mod window;
 pub use chunk::{ActionChunk, ChunkTiming};
 pub use config::{ConfigError, ControlConfig, JointConfig, JointLimits, MissPolicy, Seam};
 pub use deadlines::{Deadlines, DeadlinesSnapshot, PlanTimes, Slack, TickTimes};
-pub use io::{Adoption, ChunkVerdict, Lifecycle, LimitsError, Measured, Requests, TickInput, TickReport};
+pub use io::{Adoption, ChunkVerdict, Lifecycle, Measured, Requests, TickInput, TickReport};
 pub use joints::{JointVector, MAX_JOINTS};
 pub use mode::{Level, MODES, Mode, ModeRow};
 pub use reason::{ChunkRefusal, InputFault, InputHealth, Names, Reason, Refusal};

@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn the_table_is_indexed_by_mode_and_consistent() {
         for (i, row) in MODES.iter().enumerate() {
-            assert_eq!(row.mode as usize, i);
+            assert_eq!((row.mode as usize, row.mode.to_string().as_str()), (i, row.name));
             assert!(!row.next.contains(&row.mode), "{} leads to itself", row.name);
             if row.armed {
                 assert!(row.publishes && row.next.contains(&Stopping), "{} can be stopped", row.name);

@@ -35,10 +35,10 @@ impl State {
         let (here, there) = (curve.pace(self.x), curve.pace(self.x + self.pace * h));
         let (cap, limiting) = if here.0 < there.0 { here } else { there };
         if self.pace == 1.0 && cap == 1.0 {
-            curve.sample(self.x + h, bounds, &mut q, &mut v);
+            let x = self.x + h;
+            curve.sample(x, bounds, &mut q, &mut v);
             if let Some(untouched) = self.keeps(bounds, &q, &v, h) {
-                let target = Target { x: self.x + h, pace: 1.0, q, v, limiting, untouched };
-                return self.land(bounds, target, h, tally);
+                return self.land(bounds, (&q, &v), Step { x, pace: 1.0, limiting, untouched }, h, tally);
             }
         }
         // The pace changes by what the accelerations allow; the highest that keeps all joints on the path is taken.
@@ -47,17 +47,20 @@ impl State {
             bounds.iter().zip(v.iter()).map(|(b, v)| b.acceleration * h / v.abs().max(1e-12)).fold(1.0, f64::min);
         let high = cap.min(self.pace + change);
         let low = (self.pace - change).max(0.0).min(high);
-        let mut at = |pace: f64| {
+        let target = |pace: f64, q: &mut [f64], v: &mut [f64]| {
             let x = self.x + 0.5 * (self.pace + pace) * h;
-            curve.sample(x, bounds, &mut q, &mut v);
+            curve.sample(x, bounds, q, v);
             v.iter_mut().for_each(|v| *v *= pace);
-            Target { x, pace, q, v, limiting, untouched: false }
+            x
         };
-        let target = (0..=4)
-            .map(|k| at(high - (high - low) * 0.25 * f64::from(k)))
-            .find_map(|t| self.keeps(bounds, &t.q, &t.v, h).map(|untouched| Target { untouched, ..t }))
-            .unwrap_or_else(|| at(high));
-        self.land(bounds, target, h, tally);
+        let step = (0..=4).find_map(|k| {
+            let pace = high - (high - low) * 0.25 * f64::from(k);
+            let x = target(pace, &mut q, &mut v);
+            self.keeps(bounds, &q, &v, h).map(|untouched| Step { x, pace, limiting, untouched })
+        });
+        let step =
+            step.unwrap_or_else(|| Step { x: target(high, &mut q, &mut v), pace: high, limiting, untouched: false });
+        self.land(bounds, (&q, &v), step, h, tally);
     }
 
     /// Whether all joints can take the step within velocity and acceleration; positions are each joint's own affair.
@@ -74,23 +77,29 @@ impl State {
         Some(untouched)
     }
 
-    /// Takes the step: joints that may go to the target do so untouched, the others approach it within their limits.
-    fn land(&mut self, bounds: &[Bound], target: Target, h: f64, mut tally: Option<&mut Interventions>) {
+    /// Takes the step: joints that may go to `(q, v)` do so untouched, the others approach it within their limits.
+    fn land(
+        &mut self,
+        bounds: &[Bound],
+        (q, v): (&[f64], &[f64]),
+        step: Step,
+        h: f64,
+        mut tally: Option<&mut Interventions>,
+    ) {
         let mut count = |joint, rule| {
             if let Some(t) = tally.as_deref_mut() {
                 t.count(joint, rule);
             }
         };
-        if target.pace < 1.0 {
-            count(target.limiting, Rule::Scaled);
+        if step.pace < 1.0 {
+            count(step.limiting, Rule::Scaled);
         }
         for (j, b) in bounds.iter().enumerate() {
-            let (q, v) = (target.q[j], target.v[j]);
-            let verdict = if target.untouched { Ok(()) } else { b.allows(self.q[j], self.v[j], q, v, h) };
+            let verdict = if step.untouched { Ok(()) } else { b.allows(self.q[j], self.v[j], q[j], v[j], h) };
             match verdict {
-                Ok(()) => (self.q[j], self.v[j]) = (q.max(b.min).min(b.max), v),
+                Ok(()) => (self.q[j], self.v[j]) = (q[j].max(b.min).min(b.max), v[j]),
                 Err(breach) => {
-                    (self.q[j], self.v[j]) = b.approach(self.q[j], self.v[j], q, v, h);
+                    (self.q[j], self.v[j]) = b.approach(self.q[j], self.v[j], q[j], v[j], h);
                     count(
                         j,
                         match breach {
@@ -102,17 +111,15 @@ impl State {
                 }
             }
         }
-        (self.x, self.pace) = (target.x, target.pace);
+        (self.x, self.pace) = (step.x, step.pace);
     }
 }
 
 /// Where the reference is at the end of a step, and which joint limits its pace.
 #[derive(Debug, Clone, Copy)]
-struct Target {
+struct Step {
     x: f64,
     pace: f64,
-    q: JointVector,
-    v: JointVector,
     limiting: usize,
     /// Whether every joint is known to take it as it is.
     untouched: bool,

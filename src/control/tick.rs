@@ -3,10 +3,10 @@
 
 use super::adopt::{Plan, Ramp};
 use super::chunk::ActionChunk;
-use super::config::{ConfigError, ControlConfig, JointLimits};
+use super::config::{ConfigError, ControlConfig};
 use super::curve::Curve;
 use super::filter::Bound;
-use super::io::{ChunkVerdict, Lifecycle, LimitsError, TickInput, TickReport};
+use super::io::{ChunkVerdict, Lifecycle, TickInput, TickReport};
 use super::joints::JointVector;
 use super::mode::{Level, Mode};
 use super::pace::State;
@@ -74,8 +74,9 @@ impl Controller {
         config.check()?;
         let joints = config.joints.len();
         let window = Window::for_config(&config);
-        let mut controller = Self {
-            bounds: vec![Bound::default(); joints],
+        Ok(Self {
+            // Without limits there is no arming, and nothing that would use these.
+            bounds: (0..joints).map(|j| config.bound(j).unwrap_or_default()).collect(),
             mode: Mode::Unconfigured,
             reason: None,
             latched: false,
@@ -102,9 +103,7 @@ impl Controller {
             tracking_error: 0.0,
             tracking_error_max: 0.0,
             config,
-        };
-        controller.refresh_bounds();
-        Ok(controller)
+        })
     }
 
     /// A window with room for everything this controller can publish.
@@ -127,29 +126,14 @@ impl Controller {
         self.epoch
     }
 
-    /// Replaces the limits of all joints, only while nothing is published; allocates nothing.
-    pub fn set_limits(&mut self, limits: &[Option<JointLimits>]) -> Result<(), LimitsError> {
-        if self.mode.publishes() {
-            return Err(LimitsError::Armed(self.mode));
-        }
-        if limits.len() != self.config.joints.len() {
-            return Err(LimitsError::Joints { found: limits.len(), expected: self.config.joints.len() });
-        }
-        for (joint, l) in self.config.joints.iter().zip(limits) {
-            if let Some(l) = l {
-                l.check(&joint.name)?;
-            }
-        }
-        for (joint, l) in self.config.joints.iter_mut().zip(limits) {
-            joint.limits = *l;
-        }
-        self.refresh_bounds();
-        Ok(())
-    }
-
     /// Takes over what must survive a change of settings: epoch, counters, a latched stop or fault, and what was
-    /// executed last. For a controller that stands in for `old` while nothing is published; allocates nothing.
-    pub fn succeed(&mut self, old: &Controller) {
+    /// executed last. For a controller that stands in for `old`, whose settings stay while something is published:
+    /// then this does nothing and is false. Allocates nothing.
+    #[must_use]
+    pub fn succeed(&mut self, old: &Controller) -> bool {
+        if old.mode.publishes() {
+            return false;
+        }
         self.mode = old.mode;
         self.reason = old.reason;
         (self.latched, self.fault) = (old.latched, old.fault);
@@ -159,26 +143,31 @@ impl Controller {
         self.interventions = old.interventions;
         (self.seam_jump, self.seam_jump_max) = (old.seam_jump, old.seam_jump_max);
         (self.tracking_error, self.tracking_error_max) = (old.tracking_error, old.tracking_error_max);
+        self.gate.succeed(&old.gate);
         // Chunks cut for the old settings are not executed under the new ones.
+        self.counters.discarded += u64::from(old.pending.present);
         self.new_epoch();
+        true
     }
 
-    fn refresh_bounds(&mut self) {
-        for j in 0..self.bounds.len() {
-            self.bounds[j] = self.config.bound(j).unwrap_or_default();
-        }
+    /// How old a chunk and its images may be to be adopted, in seconds; at any time, since it only decides what is
+    /// taken next. Allocates nothing.
+    pub fn set_ages(&mut self, max_chunk_age: f64, max_image_age: f64) {
+        (self.config.max_chunk_age, self.config.max_image_age) = (max_chunk_age, max_image_age);
+        self.gate.set_ages(max_chunk_age, max_image_age);
     }
 
     /// A snapshot of everything that can be asked, as of the last tick.
     pub fn status(&self) -> ControlStatus {
         let now = self.last.unwrap_or_default();
         let starved = if self.starved_long { Level::Error } else { Level::Ok };
+        // While it follows the policy there is no reason not to.
+        let own = self.mode.row().level;
         let level = match self.reason {
-            Some(reason) if !matches!(self.mode, Mode::Ramp | Mode::Run) => {
-                let own = if self.mode == Mode::Unconfigured { Level::Ok } else { self.mode.row().level };
-                own.max(reason.level()).max(starved)
+            Some(reason) => {
+                (if self.mode == Mode::Unconfigured { Level::Ok } else { own }).max(reason.level()).max(starved)
             }
-            _ => self.mode.row().level,
+            None => own,
         };
         ControlStatus {
             mode: self.mode,
@@ -198,7 +187,11 @@ impl Controller {
                 pace: self.progress.first().map_or(0.0, |(_, pace)| *pace),
                 ..p.view
             }),
-            command: JointVector::from_slice(self.window.now().0).unwrap_or_default(),
+            // Before the first window nothing was told.
+            command: match self.window.points() {
+                0 => JointVector::NONE,
+                _ => JointVector::from_slice(self.window.now().0).unwrap_or_default(),
+            },
         }
     }
 
@@ -576,5 +569,40 @@ impl Controller {
             debug_assert!(self.mode.row().next.contains(&mode), "{} to {mode} is not in the table", self.mode);
             self.mode = mode;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::JointLimits;
+    use super::*;
+
+    /// Never needed so far: what the controller fills a window with keeps every rule.
+    #[test]
+    fn the_last_check_finds_what_must_not_leave() {
+        let limits = JointLimits { min_position: -1.5, max_position: 1.5, max_velocity: 2.0, max_acceleration: 8.0 };
+        let mut config = ControlConfig::new(["a".to_string(), "b".to_string()], 0.02, 0.05, 20);
+        config.joints.iter_mut().for_each(|j| j.limits = Some(limits));
+        let mut controller = Controller::new(config).unwrap();
+        let rest = ([0.0, 0.0], [0.0, 0.0]);
+        for (q, v, last, breach) in [
+            ([0.0, 0.0], [0.0, 0.0], rest, None),
+            ([1.5, -1.5], [2.0, -2.0], rest, None),
+            ([0.0, 1.5001], [0.0, 0.0], rest, Some(1)),
+            ([-1.5001, 0.0], [0.0, 0.0], rest, Some(0)),
+            ([0.0, 0.0], [0.0, 2.001], rest, Some(1)),
+            ([0.0, 0.0], [-2.001, 0.0], rest, Some(0)),
+            ([f64::NAN, 0.0], [0.0, 0.0], rest, Some(0)),
+            ([0.0, 0.0], [0.0, f64::NAN], rest, Some(1)),
+            ([0.0, 0.0], [0.0, 0.0], ([0.0, 0.0], [0.0, 1e-9]), Some(1)),
+            ([0.0, 0.0], [0.0, 0.0], ([2.0, 0.0], [0.0, 0.0]), Some(0)),
+        ] {
+            controller.window.begin(RosTime(1), &[0.0, 0.0], &[0.0, 0.0]);
+            controller.window.push(&q, &v);
+            controller.window.push(&last.0, &last.1);
+            assert_eq!(controller.breach(), breach, "{q:?} {v:?}, then {last:?}");
+        }
+        controller.window.clear(RosTime(1));
+        assert_eq!(controller.breach(), None, "nothing leaves");
     }
 }

@@ -33,6 +33,15 @@ impl Gate {
         }
     }
 
+    /// Takes over which prompt is the newest that was seen.
+    pub(crate) fn succeed(&mut self, old: &Gate) {
+        self.prompt_generation = old.prompt_generation;
+    }
+
+    pub(crate) fn set_ages(&mut self, chunk: f64, image: f64) {
+        (self.max_age, self.max_image_age) = (chunk, image);
+    }
+
     /// A new epoch may number its chunks from anywhere.
     pub(crate) fn new_epoch(&mut self) {
         self.sequence = None;

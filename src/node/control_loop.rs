@@ -108,11 +108,14 @@ pub(super) struct Event {
 /// A controller for other settings, on its way in; or the old one, on its way out to be freed.
 pub(super) type ControllerBox = Box<Controller>;
 
-/// Limits of freshness that the loop itself judges.
+/// Limits of freshness; they may change at any time.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct InputRules {
     pub camera_max_age_ms: Vec<f64>,
     pub drop_lost_views: bool,
+    /// Of a chunk to be adopted and of its images, seconds.
+    pub max_chunk_age: f64,
+    pub max_image_age: f64,
 }
 
 /// Everything the control thread owns.
@@ -283,13 +286,17 @@ impl ControlLoop {
     fn take_changes(&mut self) {
         while let Ok(change) = self.changes.pop() {
             let old = match change {
-                Change::Controller(mut next) if !self.controller.mode().publishes() => {
-                    next.succeed(&self.controller);
-                    Change::Controller(std::mem::replace(&mut self.controller, next))
+                Change::Controller(mut next) => {
+                    // Armed meanwhile: settings that need an unarmed node were checked before, so this is a lost race.
+                    if next.succeed(&self.controller) {
+                        std::mem::swap(&mut self.controller, &mut next);
+                    }
+                    Change::Controller(next)
                 }
-                // Armed meanwhile: settings that need an unarmed node were checked before, so this is a lost race.
-                late @ Change::Controller(_) => late,
-                Change::Rules(next) => Change::Rules(std::mem::replace(&mut self.rules, next)),
+                Change::Rules(next) => {
+                    self.controller.set_ages(next.max_chunk_age, next.max_image_age);
+                    Change::Rules(std::mem::replace(&mut self.rules, next))
+                }
             };
             if let Err(rtrb::PushError::Full(old)) = self.discarded.push(old) {
                 std::mem::forget(old);

@@ -10,7 +10,9 @@ use super::status::{self, Status};
 use super::{NodeError, convert, lock, publisher, recorder};
 use crate::clock::{Clock, Monotonic, RosTime};
 use crate::control::chunk::ActionChunk;
-use crate::control::{ChunkVerdict, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport};
+use crate::control::{
+    ChunkVerdict, ControlConfig, Controller, Deadlines, InputFault, Lifecycle, Mode, Names, TickReport,
+};
 use crate::engine::EngineError;
 use crate::error::Fault;
 use crate::model::{Frame, ModelError};
@@ -328,14 +330,16 @@ impl Core {
             pipeline.decide(new.gpu.split).map_err(EngineError::from)?;
         }
         let horizon = self.horizon.load(Ordering::Acquire);
-        let control = convert::control(new, horizon);
-        if control != convert::control(old, horizon) {
+        let (control, before) = (convert::control(new, horizon), convert::control(old, horizon));
+        // How old a chunk may be goes with the rules, which change while the robot moves as well.
+        let (max_chunk_age, max_image_age) = (before.max_chunk_age, before.max_image_age);
+        if (ControlConfig { max_chunk_age, max_image_age, ..control.clone() }) != before {
             let controller = Box::new(Controller::new(control)?);
             *lock(&self.deadlines) = Deadlines::new(controller.config().deadline, controller.config().period);
             self.send(Change::Controller(controller))?;
         }
-        let rules = input_rules(new);
-        if rules != input_rules(old) {
+        let rules = input_rules(new, horizon);
+        if rules != input_rules(old, horizon) {
             self.send(Change::Rules(Box::new(rules)))?;
         }
         if let Some(pipeline) = &*pipeline {
@@ -362,9 +366,15 @@ impl Core {
     }
 }
 
-pub(super) fn input_rules(s: &Settings) -> InputRules {
-    let live = convert::live(s);
-    InputRules { camera_max_age_ms: live.camera_max_age_ms, drop_lost_views: live.drop_lost_views }
+/// For chunks of `horizon` actions.
+pub(super) fn input_rules(s: &Settings, horizon: usize) -> InputRules {
+    let (live, control) = (convert::live(s), convert::control(s, horizon));
+    InputRules {
+        camera_max_age_ms: live.camera_max_age_ms,
+        drop_lost_views: live.drop_lost_views,
+        max_chunk_age: control.max_chunk_age,
+        max_image_age: control.max_image_age,
+    }
 }
 
 /// How serious a line of the log is.

@@ -146,7 +146,7 @@ impl Parts {
         let (plan, plan_reader) = latest(None);
         let config = controller.config();
         let deadlines = Arc::new(Mutex::new(Deadlines::new(config.deadline, config.period)));
-        let rules = Box::new(input_rules(&settings));
+        let rules = Box::new(input_rules(&settings, horizon));
         let recorder = identity.and_then(|identity| recorder::ends(&settings, &controller.window(), identity));
         let (recorder, ticks, windows, waiting) = match recorder {
             Some(r) => (Some(r.handle), Some(r.ticks), Some(r.windows), Some(r.recorder)),

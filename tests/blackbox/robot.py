@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from rclpy.node import Node
 import rclpy
+from builtin_interfaces.msg import Time as TimeMessage
+from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -56,6 +58,11 @@ class Faults:
     nan_joint: str | None = None
     encodings: dict[str, str] = field(default_factory=dict)  # of a camera; rgb8 if it is not here
     cut_image_to: int | None = None  # bytes
+    frozen_cameras: set[str] = field(default_factory=set)
+    stamp_shift: dict[str, float] = field(default_factory=dict)  # seconds, of a camera or of "joint_states"
+    zero_stamps: set[str] = field(default_factory=set)  # the same names
+    joints_every: int = 1  # periods
+    joint_error: tuple[str, float] | None = None  # rad
 
 
 class IdealRobot:
@@ -120,10 +127,15 @@ class IdealRobot:
                 state = self._trajectory.sample(now)
                 self._trajectory = Trajectory.from_message(msg, JOINTS, start).after(now, state)
 
+    def _stamp(self, of: str) -> TimeMessage:
+        if of in self.faults.zero_stamps:
+            return TimeMessage()
+        return (self.node.get_clock().now() + Duration(seconds=self.faults.stamp_shift.get(of, 0.0))).to_msg()
+
     def _publish(self) -> None:
         count = 0
         while not self._stop.wait(PERIOD_S):
-            if not self.faults.silent_joints:
+            if not self.faults.silent_joints and count % self.faults.joints_every == 0:
                 self._publish_state()
             if count % IMAGE_EVERY == 0:
                 for camera in set(CAMERAS) - self.faults.silent_cameras:
@@ -137,8 +149,11 @@ class IdealRobot:
         with self._lock:
             sample = self._trajectory.sample(self.now())
         msg = JointState(name=self.faults.joint_names or JOINTS)
-        msg.header.stamp = self.node.get_clock().now().to_msg()
+        msg.header.stamp = self._stamp("joint_states")
         position = sample.position.tolist()
+        if self.faults.joint_error:
+            joint, error = self.faults.joint_error
+            position[JOINTS.index(joint)] += error
         if self.faults.nan_joint:
             position[JOINTS.index(self.faults.nan_joint)] = math.nan
         msg.position, msg.velocity = position, sample.velocity.tolist()
@@ -146,7 +161,7 @@ class IdealRobot:
 
     def _publish_picture(self, camera: str, data: bytes) -> None:
         msg = CompressedImage(format="jpeg", data=array.array("B", data))
-        msg.header.stamp = self.node.get_clock().now().to_msg()
+        msg.header.stamp = self._stamp(camera)
         self._compressed[camera].publish(msg)
 
     def _publish_image(self, camera: str) -> None:
@@ -154,9 +169,10 @@ class IdealRobot:
         bytes_per_pixel, rows = ENCODINGS.get(encoding, (3, 1))
         step = bytes_per_pixel * IMAGE_SIDE
         msg = Image(height=IMAGE_SIDE, width=IMAGE_SIDE, step=step, encoding=encoding)
-        msg.header.stamp = self.node.get_clock().now().to_msg()
+        msg.header.stamp = self._stamp(camera)
         # Never the same bytes twice: a still image is the fault "frozen camera".
-        data = random.randbytes(step) * int(IMAGE_SIDE * rows)
+        row = bytes(step) if camera in self.faults.frozen_cameras else random.randbytes(step)
+        data = row * int(IMAGE_SIDE * rows)
         msg.data = array.array("B", data[: self.faults.cut_image_to])
         self._images[camera].publish(msg)
 

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from trajectory_msgs.msg import JointTrajectory
 
-from harness import Process
-from robot import CAMERAS, PARAMETERS
+from harness import MOVING_MODES, Process, count
+from robot import CAMERAS, HOME, PARAMETERS, Faults
+
+
+def start_robot_process(log: Path) -> Process:
+    return Process("robot", [sys.executable, str(Path(__file__).resolve().parent / "robot.py")], log)
 
 
 @pytest.fixture
@@ -21,8 +25,7 @@ def robot_process(robot, tmp_path) -> Iterator[Process]:
     """The robot in a process of its own; the one in this process only listens."""
     robot.faults.silent_cameras = set(CAMERAS)
     robot.faults.silent_joints = True
-    script = Path(__file__).resolve().parent / "robot.py"
-    process = Process("robot", [sys.executable, str(script)], tmp_path / "robot.log")
+    process = start_robot_process(tmp_path / "robot.log")
     yield process
     process.interrupt(signal.SIGCONT)
     assert process.end() == 0, process.tail()
@@ -49,6 +52,8 @@ def test_robot_process_stopped_for_a_second(start_node, robot, robot_process):
     assert "ms old" in refused.message, refused.message
 
     robot_process.interrupt(signal.SIGCONT)
+    # Until it has taken up what it missed, it is not yet where the last command led.
+    expect_unarmed(node, robot)
     node.wait(lambda: node.enable().success, "arming once data is fresh")
     robot.wait_for(robot.count() + 30)
 
@@ -60,6 +65,103 @@ def test_robot_process_back_does_not_arm(start_node, robot, robot_process):
     node.wait_for_mode("active")
     robot_process.interrupt(signal.SIGCONT)
     expect_unarmed(node, robot)
+
+
+def test_robot_process_killed_and_respawned_elsewhere(start_node, robot, tmp_path):
+    robot.faults = Faults(silent_cameras=set(CAMERAS), silent_joints=True)
+    first = start_robot_process(tmp_path / "robot.log")
+    node = start_node()
+    node.run_armed(100)
+    first.interrupt(signal.SIGKILL)
+    node.wait_for_text("position of joint", "ms old (limit 200 ms)")
+    node.wait_for_mode("active")
+    robot.wait_for_silence()
+    robot.check_last_is_a_stop()
+    robot.check_everything_received()
+    # The new one begins at its home pose, wherever the old one was left: what comes now is another motion.
+    robot.received.clear()
+    again = start_robot_process(tmp_path / "robot_again.log")
+    node.diagnostics.clear()
+    node.wait_for_diagnostic("inputs", b"\x00", "all inputs fresh")
+    expect_unarmed(node, robot)
+    node.wait(lambda: node.enable().success, "arming once data is fresh")
+    robot.wait_for(30)
+    assert np.allclose(robot.trajectories()[0].positions[0], HOME, atol=0.01)
+    assert again.end() == 0, again.tail()
+
+
+def test_node_stopped_for_a_second(start_node, robot):
+    """As a debugger, a laptop's lid or a hypervisor does: the controller brakes at the end of what it has."""
+    node = start_node()
+    node.run_armed(100)
+    skipped, ticks = count(node.status, "skipped"), count(node.status, "ticks")
+    node.process.interrupt(signal.SIGSTOP)
+    time.sleep(1.5)
+    last = robot.trajectories()[-1]
+    assert np.all(last.velocities[-1] == 0.0) and last.end < robot.now(), "the robot is at rest by now"
+    node.process.interrupt(signal.SIGCONT)
+    # Whatever it hears first, its own old joint state or a fresh one, what it sends goes on from where the robot is:
+    # the robot checks that. It has not caught up, and says how much it missed.
+    node.wait(lambda: count(node.status, "ticks") > ticks + 100, "control ticks")
+    assert count(node.status, "skipped") - skipped > 50, node.status
+    node.wait_for_mode("active", *MOVING_MODES)
+    if node.status["mode"] == "active":
+        expect_unarmed(node, robot)
+        node.wait(lambda: node.enable().success, "arming again")
+    robot.wait_for(robot.count() + 30)
+
+
+# Ages that a busy machine does not reach by itself.
+PATIENT = {"cameras.base.max_age_ms": "4000.0", "cameras.wrist.max_age_ms": "4000.0", "max_joint_state_age_ms": "3000.0"}
+# What is wrong, and what /diagnostics must show at which level while the robot goes on.
+GOES_ON = {
+    "a frozen camera": (Faults(frozen_cameras={"base"}), b"\x01", "camera 'base'", "frames are identical: frozen?"),
+    "a camera without stamps": (Faults(zero_stamps={"wrist"}), b"\x01", "camera 'wrist'", "judged by arrival"),
+    "a camera's clock 3 s ahead": (Faults(stamp_shift={"base": 3.0}), b"\x01", "camera 'base'", "judged by arrival"),
+    "joint states without stamps": (Faults(zero_stamps={"joint_states"}), b"\x01", "judged by arrival"),
+    "slow joint states": (Faults(joints_every=4), b"\x00", "all inputs fresh"),
+    "late pictures": (Faults(stamp_shift={"base": -0.2, "wrist": -0.2}), b"\x00", "all inputs fresh"),
+}
+# What is wrong, and what the status must say when the robot has stopped for it.
+STOPS = {
+    "a camera's clock 6 s behind": (Faults(stamp_shift={"base": -6.0}), "camera 'base'", "ms old (limit 4000 ms)"),
+    "late joint states": (Faults(stamp_shift={"joint_states": -5.0}), "position of joint", "ms old (limit 3000 ms)"),
+    "a joint elsewhere": (Faults(joint_error=("elbow", -0.5)), "joint 'elbow' was told", "look for a hardware stop"),
+}
+
+
+def test_faults_it_goes_on_with(start_node, robot):
+    node = start_node(**PATIENT)
+    node.run_armed()
+    for what, (faults, level, *says) in GOES_ON.items():
+        node.statuses.clear()
+        node.diagnostics.clear()
+        robot.faults = faults
+        node.wait_for_diagnostic("inputs", level, *says)
+        before = robot.count()
+        robot.wait_for(before + 30)
+        robot.faults = Faults()
+        modes = {s["mode"] for s in node.statuses}
+        assert modes <= set(MOVING_MODES), f"{what}: {modes}"
+
+
+def test_faults_it_stops_for(start_node, robot):
+    node = start_node(**PATIENT)
+    for faults, *says in STOPS.values():
+        node.run_armed()
+        node.statuses.clear()
+        robot.check_everything_received()
+        robot.faults = faults
+        node.wait_for_text(*says)
+        node.wait_for_mode("active")
+        robot.wait_for_silence(quiet=0.3)
+        robot.check_last_is_a_stop()
+        if faults.joint_error:
+            # It is held where it is measured, not where its last command led: no motion to check for jumps.
+            assert not robot.trajectories()[-1].velocities.any()
+            robot.received.clear()
+        robot.faults = Faults()
+        expect_unarmed(node, robot, ticks=20)
 
 
 def test_node_killed_while_armed_and_respawned(start_node, robot):

@@ -192,6 +192,19 @@ impl World {
         self.controller.config().clone()
     }
 
+    /// Other settings, as a parameter change brings them: a new controller that succeeds the old one. False if refused.
+    pub fn change(&mut self, change: impl FnOnce(&mut ControlConfig)) -> bool {
+        let mut config = self.config();
+        change(&mut config);
+        let mut next = Controller::new(config).unwrap();
+        let taken = next.succeed(&self.controller);
+        if taken {
+            self.controller = next;
+            self.account();
+        }
+        taken
+    }
+
     /// A chunk of this epoch, observed now.
     pub fn observe(&mut self, f: impl Fn(f64, usize) -> f64) -> ActionChunk {
         self.sequence += 1;
