@@ -16,6 +16,7 @@ from rosbags.highlevel import AnyReader
 
 MODES = {"ramp": "#e0a030", "run": "#3a7d44", "coast": "#c77d1e", "stopping": "#d1495b", "stopped": "#8a3b3b", "fault": "#b00020"}
 COMMAND, MEASURED, CHUNK = "#2a6fb0", "#e0703a", "#bbb"
+WARN = 30
 LEFT, WIDTH, ROW, TOP, SAID = 150.0, 900.0, 90.0, 70.0, 18.0
 
 
@@ -30,8 +31,8 @@ def read(path: Path) -> tuple[list, list[float], list[tuple[float, str]], list[s
             elif connection.topic.endswith("/action_chunk"):
                 chunks.append(recorded * 1e-9)
                 joints = joints or list(message().joint_names)
-            elif connection.topic == "/rosout" and (text := message().msg).startswith("mode: "):
-                said.append((recorded * 1e-9, text))
+            elif connection.topic == "/rosout" and ((log := message()).level >= WARN or log.msg.startswith("mode: ")):
+                said.append((recorded * 1e-9, log.msg))
     if not ticks:
         sys.exit(f"{path} holds no ticks: is it a recording of the node's own?")
     return ticks, chunks, said, joints
@@ -84,7 +85,8 @@ def draw(path: Path, wanted: list[str]) -> str:
     for i in range(int((end - begin) / step) + 1):
         out.append(f'<text x="{LEFT + i * step * scale:.1f}" y="{bottom + 14:.0f}" text-anchor="middle">{i * step:g} s</text>')
     for i, (t, text) in enumerate(said):
-        out.append(f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="46" y2="{bottom}" stroke="#444" stroke-dasharray="3 3"/>')
+        if text.startswith("mode: "):
+            out.append(f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="46" y2="{bottom}" stroke="#444" stroke-dasharray="3 3"/>')
         out.append(f'<text x="{LEFT}" y="{bottom + 34 + SAID * i:.0f}">{t - begin:.2f} s   {escape(text)}</text>')
     return "\n".join([*out, "</svg>\n"])
 

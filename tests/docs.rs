@@ -15,8 +15,20 @@ use pi0_mps::ros::args::Args;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Programs that are not ours: named in the guides, checked by nobody here.
-const FOREIGN: &[&str] =
-    &["pip", "rosdep", "colcon", "export", "fast-discovery-server", "nsys", "apt-get", ".", "source", "ip", "tc", "python"];
+const FOREIGN: &[&str] = &[
+    "pip",
+    "rosdep",
+    "colcon",
+    "export",
+    "fast-discovery-server",
+    "nsys",
+    "apt-get",
+    ".",
+    "source",
+    "ip",
+    "tc",
+    "python",
+];
 /// Commands of `ros2` that say nothing of this package.
 const FOREIGN_ROS2: &[&str] = &["bag", "control", "daemon", "doctor", "interface", "node", "pkg", "security"];
 
@@ -74,7 +86,8 @@ fn is_variable(name: &str) -> bool {
 /// Every command of a document.
 fn commands(text: &str) -> Vec<Vec<String>> {
     let (spans, fences) = code(text);
-    let lines = fences.iter().flat_map(|f| f.lines()).chain(spans.iter().map(String::as_str).filter(|s| s.contains(' ')));
+    let lines =
+        fences.iter().flat_map(|f| f.lines()).chain(spans.iter().map(String::as_str).filter(|s| s.contains(' ')));
     lines
         .flat_map(|l| l.split(" && "))
         .map(words)
@@ -165,7 +178,9 @@ fn ros2(command: &str, arguments: &[String]) -> Option<String> {
         }
         ("lifecycle", _) => None,
         ("service", "call") => interface(at(1), Some(at(2)).filter(|t| !t.is_empty())),
-        ("topic", _) => interface(arguments.iter().skip(1).find(|a| !a.starts_with('-')).map_or("", String::as_str), None),
+        ("topic", _) => {
+            interface(arguments.iter().skip(1).find(|a| !a.starts_with('-')).map_or("", String::as_str), None)
+        }
         ("action" | "component" | "service", _) => None,
         (other, _) => Some(format!("ros2 has no command {other}, or not for this package")),
     }
@@ -195,7 +210,8 @@ fn parameter(verb: &str, name: &str, value: &str) -> Option<String> {
     match verb {
         "set" => {
             let file = format!("/**:\n  ros__parameters:\n    {name}: {value}\n");
-            let changes = yaml::overrides(&file, "pi0_mps").and_then(|c| robot().set(&c, false).map_err(|e| e.to_string()));
+            let changes =
+                yaml::overrides(&file, "pi0_mps").and_then(|c| robot().set(&c, false).map_err(|e| e.to_string()));
             changes.err()
         }
         "get" | "describe" => (robot().get(name).is_none()).then(|| format!("no parameter {name}")),
@@ -211,12 +227,18 @@ fn interface(name: &str, of_type: Option<&str>) -> Option<String> {
     if own.is_empty() || own.starts_with('/') || own == "diagnostics" {
         return None;
     }
+    if robot().settings().outputs.iter().any(|o| o.topic == format!("~/{own}")) {
+        return None;
+    }
     let readme = read(root("README.md"));
     let row = readme.lines().find(|l| l.starts_with('|') && l.contains(&format!("`~/{own}`")));
     let Some(row) = row else { return Some(format!("the README has no ~/{own} among its interfaces")) };
-    let offered = std::fs::read_dir(root("src/ros")).unwrap().any(|f| read(f.unwrap().path()).contains(&format!("~/{own}\"")));
+    let offered =
+        std::fs::read_dir(root("src/ros")).unwrap().any(|f| read(f.unwrap().path()).contains(&format!("~/{own}\"")));
     let typed = of_type.is_none_or(|t| row.contains(&t.replace("/srv/", "/").replace("/msg/", "/")));
-    (!offered).then(|| format!("nothing in src/ros offers ~/{own}")).or((!typed).then(|| format!("{own} is not of that type")))
+    (!offered)
+        .then(|| format!("nothing in src/ros offers ~/{own}"))
+        .or((!typed).then(|| format!("{own} is not of that type")))
 }
 
 #[test]
@@ -307,7 +329,8 @@ impl Desk {
         let to = |name: &str| dir.path().join(name);
         synthetic::write(&to("DIR"), 1).unwrap();
         std::fs::copy(root("config/robots/sim_arm.yaml"), to("my_robot.yaml")).unwrap();
-        let records: Vec<_> = BagReader::open(&root("tests/fixtures/bags/sim_arm")).unwrap().map(Result::unwrap).collect();
+        let records: Vec<_> =
+            BagReader::open(&root("tests/fixtures/bags/sim_arm")).unwrap().map(Result::unwrap).collect();
         let begin = records[0].time;
         let mut bag = BagWriter::new(BufWriter::new(File::create(to("BAG")).unwrap()), &[]).unwrap();
         records.iter().take_while(|r| r.time.seconds_since(begin) < 1.0).for_each(|r| bag.write(r).unwrap());
@@ -370,14 +393,19 @@ fn the_security_policy_names_every_service_and_topic_of_the_node() {
         assert!(own.contains(&format!("<service>~/{service}</service>")), "{service}");
     }
     let settings = robot().settings();
-    let topics = settings.outputs.iter().map(|o| o.topic.clone()).chain(settings.inputs.cameras.iter().map(|c| c.topic.clone()));
-    for topic in topics.chain(["~/action_chunk", "~/status", "~/transition_event", "~/prompt", "joint_states"].map(Into::into)) {
+    let topics =
+        settings.outputs.iter().map(|o| o.topic.clone()).chain(settings.inputs.cameras.iter().map(|c| c.topic.clone()));
+    for topic in
+        topics.chain(["~/action_chunk", "~/status", "~/transition_event", "~/prompt", "joint_states"].map(Into::into))
+    {
         assert!(own.contains(&format!("<topic>{topic}</topic>")), "{topic}");
     }
-    let may_command = policy.split("<topics publish=\"ALLOW\">").skip(1).filter(|t| {
-        t.split("</topics>").next().is_some_and(|t| t.contains("arm/joint_trajectory"))
-    });
+    let may_command = policy
+        .split("<topics publish=\"ALLOW\">")
+        .skip(1)
+        .filter(|t| t.split("</topics>").next().is_some_and(|t| t.contains("arm/joint_trajectory")));
     assert_eq!(may_command.count(), 1, "one enclave alone may command the arm");
-    let may_arm: Vec<_> = policy.split("<services request=\"ALLOW\">").skip(1).filter(|s| s.contains("/pi0_mps/enable")).collect();
+    let may_arm: Vec<_> =
+        policy.split("<services request=\"ALLOW\">").skip(1).filter(|s| s.contains("/pi0_mps/enable")).collect();
     assert_eq!(may_arm.len(), 1, "one enclave alone may arm");
 }

@@ -105,25 +105,34 @@ def test_events_and_several_at_once(node):
     assert together((low, double(above)), (high, double(above + 0.1))).successful
 
 
-def test_a_dump_starts_the_same_node_again(node, start_node, tmp_path):
-    node.wait(lambda: node.set_parameter("seam", string("none")).successful, "a value that is not the default")
+def test_a_dump_starts_the_same_node_again_and_can_be_loaded(start_node, tmp_path):
+    # One value that is not the default, and one that is not set.
+    given = {name: value for name, value in PARAMETERS.items() if name != "limits.elbow.max_acceleration"}
+    file = tmp_path / "robot.yaml"
+    file.write_text(yaml.dump({"/**": {"ros__parameters": {**given, "seam": "none"}}}))
+    node = start_node(params_file=file)
+    node.wait_for_mode("active")
     before = all_values(node)
-    assert node.close() == 0
-    # As `ros2 param dump` writes it.
+    # As `ros2 param dump` writes it, and as `ros2 param load` sends it: a list without items is one of bools.
     parameters: dict = {}
     for name, value in before.items():
         *groups, last = name.split(".")
         into = parameters
         for group in groups:
             into = into.setdefault(group, {})
-        into[last] = parameter_value_to_python(value)
-        if not isinstance(into[last], (bool, int, float, str, type(None))):
-            into[last] = list(into[last])
+        plain = parameter_value_to_python(value)
+        into[last] = plain if isinstance(plain, (bool, int, float, str)) else list(plain)
+        if into[last] == []:
+            value = ParameterValue(type=ParameterType.PARAMETER_BOOL_ARRAY)
+        loaded = node.set_parameter(name, value)
+        assert loaded.successful, loaded.reason
+    assert str(all_values(node)) == str(before)  # as text: what is not set is NaN
+    assert node.close() == 0
     dump = tmp_path / "dump.yaml"
     dump.write_text(yaml.dump({node.name: {"ros__parameters": parameters}}, default_flow_style=False))
     again = start_node(params_file=dump)
     again.wait_for_mode("active")
-    assert str(all_values(again)) == str(before)  # as text: what is not set is NaN
+    assert str(all_values(again)) == str(before)
 
 
 def test_a_slip_in_a_params_file_is_refused_at_start(start_node, tmp_path):

@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import heapq
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -133,18 +134,18 @@ def robot_side() -> None:
     rclpy.shutdown()
 
 
-def image_ages(recording: str, begin: float) -> np.ndarray:
-    """Arrival less stamp of every image since `begin`, in ms, as the node's recorder saw them."""
+def images(recording: str) -> tuple[float, np.ndarray]:
+    """Images per second of each camera, and arrival less stamp of each in ms, as the node's recorder saw them."""
     from rosbags.highlevel import AnyReader
 
-    ages = []
+    arrived, ages = [], []
     with AnyReader([Path(recording)]) as reader:
         for connection, recorded, data in reader.messages():
             if connection.topic.endswith("image_raw/compressed") or connection.msgtype.endswith("/Image"):
                 stamp = reader.deserialize(data, connection.msgtype).header.stamp
-                if recorded * 1e-9 >= begin:
-                    ages.append((recorded - stamp.sec * 10**9 - stamp.nanosec) * 1e-6)
-    return np.array(ages)
+                arrived.append(recorded * 1e-9)
+                ages.append((recorded - stamp.sec * 10**9 - stamp.nanosec) * 1e-6)
+    return len(arrived) / 2 / max(max(arrived) - min(arrived), 1e-3), np.array(ages)
 
 
 def main() -> None:
@@ -171,7 +172,7 @@ def main() -> None:
     carrier.start()
     parameters = {
         "checkpoint": checkpoint, "max_joint_state_age_ms": 500.0, "recorder.folder": folder,
-        "recorder.seconds": given.seconds + 1.0, "recorder.image_width": 0, "recorder.image_rate_hz": 1000.0, "recorder.keep": 100,
+        "recorder.seconds": given.seconds, "recorder.image_width": 0, "recorder.image_rate_hz": 1000.0, "recorder.keep": 100,
         **{f"cameras.{c}.transport": "compressed" for c in ("base", "wrist")},
         **{f"cameras.{c}.topic": f"camera/{c}/image_raw/compressed" for c in ("base", "wrist")},
     }
@@ -199,12 +200,12 @@ def main() -> None:
                 print(f"| {delay} ms, {loss} % | | | | | did not arm: {said['refusal']} |", flush=True)
                 continue
             times = np.array(said["arrivals"])
-            ages = image_ages(said["recording"], time.time() - given.seconds) if said["recording"] else np.array([np.nan])
+            rate, ages = images(said["recording"]) if said["recording"] else (math.nan, np.array([math.nan]))
             gap = f"{1e3 * np.diff(times).max():.0f} ms" if len(times) > 1 else "–"
             refused = f"; {len(said['refused'])} trajectories refused: {said['refused'][0]}" if said["refused"] else ""
             did = f"stopped: {said['stopped']}" if said["stopped"] else "ran"
             print(
-                f"| {delay} ms, {loss} % | {len(ages) / 2 / given.seconds:.1f} | "
+                f"| {delay} ms, {loss} % | {rate:.1f} | "
                 f"{np.median(ages):.0f} / {np.percentile(ages, 99):.0f} / {ages.max():.0f} ms | {len(times) / given.seconds:.1f} | {gap} | {did}{refused} |",
                 flush=True,
             )
