@@ -144,10 +144,12 @@ def output_groups(files: list[Path]) -> list[str]:
 
 def transport_profile() -> dict[str, str]:
     """The shipped Fast DDS profile, unless the user has chosen transports: camera images get lost without it."""
-    variables = ["FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"]
-    if any(os.environ.get(v) for v in [*variables, "FASTDDS_BUILTIN_TRANSPORTS"]):
+    fast_dds_2, fast_dds_3 = "FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"
+    if any(os.environ.get(v) for v in [fast_dds_2, fast_dds_3, "FASTDDS_BUILTIN_TRANSPORTS"]):
         return {}
-    return dict.fromkeys(variables, str(PACKAGE / "config/fastdds.xml"))
+    # Fast DDS 3 warns of the older name.
+    variable = fast_dds_2 if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else fast_dds_3
+    return {variable: str(PACKAGE / "config/fastdds.xml")}
 
 
 def arm_when_active(context: LaunchContext, node: Node) -> None:
