@@ -113,10 +113,13 @@ def params_files(robot: str, params_file: str) -> list[Path]:
     """The robot's file and the user's, as far as they are given."""
     files = []
     if robot:
-        files.append(PACKAGE / "config/robots" / f"{robot}.yaml")
-        if not files[-1].is_file():
-            known = ", ".join(sorted(f.stem for f in files[-1].parent.glob("*.yaml")))
-            raise RuntimeError(f"robot:={robot} has no file in config/robots; known are {known}; or give params_file:=FILE")
+        # A file without joints goes on top of a robot's: it is for params_file.
+        known = {f.stem: f for f in sorted((PACKAGE / "config/robots").glob("*.yaml")) if "joint_names:" in f.read_text()}
+        if robot not in known:
+            raise RuntimeError(
+                f"robot:={robot} is not in config/robots; known are {', '.join(known)}; or give params_file:=FILE"
+            )
+        files.append(known[robot])
     if params_file:
         files.append(Path(params_file).expanduser())
         if not files[-1].is_file():
@@ -141,10 +144,12 @@ def output_groups(files: list[Path]) -> list[str]:
 
 def transport_profile() -> dict[str, str]:
     """The shipped Fast DDS profile, unless the user has chosen transports: camera images get lost without it."""
-    variables = ["FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"]
-    if any(os.environ.get(v) for v in [*variables, "FASTDDS_BUILTIN_TRANSPORTS"]):
+    fast_dds_2, fast_dds_3 = "FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"
+    if any(os.environ.get(v) for v in [fast_dds_2, fast_dds_3, "FASTDDS_BUILTIN_TRANSPORTS"]):
         return {}
-    return dict.fromkeys(variables, str(PACKAGE / "config/fastdds.xml"))
+    # Fast DDS 3 warns of the older name.
+    variable = fast_dds_2 if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else fast_dds_3
+    return {variable: str(PACKAGE / "config/fastdds.xml")}
 
 
 def arm_when_active(context: LaunchContext, node: Node) -> None:

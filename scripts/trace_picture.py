@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Draws a piece of a trace written by --trace as SVG: one line for each kind of span.
 
     scripts/trace_picture.py TRACE.json FROM_MS LENGTH_MS OUT.svg [TITLE]

@@ -88,14 +88,8 @@ pub fn default_yaml() -> String {
 pub fn params_file(params: &Params) -> String {
     let mut out = String::from("/**:\n  ros__parameters:\n");
     for (name, entry) in params.iter() {
-        let unset = match &entry.value {
-            Value::Double(x) => x.is_nan(),
-            Value::Ints(v) => v.is_empty(),
-            Value::Doubles(v) => v.is_empty(),
-            Value::Strings(v) => v.is_empty(),
-            _ => false,
-        };
-        if !unset {
+        let unset = matches!(entry.value, Value::Double(x) if x.is_nan());
+        if !unset && !entry.value.is_empty_list() {
             let _ = writeln!(out, "    {name}: {}", entry.value);
         }
     }

@@ -49,6 +49,16 @@ impl Value {
         }
     }
 
+    /// Whether it is a list without items, of whatever type.
+    pub fn is_empty_list(&self) -> bool {
+        match self {
+            Value::Ints(v) => v.is_empty(),
+            Value::Doubles(v) => v.is_empty(),
+            Value::Strings(v) => v.is_empty(),
+            _ => false,
+        }
+    }
+
     /// The text of a string.
     pub fn as_str(&self) -> Option<&str> {
         match self {
@@ -161,9 +171,14 @@ impl Kind {
         }
     }
 
-    /// `value` as this kind, or why not.
+    /// `value` as this kind, or why not. A list without items takes the type it should have: nobody can tell which one
+    /// was meant, and `ros2 param load` says bool.
     pub fn coerce(self, value: Value) -> Result<Value, String> {
+        let empty = value == Value::Unset || value.is_empty_list();
         Ok(match (self, value) {
+            (Kind::StringList, _) if empty => Value::Strings(Vec::new()),
+            (Kind::DoubleList, _) if empty => Value::Doubles(Vec::new()),
+            (Kind::IntList, _) if empty => Value::Ints(Vec::new()),
             (Kind::Bool, v @ Value::Bool(_))
             | (Kind::Int, v @ Value::Int(_))
             | (Kind::Double, v @ Value::Double(_))
@@ -173,9 +188,6 @@ impl Kind {
             | (Kind::IntList, v @ Value::Ints(_)) => v,
             (Kind::Double, Value::Int(i)) => Value::Double(i as f64),
             (Kind::DoubleList, Value::Ints(v)) => Value::Doubles(v.into_iter().map(|i| i as f64).collect()),
-            (Kind::StringList, Value::Unset) => Value::Strings(Vec::new()),
-            (Kind::DoubleList, Value::Unset) => Value::Doubles(Vec::new()),
-            (Kind::IntList, Value::Unset) => Value::Ints(Vec::new()),
             (kind, Value::Unset) => return Err(format!("expected {}, got no value", kind.name())),
             (kind, v) => return Err(format!("expected {}, got {} {v}", kind.name(), v.type_name())),
         })
@@ -217,6 +229,8 @@ mod tests {
         assert_eq!(Kind::String.coerce(Value::Int(2)), Err("expected string, got int 2".into()));
         assert_eq!(Kind::Bool.coerce(Value::String("yes".into())), Err("expected bool, got string \"yes\"".into()));
         assert_eq!(Kind::IntList.coerce(Value::Unset), Ok(Value::Ints(vec![])));
+        assert_eq!(Kind::StringList.coerce(Value::Ints(vec![])), Ok(Value::Strings(vec![])));
+        assert_eq!(Kind::Int.coerce(Value::Ints(vec![])), Err("expected int, got int list []".into()));
         assert_eq!(Kind::Int.coerce(Value::Unset), Err("expected int, got no value".into()));
         assert!(Kind::StringList.coerce(Value::Other("byte list")).is_err());
     }

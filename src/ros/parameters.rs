@@ -28,9 +28,14 @@ fn from_override(v: &r2r::ParameterValue) -> Value {
         P::IntegerArray(v) => Value::Ints(v.clone()),
         P::DoubleArray(v) => Value::Doubles(v.clone()),
         P::StringArray(v) => Value::Strings(v.clone()),
-        P::BoolArray(_) => Value::Other("bool list"),
-        P::ByteArray(_) => Value::Other("byte list"),
+        P::BoolArray(v) => foreign_list(v, "bool list"),
+        P::ByteArray(v) => foreign_list(v, "byte list"),
     }
+}
+
+/// A list of a type that no parameter has. Without items it may be a list of any type, and Ints stands for that.
+fn foreign_list<T>(items: &[T], name: &'static str) -> Value {
+    if items.is_empty() { Value::Ints(Vec::new()) } else { Value::Other(name) }
 }
 
 /// Numbers of `rcl_interfaces/msg/ParameterType`.
@@ -65,8 +70,8 @@ fn from_message(m: &ParameterValue) -> Value {
         type_number::INTEGER => Value::Int(m.integer_value),
         type_number::DOUBLE => Value::Double(m.double_value),
         type_number::STRING => Value::String(m.string_value.clone()),
-        type_number::BYTE_ARRAY => Value::Other("byte list"),
-        type_number::BOOL_ARRAY => Value::Other("bool list"),
+        type_number::BYTE_ARRAY => foreign_list(&m.byte_array_value, "byte list"),
+        type_number::BOOL_ARRAY => foreign_list(&m.bool_array_value, "bool list"),
         type_number::INTEGER_ARRAY => Value::Ints(m.integer_array_value.clone()),
         type_number::DOUBLE_ARRAY => Value::Doubles(m.double_array_value.clone()),
         type_number::STRING_ARRAY => Value::Strings(m.string_array_value.clone()),
@@ -351,6 +356,12 @@ mod tests {
             assert!(from_message(&m).same(&e.value), "{name}");
             assert_eq!(m.type_, descriptor(name, e).type_, "{name}");
         }
+        let of_bools = |bool_array_value| {
+            let m = ParameterValue { type_: type_number::BOOL_ARRAY, bool_array_value, ..Default::default() };
+            Kind::StringList.coerce(from_message(&m))
+        };
+        assert_eq!(of_bools(vec![]), Ok(Value::Strings(vec![])), "ros2 param load sends lists without items as bools");
+        assert!(of_bools(vec![true]).unwrap_err().contains("got bool list"));
         assert!(p.get(&["seam".into(), "no such".into()]).is_empty());
         assert_eq!(p.types(&["seam".into(), "seed".into()]), [type_number::STRING, type_number::INTEGER]);
         let event = p.declared(RosTime(7));

@@ -93,7 +93,8 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
 
     let context = context()?;
     let mut node = r2r::Node::create(context.clone(), NODE_NAME, "").map_err(|e| {
-        Refusal::new(Fault::Input, format!("the node cannot be created: {e}; check its name, namespace and remappings"))
+        let check = security().unwrap_or("check its name, namespace and remappings");
+        Refusal::new(Fault::Input, format!("the node cannot be created: {e}; {check}"))
     })?;
     let name = node.fully_qualified_name().map_err(middleware("reading the node's name"))?;
     log::to_node(&mut node, args.no_rosout)?;
@@ -220,9 +221,17 @@ fn context() -> Result<Context, Refusal> {
                 .cloned()
                 .or(panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
                 .unwrap_or_else(|| "no reason given".into());
-            Err(Refusal::new(Fault::Input, format!("the ROS arguments or a params file cannot be used: {said}")))
+            let check = security().map_or_else(String::new, |check| format!("; {check}"));
+            Err(Refusal::new(Fault::Input, format!("the ROS arguments or a params file cannot be used: {said}{check}")))
         }
     }
+}
+
+/// What to look at if security is on: the middleware says little of what it misses.
+fn security() -> Option<&'static str> {
+    std::env::var("ROS_SECURITY_ENABLE").is_ok_and(|on| on == "true").then_some(
+        "ROS_SECURITY_ENABLE is true: check ROS_SECURITY_KEYSTORE, the enclave, and that the middleware is built with security",
+    )
 }
 
 fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, Refusal> {

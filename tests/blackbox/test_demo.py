@@ -35,8 +35,10 @@ def check(summary: dict) -> None:
         assert 0 <= quantiles["p50"] <= quantiles["p99"] <= quantiles["max"]
 
 
-def test_demo_does_its_task_and_keeps_its_books(command: list[str]):
-    run = subprocess.run([*command, "--duration", "10"], capture_output=True, text=True, timeout=240)
+def test_demo_does_its_task_and_keeps_its_books(binaries: Path, tmp_path: Path):
+    """As the README says to run it."""
+    command = [str(ROOT / "scripts/demo"), "--json", "--log-folder", str(tmp_path), "--duration", "10"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     summary = json.loads(run.stdout.splitlines()[-1])
     check(summary)
