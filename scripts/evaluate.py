@@ -321,10 +321,11 @@ def over_topics(case: Case, seeds: list[int], options: argparse.Namespace) -> tu
 def main() -> int:
     options = parse_arguments()
     seeds = list(range(options.first_seed, options.first_seed + options.episodes))
-    rows, kept = [], []
+    rows, kept, failed = [], [], False
     for case in cases(options):
         begun = time.monotonic()
         results, about = (over_topics if options.live else in_virtual_time)(case, seeds, options)
+        failed |= len(results) < len(seeds)
         rows.append(summary(case, results))
         kept.append({"summary": rows[-1], "about": about, "episodes": results})
         if len(rows) == 1:
@@ -337,7 +338,8 @@ def main() -> int:
         for result in results:
             if not options.live and result["touched"] != result["wanted"]:
                 tell(result)
-    return int(options.at_least is not None and any(s["success"] < options.at_least for s in rows))
+    failed |= options.at_least is not None and any(s["success"] < options.at_least for s in rows)
+    return int(failed)
 
 
 if __name__ == "__main__":

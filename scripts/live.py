@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
@@ -15,6 +16,7 @@ from harness import MOVING_MODES, ROOT, count, number
 from pair import Pair, PairError
 from touch import COLOURS, PROMPT, TIME_LIMIT_S
 
+STATUS_LAG_S = 1.0
 REST_TIMEOUT_S = 10.0  # to be at rest after disarming
 # In a pipeline two observations may be older than the scene when a chunk comes; the one after that is new.
 FRESH_CHUNKS = 3
@@ -81,10 +83,11 @@ class Live(Pair):
         before = self.status
         self.enable()
         armed = time.monotonic()
+        # The status lags behind the answer.
+        self.wait(lambda: self.mode in MOVING_MODES or time.monotonic() - armed > STATUS_LAG_S, "mode after arming")
 
         def over() -> bool:
-            stopped = self.mode not in MOVING_MODES and time.monotonic() - armed > 1.0
-            return bool(self._touched()) or stopped or time.monotonic() - armed > TIME_LIMIT_S
+            return bool(self._touched()) or self.mode not in MOVING_MODES or time.monotonic() - armed > TIME_LIMIT_S
 
         self.wait(over, "end of an episode")
         mode, reason, touched, report = self.mode, self.status.get("reason"), self._touched(), self._report
@@ -117,13 +120,18 @@ class Live(Pair):
 
 
 def play(parameters: dict[str, str], seeds: list[int], options: argparse.Namespace, tell) -> tuple[list[dict], dict]:
-    """What became of every seed, and what the node says of itself at the end; `tell` hears each result when it is there."""
+    """What became of every seed, and what the node says of itself at the end; `tell` hears each result when it is there.
+    If it cannot go on, the results are those of the seeds before."""
     live = Live(parameters, seeds[0], options)
+    results: list[dict] = []
     try:
-        results = []
         for seed in seeds:
             results.append(live.run(seed, COLOURS[seed % len(COLOURS)]))
             tell(results[-1])
-        return results, live.about()
+    except PairError as error:
+        if not results:
+            raise
+        print(f"error: {error}", file=sys.stderr)
     finally:
         live.shutdown()
+    return results, live.about()

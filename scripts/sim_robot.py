@@ -198,7 +198,7 @@ class SimRobot:
         self.arm = Arm(options.model, options.width, options.height)
         self.touch = Touch(self.arm)
         self.report = Report(touched=self.touch.touches.order)
-        self._begun = time.monotonic()
+        self._begun, self._begun_ros = time.monotonic(), 0.0
         if options.seed is not None:
             self._reset(options.seed)
         self.controller = Controller(self.arm, self.report)
@@ -236,13 +236,16 @@ class SimRobot:
     def _reset(self, seed: int) -> None:
         """A new scene, and a new report with it."""
         self.touch.reset(seed)
-        self._begun = time.monotonic()
+        self._begun, self._begun_ros = time.monotonic(), self.node.get_clock().now().nanoseconds * 1e-9
         self.report = Report(seed, touched=self.touch.touches.order)
 
     def _on_prompt(self, msg: String) -> None:
         self._asked = msg.data
 
     def _on_trajectory(self, msg: JointTrajectory) -> None:
+        stamp = seconds(msg.header.stamp)
+        if stamp and stamp < self._begun_ros:
+            return  # for the scene before
         with self._lock:
             self._newest = msg
 
@@ -264,6 +267,7 @@ class SimRobot:
             now = time.monotonic()
             if done := self._wanted_reset:
                 self._reset(self.node.get_parameter("seed").value)
+                self._take_trajectory()
                 self.controller = Controller(self.arm, self.report)
                 self._wanted_reset = None
                 done.set()
