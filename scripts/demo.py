@@ -13,27 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-import rclpy
-from diagnostic_msgs.msg import DiagnosticStatus
-from rclpy.executors import SingleThreadedExecutor
-from rclpy.signals import SignalHandlerOptions
-from std_msgs.msg import String
-from std_srvs.srv import SetBool
-
-from harness import MOVING_MODES, ROOT, Process, claim_domain, count, number, status_values, wait_until
+from harness import MOVING_MODES, ROOT, count, number
+from pair import Pair, PairError
 from touch import COLOURS, PROMPT, TIME_LIMIT_S
 
-START_TIMEOUT_S = 120.0
-ENABLE_TIMEOUT_S = 5.0
 # Longer than stop_time_ms of the robot's parameters plus the way there.
 STANDSTILL_S = 1.0
 COUNTERS = ["ticks", "published", "skipped", "unarmed", "deadline_misses", "chunks", "interventions"]
 QUANTILES = ["p50", "p99", "max"]
 PIPELINE_MODES = ["sequential", "pipelined", "dual_rate"]
-
-
-class DemoError(Exception):
-    """The demo cannot go on; the text says why."""
 
 
 class Task:
@@ -71,94 +59,27 @@ class Task:
         return {"asked": len(over), "touched": len(right), "wrong": wrong, "seconds": [t["seconds"] for t in right]}
 
 
-class Demo:
-    """The two processes, and what they say on their topics."""
+class Demo(Pair):
+    """The two processes, and the task that they are given."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.interrupted = False
-        self.statuses: list[dict[str, str]] = []
+        self.options, self.task = options, Task()
         for number_ in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number_, self._on_signal)
-        claim_domain()
-        self.robot = Process("simulated robot", self._robot_command(), options.log_folder / "robot.log")
-        self.policy = Process("control_node", self._node_command(), options.log_folder / "control_node.log")
-        rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
-        self._watcher = rclpy.create_node("demo")
-        self._watcher.create_subscription(DiagnosticStatus, "/pi0_mps/status", self._on_status, 50)
-        self._watcher.create_subscription(DiagnosticStatus, "/sim_robot/report", self._on_report, 1)
-        self._prompt = self._watcher.create_publisher(String, "/pi0_mps/prompt", 1)
-        self.task = Task()
-        self._enable = self._watcher.create_client(SetBool, "/pi0_mps/enable")
-        self._executor = SingleThreadedExecutor()
-        self._executor.add_node(self._watcher)
-
-    def _robot_command(self) -> list[str]:
-        command = [sys.executable, str(ROOT / "scripts/sim_robot.py"), "--json", "--seed", str(self.options.seed)]
+        robot = ["--seed", str(options.seed)]
         for name in ("picture", "film"):
-            if path := getattr(self.options, name):
-                command += [f"--{name}", str(path.resolve())]
-        return command
-
-    def _node_command(self) -> list[str]:
-        command = [str(self.options.control_node), "--ros-args"]
-        for name in ("sim_arm.yaml", "sim_arm_touch.yaml"):
-            command += ["--params-file", str(ROOT / "config/robots" / name)]
-        command += ["-p", f"checkpoint:={self.options.checkpoint}"]
-        if self.options.pipeline_mode:
-            command += ["-p", f"pipeline_mode:={self.options.pipeline_mode}"]
-        return command
+            if path := getattr(options, name):
+                robot += [f"--{name}", str(path.resolve())]
+        parameters = {"pipeline_mode": options.pipeline_mode} if options.pipeline_mode else {}
+        super().__init__(options.control_node, options.checkpoint, options.log_folder, robot, parameters)
 
     def _on_signal(self, *_) -> None:
         self.interrupted = True
 
-    def _on_status(self, msg: DiagnosticStatus) -> None:
-        self.statuses.append(status_values(msg))
-
-    def _on_report(self, msg: DiagnosticStatus) -> None:
-        touched = json.loads(status_values(msg).get("touched", "[]"))
+    def on_report(self, report: dict[str, str]) -> None:
+        touched = json.loads(report.get("touched", "[]"))
         if line := self.task.hear(touched, time.monotonic()):
             self.options.say(line)
-
-    @property
-    def mode(self) -> str:
-        return self.statuses[-1].get("mode", "") if self.statuses else ""
-
-    def ready(self) -> bool:
-        """Warmed up, and a first chunk is there: without one the node refuses to arm."""
-        return self.mode == "active" and count(self.statuses[-1], "chunks") > 0
-
-    def spin(self) -> None:
-        """Take what came in; raise if a process is gone."""
-        self._executor.spin_once(timeout_sec=0.1)
-        for process in (self.policy, self.robot):
-            if process.returncode is not None:
-                raise DemoError(f"the {process.name} ended with exit code {process.returncode}; its log:\n{process.tail()}")
-
-    def wait(self, condition, what: str) -> bool:
-        """False when interrupted."""
-        if wait_until(lambda: self.interrupted or condition(), START_TIMEOUT_S, self.spin):
-            return not self.interrupted
-        reason = self.statuses[-1].get("reason", "") if self.statuses else "no status came at all"
-        raise DemoError(
-            f"no {what} within {START_TIMEOUT_S:.0f} s (mode '{self.mode}', {reason}); log:\n{self.policy.tail()}"
-        )
-
-    def enable(self) -> bool:
-        """False when interrupted. What the node is still discovering, it refuses at first."""
-        if not self.wait(self._enable.service_is_ready, "service /pi0_mps/enable"):
-            return False
-        end = time.monotonic() + ENABLE_TIMEOUT_S
-        while True:
-            answer = self._enable.call_async(SetBool.Request(data=True))
-            if not self.wait(answer.done, "answer from /pi0_mps/enable"):
-                return False
-            if answer.result().success:
-                return True
-            if time.monotonic() > end:
-                raise DemoError(f"the node refused to arm: {answer.result().message}")
-            if not self.wait(lambda again=time.monotonic() + 0.2: time.monotonic() > again, "time"):
-                return False
 
     def run(self) -> None:
         """Until the duration is over, or Ctrl-C."""
@@ -169,13 +90,13 @@ class Demo:
             self.spin()
             if prompt := self.task.next_prompt(time.monotonic()):
                 self.options.say(f"  \"{prompt}\"")
-                self._prompt.publish(String(data=prompt))
+                self.say(prompt)
             if time.monotonic() >= next_line and self.statuses and self.statuses[-1] is not shown:
                 next_line += 1.0
                 shown = self.statuses[-1]
                 self.options.say(live_line(self.moving()))
             if self.moving() and self.mode not in MOVING_MODES:
-                raise DemoError(f"the node stopped the arm: {self.statuses[-1].get('reason')}")
+                raise PairError(f"the node stopped the arm: {self.statuses[-1].get('reason')}")
 
     def moving(self) -> list[dict[str, str]]:
         """The statuses while armed, without the ones of a stop."""
@@ -183,13 +104,7 @@ class Demo:
 
     def close(self) -> tuple[int | None, dict | None]:
         """The exit code of the node and the robot's report. The robot outlives the node, to see its last trajectory."""
-        code = self.policy.end()
-        if code is not None:
-            time.sleep(STANDSTILL_S)
-        self.robot.end(timeout=600.0 if self.options.film else 30.0)
-        self._executor.shutdown()
-        self._watcher.destroy_node()
-        rclpy.try_shutdown()
+        code = self.shutdown(600.0 if self.options.film else 30.0, STANDSTILL_S)
         lines = [line for line in self.robot.text().splitlines() if line.startswith("{")]
         return code, json.loads(lines[-1]) if lines else None
 
@@ -306,7 +221,7 @@ def main() -> int:
         if demo.wait(demo.ready, "mode 'active' with an action chunk") and demo.enable():
             say("armed; Ctrl-C ends the demo")
             demo.run()
-    except DemoError as error:
+    except PairError as error:
         found.append(str(error))
     code, robot = demo.close()
     moving = demo.moving()

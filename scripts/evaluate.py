@@ -1,8 +1,9 @@
-"""How well a policy touches the block that it is told to: many seeds through the node in virtual time.
+"""How well a policy touches the block that it is told to: many seeds through the node, in virtual time or live.
 
 Physics, cameras and the node (`pi0 step`: its input slots, both stages, control loop, limits and published windows) take
 turns by a virtual clock, so that a busy machine changes nothing: a stage takes --encode-ms and --decode-ms whatever it
-really took. Started by scripts/evaluate, which sets up Python and builds `pi0`.
+really took. With --live the simulated robot and control_node run as two processes over real topics in real time
+(live.py). Started by scripts/evaluate, which sets up Python and builds the binaries.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import numpy as np
 
 from sim_arm import CAMERAS, ROOT, Arm
 from touch import COLOURS, PROMPT, TIME_LIMIT_S, Touch
-from trajectory import Trajectory
+from trajectory import Jerk, Trajectory
 
 CONFIG = [ROOT / "config/robots/sim_arm.yaml", ROOT / "config/robots/sim_arm_touch.yaml"]
+QUANTILES = {"median": 50, "p95": 95, "max": 100}
 WARM_UP_S = 3.0  # until a first chunk must be there
 
 
@@ -78,9 +80,10 @@ class Episode:
     def __init__(self, node: Node, touch: Touch, case: Case, options: argparse.Namespace):
         self.node, self.touch, self.case, self.options = node, touch, case, options
         self.period = node.about["period"]
-        self.path: list[np.ndarray] = []
+        self.periods = 0  # since arming
+        self.jerk = Jerk(self.period)
         self.jumps: list[float] = []
-        self.tracking: list[float] = []  # from the first seam on: distance of the simulated arm from what it was told, rad
+        self.published_jump, self.tracking = 0.0, 0.0
 
     def run(self, seed: int, colour: str) -> dict:
         arm = self.touch.arm
@@ -111,10 +114,11 @@ class Episode:
                 arm.step()
                 if armed_at is not None:
                     self.touch.judge(now - armed_at)
-                    if self.jumps:
-                        self.tracking.append(float(np.abs(arm.position() - desired.position)[:6].max()))
             if armed_at is not None:
-                self.path.append(desired.position)
+                self.periods += 1
+                self.jerk.add(desired.position[:-1])
+                if not self.touch.touches.order:
+                    self.tracking = max(self.tracking, float(np.max(np.abs(arm.position() - desired.position))))
                 if answer["mode"] not in ("ramp", "run", "coast"):
                     break
             if answer["seam_jump_rad"] is not None:
@@ -122,6 +126,8 @@ class Episode:
             if window := answer["window"]:
                 points = np.array(window["positions"])
                 times = window["start"] + window["first"] + window["period"] * np.arange(len(points))
+                jump = float(np.max(np.abs(points[0] - trajectory.sample(times[0]).position)))
+                self.published_jump = max(self.published_jump, jump)
                 trajectory = Trajectory(times, points, np.array(window["velocities"])).after(now, trajectory.sample(now))
             if self.touch.touches.order:
                 break
@@ -129,28 +135,26 @@ class Episode:
 
     def _halfway(self, start: np.ndarray, colour: str) -> bool:
         block = self.touch.scene.blocks[COLOURS.index(colour)]
-        return float(np.hypot(*(self.touch.arm.fingertip()[:2] - block))) < 0.10 or len(self.path) > 1.5 / self.period
+        return float(np.hypot(*(self.touch.arm.fingertip()[:2] - block))) < 0.10 or self.periods > 1.5 / self.period
 
     def _image(self, camera: str) -> np.ndarray:
         image = self.touch.arm.image(camera)
         if self.case.blind:
             # Not the same bytes twice: a frozen camera is another fault.
-            return np.random.default_rng(len(self.path)).integers(0, 2, image.shape, np.uint8)
+            return np.random.default_rng(self.periods).integers(0, 2, image.shape, np.uint8)
         return image
 
     def _result(self, seed: int, wanted: str, answer: dict) -> dict:
         touched = self.touch.touches.first()
-        path = np.array(self.path)[:, :6]
-        jerk = np.diff(path, n=3, axis=0) / self.period**3 if len(path) > 3 else np.zeros((1, 6))
         return {
             "seed": seed,
             "wanted": wanted,
             "touched": touched[0] if touched else None,
             "seconds": touched[1] if touched else None,
-            "jerk_rms": float(np.sqrt(np.mean(jerk**2))),
+            "jerk_rms": self.jerk.rms,
             "jumps": self.jumps,
-            "tracking_error_rms": float(np.sqrt(np.mean(np.square(self.tracking)))) if self.tracking else None,
-            "tracking_error_max": max(self.tracking, default=None),
+            "published_jump": self.published_jump,
+            "tracking": self.tracking,
             "interventions": answer["interventions"],
             "starved": answer["starved"],
             "mode": answer["mode"],
@@ -176,7 +180,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def summary(case: Case, results: list[dict]) -> dict:
     n = len(results)
     right = [r for r in results if r["touched"] == r["wanted"]]
-    jumps = np.array([j for r in results for j in r["jumps"]] or [math.nan])
+    jumps = np.array([j for r in results for j in r["jumps"]])
     return {
         "case": case.name,
         "episodes": n,
@@ -184,11 +188,10 @@ def summary(case: Case, results: list[dict]) -> dict:
         "interval": wilson(len(right), n),
         "wrong": sum(r["touched"] not in (None, r["wanted"]) for r in results) / n,
         "seconds": float(np.median([r["seconds"] for r in right])) if right else None,
-        "jump_median": float(np.median(jumps)),
-        "jump_p95": float(np.percentile(jumps, 95)),
-        "jump_max": float(jumps.max()),
-        "tracking_error_rms": float(np.median([r["tracking_error_rms"] for r in results if r["tracking_error_rms"]] or [math.nan])),
-        "tracking_error_max": max((r["tracking_error_max"] for r in results if r["tracking_error_max"]), default=math.nan),
+        # Of every seam; none are known where the node is looked at from outside.
+        **{f"jump_{name}": float(np.percentile(jumps, q)) if len(jumps) else None for name, q in QUANTILES.items()},
+        "published_jump": max(r["published_jump"] for r in results),
+        "tracking": max(r["tracking"] for r in results),
         "jerk": float(np.median([r["jerk_rms"] for r in results])),
         "interventions": float(np.mean([r["interventions"] for r in results])),
         "starved": sum(r["starved"] for r in results),
@@ -196,16 +199,20 @@ def summary(case: Case, results: list[dict]) -> dict:
     }
 
 
-HEAD = """| | success (95% interval) | wrong block | median time | seam jump median / p95 | jerk, rms | limit interventions an episode |
-| --- | --- | --- | --- | --- | --- | --- |"""
+HEAD = (
+    "| | success (95% interval) | wrong block | median time | seam jump median / p95 / largest | largest published jump "
+    "| largest tracking error | jerk, rms | limit interventions an episode |\n" + "| --- " * 9 + "|"
+)
 
 
 def row(s: dict) -> str:
     low, high = s["interval"]
     took = "-" if s["seconds"] is None else f"{s['seconds']:.2f} s"
+    jumps = "-" if s["jump_max"] is None else " / ".join(f"{1e3 * s[f'jump_{q}']:.1f}" for q in QUANTILES) + " mrad"
     return (
         f"| {s['case']} | {100 * s['success']:.1f}% ({100 * low:.0f}–{100 * high:.0f}) of {s['episodes']} | {100 * s['wrong']:.1f}% | {took} "
-        f"| {1e3 * s['jump_median']:.1f} / {1e3 * s['jump_p95']:.1f} mrad | {s['jerk']:.0f} rad/s³ | {s['interventions']:.1f} |"
+        f"| {jumps} | {1e3 * s['published_jump']:.1f} mrad | {1e3 * s['tracking']:.1f} mrad | {s['jerk']:.0f} rad/s³ "
+        f"| {s['interventions']:.1f} |"
     )
 
 
@@ -260,6 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=200, metavar="N", help="seeds a row (default 200)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="seeds from 1000000 on were trained on")
+    parser.add_argument("--live", action="store_true", help="in real time over real topics, instead of in virtual time")
     parser.add_argument("--sweep", nargs="+", choices=("seam", "pipeline", "senses"), help="rows of the table, instead of one")
     parser.add_argument("--seam", default="rtc", choices=("rtc", "crossfade", "none"))
     parser.add_argument("--pipeline-mode", default="pipelined", choices=("sequential", "pipelined", "dual_rate"))
@@ -273,7 +281,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--at-least", type=float, metavar="RATE", help="exit code 1 if a row succeeds less often, for tests")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, table.md and latency.svg there")
     parser.add_argument("--pi0", type=Path, default=ROOT / "target/ros/release/pi0", help=argparse.SUPPRESS)
+    parser.add_argument("--control-node", type=Path, default=ROOT / "target/ros/release/control_node", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.live and (options.sweep or options.added_latency_ms):
+        parser.error("--live goes without --sweep and --added-latency-ms: what it takes is what it takes")
     if options.episodes < 1:
         parser.error(f"--episodes is {options.episodes}; it must be at least 1")
     if not options.checkpoint.is_dir():
@@ -288,30 +299,47 @@ def write(folder: Path, rows: list[dict], kept: list[dict]) -> None:
     plot(rows, folder / "latency.svg")
 
 
+def tell(result: dict) -> None:
+    took = "" if result["seconds"] is None else f" after {result['seconds']:.2f} s"
+    why = "" if result["touched"] == result["wanted"] else f"; mode {result['mode']}, {result['reason']}"
+    print(f"  seed {result['seed']}: asked for {result['wanted']}, touched {result['touched']}{took}{why}", file=sys.stderr, flush=True)
+
+
+def in_virtual_time(case: Case, seeds: list[int], options: argparse.Namespace) -> tuple[list[dict], dict]:
+    count = min(options.processes, len(seeds))
+    with multiprocessing.get_context("spawn").Pool(count) as pool:
+        parts = pool.map(play, [(case, seeds[i::count], options) for i in range(count)])
+    return sorted((r for part, _ in parts for r in part), key=lambda r: r["seed"]), parts[0][1]
+
+
+def over_topics(case: Case, seeds: list[int], options: argparse.Namespace) -> tuple[list[dict], dict]:
+    import live  # needs ROS, which the rest does without
+
+    return live.play({"device": options.device, **case.parameters}, seeds, options, tell)
+
+
 def main() -> int:
     options = parse_arguments()
     seeds = list(range(options.first_seed, options.first_seed + options.episodes))
-    rows, kept = [], []
-    processes = min(options.processes, len(seeds))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for case in cases(options):
-            begun = time.monotonic()
-            parts = pool.map(play, [(case, seeds[i::processes], options) for i in range(processes)])
-            results = sorted((r for part, _ in parts for r in part), key=lambda r: r["seed"])
-            rows.append(summary(case, results))
-            kept.append({"summary": rows[-1], "episodes": results})
-            if len(rows) == 1:
-                about = parts[0][1]
-                print(f"{about['engine']}; a stage takes {about['encode_ms']:.0f} and {about['decode_ms']:.0f} ms of virtual time\n\n{HEAD}")
-            print(row(rows[-1]), flush=True)
-            if options.out:
-                # After every row: a long sweep may be ended early.
-                write(options.out, rows, kept)
-            print(f"{case.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-            for r in results:
-                if r["touched"] != r["wanted"]:
-                    print(f"  seed {r['seed']}: asked for {r['wanted']}, touched {r['touched']}, mode {r['mode']}, {r['reason']}", file=sys.stderr)
-    return int(options.at_least is not None and any(s["success"] < options.at_least for s in rows))
+    rows, kept, failed = [], [], False
+    for case in cases(options):
+        begun = time.monotonic()
+        results, about = (over_topics if options.live else in_virtual_time)(case, seeds, options)
+        failed |= len(results) < len(seeds)
+        rows.append(summary(case, results))
+        kept.append({"summary": rows[-1], "about": about, "episodes": results})
+        if len(rows) == 1:
+            print(f"{', '.join(f'{k} {v}' for k, v in about.items())}\n\n{HEAD}")
+        print(row(rows[-1]), flush=True)
+        if options.out:
+            # After every row: a long sweep may be ended early.
+            write(options.out, rows, kept)
+        print(f"{case.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        for result in results:
+            if not options.live and result["touched"] != result["wanted"]:
+                tell(result)
+    failed |= options.at_least is not None and any(s["success"] < options.at_least for s in rows)
+    return int(failed)
 
 
 if __name__ == "__main__":

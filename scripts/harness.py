@@ -51,6 +51,11 @@ class Process:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
+        # Where Linux groups tasks by session, nice(1) says nothing across sessions: the new one gets it as its own.
+        try:
+            Path(f"/proc/{self._child.pid}/autogroup").write_text(str(os.nice(0)))
+        except OSError:
+            pass
 
     @property
     def returncode(self) -> int | None:

