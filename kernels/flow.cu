@@ -91,6 +91,6 @@ extern "C" __global__ void __launch_bounds__(256) flow_step(const __grid_constan
     }
     if (!action || a.direct) {
         sum = block_sum(sum, scratch);
-        if (tid < a.square_tiles) a.squares[tid * 64 + n] = tid == 0 ? sum : 0.0f;
+        for (int i = tid; i < a.square_tiles; i += 256) a.squares[i * 64 + n] = i == 0 ? sum : 0.0f;
     }
 }

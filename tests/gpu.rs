@@ -5,14 +5,17 @@
 #[allow(dead_code)]
 #[path = "common/golden.rs"]
 mod golden;
+#[path = "common/kernels.rs"]
+mod kernels;
 #[allow(dead_code)]
 #[path = "common/seeded.rs"]
 mod seeded;
 
 use golden::{CASES, Golden, relative_l2};
 use half::bf16;
+use kernels::{asked, tuning};
 use pi0_mps::engine::cpu::CpuEngine;
-use pi0_mps::engine::cuda::{CudaCache, CudaDecoder, CudaEncoder, CudaEngine, Tuning};
+use pi0_mps::engine::cuda::{CudaCache, CudaDecoder, CudaEncoder, CudaEngine};
 use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, Guidance, GuidanceSchedule, KvCache, View,
 };
@@ -43,7 +46,8 @@ impl Gpu {
 
     fn golden(case: &Golden) -> Self {
         let checkpoint = Checkpoint::open(&case.dir).unwrap();
-        let engine = CudaEngine::load(&checkpoint, Resampler::from(checkpoint.origin()), 0).unwrap();
+        let engine = asked(CudaEngine::load(&checkpoint, Resampler::from(checkpoint.origin()), 0).unwrap());
+        println!("parity of {}", engine.describe());
         Self::new(&engine, case.views.len(), case.tokens.len())
     }
 
@@ -147,7 +151,7 @@ impl Pair {
         assert_eq!(*checkpoint.dims(), dims);
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let oracle = CpuEngine::load(&checkpoint, Resampler::LeRobot, threads).unwrap();
-        let engine = CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap();
+        let engine = asked(CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap());
         let side = dims.vision.image;
         let views: Vec<Vec<f32>> = (0..views as u64)
             .map(|v| normals(seed + 100 + v, 3 * side * side).iter().map(|x| (x * 0.5).clamp(-1.0, 1.0)).collect())
@@ -211,7 +215,7 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
         // Without dependent launch the same bits come out.
         pair.encode();
         let dependent = pair.gpu.decode(&plain(&pair.state, &pair.noise));
-        let mut serial = Gpu::new(&CudaEngine::tuned(pair.engine, Tuning::default().dependent(false)), views, tokens);
+        let mut serial = Gpu::new(&CudaEngine::tuned(pair.engine, tuning().dependent(false)), views, tokens);
         serial.encode(&pair.views, &pair.tokens);
         let alone = serial.decode(&plain(&pair.state, &pair.noise));
         assert_eq!(dependent, alone, "dependent launch changes results");
@@ -248,7 +252,7 @@ fn horizons_steps_and_prefixes_of_other_sizes_agree() {
 fn shapes_may_change_from_call_to_call() {
     let case = Golden::read("pi0_tiny");
     let checkpoint = Checkpoint::open(&case.dir).unwrap();
-    let engine = CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap();
+    let engine = asked(CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap());
     let mut gpu = Gpu::new(&engine, case.views.len(), case.tokens.len());
     gpu.encode(&case.views, &case.tokens);
     let whole = gpu.decode(&plain(&case.state, &case.noise));
@@ -278,7 +282,7 @@ fn frames_become_the_patches_of_the_reference() {
     };
     let (side, patch) = (dims.vision.image, dims.vision.patch);
     for resampler in [Resampler::OpenPi, Resampler::LeRobot] {
-        let engine = CudaEngine::random(&dims, resampler, 0, 5).unwrap();
+        let engine = asked(CudaEngine::random(&dims, resampler, 0, 5).unwrap());
         let mut gpu = Gpu::new(&engine, 1, 1);
         for (w, h) in [(640, 480), (1280, 720), (224, 224), (301, 517), (100, 80)] {
             for (encoding, name) in Encoding::ALL {
@@ -313,7 +317,7 @@ fn frames_become_the_patches_of_the_reference() {
 fn wrong_input_is_refused_by_name() {
     let case = Golden::read("pi0_tiny");
     let checkpoint = Checkpoint::open(&case.dir).unwrap();
-    let engine = CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap();
+    let engine = asked(CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap());
     let mut gpu = Gpu::new(&engine, 1, 4);
     let mut actions = vec![0.0; case.noise.len()];
     let e = gpu.decoder.decode(&gpu.cache, &plain(&case.state, &case.noise), &mut actions).unwrap_err();

@@ -5,6 +5,9 @@
 #[path = "common/golden.rs"]
 mod golden;
 #[allow(dead_code)]
+#[path = "common/kernels.rs"]
+mod kernels;
+#[allow(dead_code)]
 #[path = "common/oracle.rs"]
 mod oracle;
 #[allow(dead_code)]
@@ -67,7 +70,7 @@ impl Inputs {
 /// Everything that the CUDA engine leaves, in the oracle's shape.
 fn on_gpu(checkpoint: &Checkpoint, inputs: &Inputs, steps: usize) -> (Encoded, Decoded) {
     let dims = *checkpoint.dims();
-    let engine = CudaEngine::load(checkpoint, Resampler::LeRobot, 0).unwrap();
+    let engine = kernels::asked(CudaEngine::load(checkpoint, Resampler::LeRobot, 0).unwrap());
     let (mut encoder, mut decoder) = engine.stages().unwrap();
     let mut cache = engine.cache(inputs.views.len(), inputs.tokens.len()).unwrap();
     let planes = inputs.planes();
@@ -231,7 +234,7 @@ fn the_full_size_model_agrees_with_the_cpu_engine() {
 
     let mut ours = vec![f32::NAN; inputs.noise.len()];
     let (embeddings, velocities) = {
-        let engine = CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap();
+        let engine = kernels::asked(CudaEngine::load(&checkpoint, Resampler::LeRobot, 0).unwrap());
         lap("on the GPU in");
         let (mut encoder, mut decoder) = engine.stages().unwrap();
         let mut cache = engine.cache(2, 20).unwrap();

@@ -1,10 +1,13 @@
 //! Times of the two stages at full size on random weights, over the decoder's knobs. Prints tables, asserts nothing
 //! about speed. Needs a GPU: `scripts/gpu-check`.
 
+#[path = "common/kernels.rs"]
+mod kernels;
 #[allow(dead_code)]
 #[path = "common/seeded.rs"]
 mod seeded;
 
+use kernels::{asked, portable, tuning};
 use pi0_mps::engine::cuda::{CudaEngine, Stage, Tuning};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
 use pi0_mps::model::{Dims, Family, Frame, Resampler};
@@ -27,7 +30,7 @@ fn engine() -> CudaEngine {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stdout).try_init();
     let start = std::time::Instant::now();
-    let engine = CudaEngine::random(&dims(), Resampler::OpenPi, 0, 1).unwrap();
+    let engine = asked(CudaEngine::random(&dims(), Resampler::OpenPi, 0, 1).unwrap());
     println!("{} loaded in {:.1} s", engine.describe(), start.elapsed().as_secs_f32());
     engine
 }
@@ -121,20 +124,23 @@ fn decode_times() {
             assert!(*base.get_or_insert_with(|| actions.clone()) == actions, "prefetch or launch changed the result");
         }
     };
-    time("default".into(), Tuning::default(), true);
-    time("without dependent launch".into(), Tuning::default().dependent(false), true);
-    for prefetch in prefetches {
-        time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
-    }
-    for stages in exclusives {
-        time(format!("exclusive {stages:?}"), Tuning::default().exclusive(stages), true);
-        let fewer = Tuning::default().exclusive(stages).slices([512, 256, 512, 512]);
-        time(format!("exclusive {stages:?}, slices [512, 256, 512, 512]"), fewer, false);
-    }
-    for slices in slices {
-        time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
+    time("default".into(), tuning(), true);
+    // The portable kernels know of no knob.
+    if !portable() {
+        time("without dependent launch".into(), tuning().dependent(false), true);
+        for prefetch in prefetches {
+            time(format!("prefetch {prefetch:?}"), tuning().prefetch(prefetch), true);
+        }
+        for stages in exclusives {
+            time(format!("exclusive {stages:?}"), tuning().exclusive(stages), true);
+            let fewer = tuning().exclusive(stages).slices([512, 256, 512, 512]);
+            time(format!("exclusive {stages:?}, slices [512, 256, 512, 512]"), fewer, false);
+        }
+        for slices in slices {
+            time(format!("slices {slices:?}"), tuning().slices(slices), false);
+        }
     }
     for stage in [Qkv, Attention, Out, GateUp, Down] {
-        time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
+        time(format!("{stage:?} twice"), tuning().twice(stage), false);
     }
 }
