@@ -271,11 +271,9 @@ impl<T: Plain> Buffer<T> {
     /// Sets every byte to `byte` and waits: poison for tests.
     pub fn fill(&self, byte: u8) -> Result<(), EngineError> {
         let _current = self.device.enter()?;
+        let bytes = self.len.max(1) * size_of::<T>();
         // SAFETY: the whole of a live allocation, which has room for one element at least.
-        check(
-            unsafe { sys::cuMemsetD8_v2(self.pointer, byte, self.len.max(1) * size_of::<T>()) },
-            "filling GPU memory",
-        )?;
+        check(unsafe { sys::cuMemsetD8_v2(self.pointer, byte, bytes) }, "filling GPU memory")?;
         settle()
     }
 }
