@@ -12,6 +12,9 @@ use std::process::Command;
 
 /// Machine code for every chip the engine is meant for.
 const ALL: [&str; 7] = ["80", "86", "87", "89", "90a", "100", "120"];
+/// Kernels of these files use what only sm_90a has: they are compiled for nothing else, and left out of a build without.
+const HOPPER: [&str; 4] = ["attention_wide", "decode_attention", "persistent", "skinny"];
+const HOPPER_ARCH: &str = "90a";
 /// PTX of this level is embedded too, so that a newer chip can still start.
 const PTX: &str = "80";
 
@@ -27,7 +30,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let nvcc = find_nvcc(&root)?;
-    let targets = targets(&env::var("PI0_CUDA_ARCHS").unwrap_or_else(|_| "90a".into()))?;
+    let chosen = env::var("PI0_CUDA_ARCHS").unwrap_or_else(|_| HOPPER_ARCH.into());
+    let chosen = architectures(&chosen)?;
 
     let mut sources: Vec<_> = std::fs::read_dir(root.join("kernels"))?.collect::<Result<Vec<_>, _>>()?;
     sources.retain(|s| s.path().extension().is_some_and(|e| e == "cu"));
@@ -36,6 +40,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     for source in &sources {
         let path = source.path();
         let name = path.file_stem().and_then(|s| s.to_str()).ok_or("kernels/: a file name that is not UTF-8")?;
+        let mut targets: Vec<String> =
+            chosen.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
+        if HOPPER.contains(&name) {
+            targets.retain(|t| t.ends_with(HOPPER_ARCH));
+        } else {
+            targets.push(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
+        }
+        if targets.is_empty() {
+            continue;
+        }
         let image = out.join(format!("{name}.fatbin"));
         let done = Command::new(&nvcc)
             .args(["-std=c++17", "-O3", "-fatbin", "--compress-mode=size"])
@@ -55,18 +69,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// `-gencode` arguments for a list of architectures.
-fn targets(list: &str) -> Result<Vec<String>, Box<dyn Error>> {
+/// The architectures that a list names.
+fn architectures(list: &str) -> Result<Vec<&str>, Box<dyn Error>> {
     let chosen: Vec<&str> = if list == "all" { ALL.to_vec() } else { list.split(',').map(str::trim).collect() };
-    let mut args = Vec::new();
-    for arch in chosen {
-        if !ALL.contains(&arch) {
-            return Err(format!("PI0_CUDA_ARCHS: '{arch}' is not one of {} or 'all'", ALL.join(", ")).into());
-        }
-        args.push(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+    match chosen.iter().find(|a| !ALL.contains(a)) {
+        Some(arch) => Err(format!("PI0_CUDA_ARCHS: '{arch}' is not one of {} or 'all'", ALL.join(", ")).into()),
+        None => Ok(chosen),
     }
-    args.push(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
-    Ok(args)
 }
 
 fn find_nvcc(root: &Path) -> Result<PathBuf, Box<dyn Error>> {

@@ -80,6 +80,18 @@ __device__ __forceinline__ void prefetch_l2(const void* global, uint32_t bytes) 
 #endif
 }
 
+// Starts moving one line of 128 bytes into L2.
+__device__ __forceinline__ void prefetch_l2_line(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// 16 bytes that nobody writes while the kernel runs and no other block wants.
+__device__ __forceinline__ uint4 load_once_16(const void* global) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
 #if __CUDA_ARCH__ >= 900
     uint32_t r;

@@ -92,6 +92,6 @@ extern "C" __global__ void __launch_bounds__(256) flow_step(const __grid_constan
     }
     if (!action || a.direct) {
         sum = block_sum(sum, scratch);
-        if (tid < a.square_tiles) a.squares[n * a.square_row + tid * a.square_tile] = tid == 0 ? sum : 0.0f;
+        for (int i = tid; i < a.square_tiles; i += 256) a.squares[n * a.square_row + i * a.square_tile] = i == 0 ? sum : 0.0f;
     }
 }

@@ -4,52 +4,12 @@
 // tile form a cluster whose blocks send each other their partial sums, which are added in rank order, so results do
 // not depend on timing. Weights are packed in fragment order (load.cu), every lane copies only what it will use, and
 // all of a block's weights are on their way before it waits for the kernel in front of it.
-#include "common.cuh"
+#include "skinny.cuh"
 
-constexpr int kTile = 64;      // weight rows a block
 constexpr int kStepK = 128;    // K a step: one bulk copy of activations
 constexpr int kThreads = 128;  // 4 warps of 16 weight rows
 constexpr int kStages = 3;     // steps of activations in flight
 constexpr int kRed = 68;       // floats a row of sums: 64, padded against bank conflicts
-
-struct SkinnyArgs {
-    const bf16* w;        // packed [tiles][k/32][4][2][32][8]
-    const bf16* x;        // panel [k/8][stride][8]
-    const float* squares;  // [square_tiles][64] partial sums of squares of the input rows, or null: no normalisation
-    const float* bias;    // [tiles·64] in packed row order, or null
-    const void* next;     // weights to move into L2 for a later kernel, or null
-    uint64_t next_bytes;
-    int32_t square_tiles;
-    float inv_width;
-    int32_t rows;         // valid token rows
-    int32_t k;            // padded K
-    int32_t slice;        // K of one block, a multiple of 128
-    // Attention projections.
-    bf16* q;              // [64, q_stride]
-    bf16* suffix_keys;    // [1 + horizon, head_dim]
-    bf16* suffix_values;
-    const float2* rope;   // [positions, head_dim/2] cos, sin
-    const DecodeParams* params;
-    int32_t q_stride, heads, head_dim, horizon, has_state;
-    // GeGLU.
-    bf16* y;              // panel
-    // Residual.
-    float* h;             // [64, h_stride]
-    bf16* hb;             // panel: h scaled by `scale`, the next product's input
-    const float* scale;   // [tiles·64] of the next norm
-    const float* gate;    // [tiles·64] adaptive gate, or null
-    float* squares_out;   // [tiles][64]
-    int32_t h_stride, init;  // init: h = product + bias instead of h += product
-};
-
-enum Epilogue { kQkv = 0, kGeglu = 1, kResidual = 2 };
-
-constexpr float kRmsEps = 1e-6f;
-
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-__device__ __forceinline__ float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
-__device__ __forceinline__ float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
-__device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
 // NT: token tiles of 8; C: blocks that share a tile, each with k / C of K. grid (C, tiles), cluster (C, 1, 1).
 template <int NT, int EPI, int C>
@@ -98,17 +58,13 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
         if (piece) prefetch_l2(static_cast<const uint8_t*>(a.next) + id * piece, static_cast<uint32_t>(piece));
     }
     // What the end needs and nobody writes: rotations.
-    const int half = a.head_dim / 2;
     float4 turn[EPI == kQkv ? kItems : 1][2];
     if constexpr (EPI == kQkv) {
         const int prefix = a.params->prefix;
 #pragma unroll
         for (int it = 0; it < kItems; it++) {
-            const int i = tid + it * kThreads, n = (i / 8) * C + rank, p = tile * 32 + 4 * (i % 8);
-            if (p / half > a.heads || n >= a.rows) continue;
-            const int key = n == a.horizon ? 0 : a.has_state + n;
-            const float* cs = reinterpret_cast<const float*>(a.rope + static_cast<size_t>(prefix + key) * half + p % half);
-            turn[it][0] = load4(cs), turn[it][1] = load4(cs + 4);
+            const int i = tid + it * kThreads;
+            load_turn(a, (i / 8) * C + rank, tile * 32 + 4 * (i % 8), prefix, turn[it]);
         }
     }
     grid_wait();
@@ -214,15 +170,7 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
                 float4 v = load4(r);
 #pragma unroll
                 for (int c = 1; c < C; c++) v = v + load4(r + c * kOwn * 64);
-                if (a.init) {
-                    if (a.bias) v = v + load4(a.bias + m);
-                } else {
-                    if (a.gate) v = v * load4(a.gate + m);
-                    v = v + old[it];
-                }
-                *reinterpret_cast<float4*>(a.h + static_cast<size_t>(n) * a.h_stride + m) = v;
-                *reinterpret_cast<uint2*>(a.hb + panel(n, m, kStride)) = pack_bf16x4(v * next_scale[it]);
-                squares = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+                squares = store_residual(a, n, m, kStride, v, old[it], next_scale[it]);
             }
             // Sixteen neighbouring lanes hold the 64 columns of one row.
 #pragma unroll
@@ -230,7 +178,7 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
             if (valid && quad == 0) a.squares_out[tile * 64 + n] = squares;
         } else {
             if (!valid) continue;
-            const int j = i % 8, slot = tile * kTile + 4 * j;
+            const int j = i % 8, p = tile * 32 + 4 * j;
             const float* r = inbox + own * 64 + j * 4;
             float4 lo = load4(r), hi = load4(r + 32);
 #pragma unroll
@@ -238,27 +186,11 @@ __device__ __forceinline__ void skinny(const SkinnyArgs& a) {
                 lo = lo + load4(r + c * kOwn * 64);
                 hi = hi + load4(r + c * kOwn * 64 + 32);
             }
-            lo = lo * rinv[n], hi = hi * rinv[n];
-            if (a.bias) lo = lo + load4(a.bias + slot), hi = hi + load4(a.bias + slot + 32);
-            if constexpr (EPI == kGeglu) {
-                const float4 v = make_float4(gelu_tanh(lo.x), gelu_tanh(lo.y), gelu_tanh(lo.z), gelu_tanh(lo.w)) * hi;
-                *reinterpret_cast<uint2*>(a.y + panel(n, tile * 32 + 4 * j, kStride)) = pack_bf16x4(v);
-            } else {
-                // Packed so that a tile holds 32 pairs (i, i + head_dim/2) of the rotation.
-                const int p = tile * 32 + 4 * j, head = p / half, d = p % half;
-                if (head >= a.heads + 2) continue;
-                const int key = n == a.horizon ? 0 : a.has_state + n;
-                if (head <= a.heads) {
-                    const float4 c0 = turn[it][0], c1 = turn[it][1], l = lo, u = hi;
-                    lo = make_float4(l.x * c0.x - u.x * c0.y, l.y * c0.z - u.y * c0.w, l.z * c1.x - u.z * c1.y, l.w * c1.z - u.w * c1.w);
-                    hi = make_float4(u.x * c0.x + l.x * c0.y, u.y * c0.z + l.y * c0.w, u.z * c1.x + l.z * c1.y, u.w * c1.z + l.w * c1.w);
-                }
-                bf16* out = head < a.heads    ? a.q + static_cast<size_t>(n) * a.q_stride + head * a.head_dim
-                            : head == a.heads ? a.suffix_keys + static_cast<size_t>(key) * a.head_dim
-                                              : a.suffix_values + static_cast<size_t>(key) * a.head_dim;
-                *reinterpret_cast<uint2*>(out + d) = pack_bf16x4(lo);
-                *reinterpret_cast<uint2*>(out + d + half) = pack_bf16x4(hi);
-            }
+            finish_pairs(a, p, rinv[n], lo, hi);
+            if constexpr (EPI == kGeglu)
+                store_geglu(a, n, p, kStride, lo, hi);
+            else
+                store_qkv(a, n, p, lo, hi, turn[it]);
         }
     }
 }

@@ -4,6 +4,9 @@
 //! `PI0_FRAMES` (500) and `PI0_SECONDS` (60) say how long. With an MPS daemon the `mps` backend is tested too.
 
 #[allow(dead_code)]
+#[path = "common/kernels.rs"]
+mod kernels;
+#[allow(dead_code)]
 #[path = "common/seeded.rs"]
 mod seeded;
 
@@ -108,7 +111,7 @@ fn decide(engine: &CudaEngine, backend: Backend, encoder: u8) -> Option<Decision
 #[ignore = "needs a GPU"]
 fn chunks_are_equal_whatever_the_share() {
     let frames = from_env("PI0_FRAMES", 500);
-    let engine = CudaEngine::random(&full_width(Family::Pi0, 18), Resampler::OpenPi, 0, 3).unwrap();
+    let engine = kernels::random(&full_width(Family::Pi0, 18), Resampler::OpenPi, 3);
     println!("bits {}: {:?}", engine.describe(), engine.offer().unwrap());
     let script = Script::new();
     let (mut encoder, mut decoder) = engine.stages().unwrap();

@@ -2,9 +2,13 @@
 //! about speed. Needs a GPU: `scripts/gpu-check`.
 
 #[allow(dead_code)]
+#[path = "common/kernels.rs"]
+mod kernels;
+#[allow(dead_code)]
 #[path = "common/seeded.rs"]
 mod seeded;
 
+use kernels::{portable, tuning};
 use pi0_mps::engine::cuda::{CudaCache, CudaEngine, DecoderPath, Stage, Tuning};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
 use pi0_mps::model::{Dims, Family, Frame, Resampler};
@@ -28,7 +32,7 @@ fn engine(path: Option<DecoderPath>) -> CudaEngine {
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stdout).try_init();
     let start = std::time::Instant::now();
     let engine = match path {
-        None => CudaEngine::random(&dims(), Resampler::OpenPi, 0, 1).unwrap(),
+        None => kernels::random(&dims(), Resampler::OpenPi, 1),
         Some(path) => CudaEngine::random_for(path, &dims(), Resampler::OpenPi, 0, 1).unwrap(),
     };
     println!("{} loaded in {:.1} s", engine.describe(), start.elapsed().as_secs_f32());
@@ -124,7 +128,10 @@ impl Timed {
 #[ignore = "needs a GPU"]
 fn decode_times() {
     let mut timed = Timed::new(None);
-    timed.time("default".into(), Tuning::default(), true);
+    timed.time("default".into(), tuning(), true);
+    if portable() {
+        return;
+    }
     for clusters in [32, 31, 24, 16, 12, 11, 10, 8, 6, 4] {
         timed.time(format!("on at most {clusters} clusters"), Tuning::default().clusters(clusters), true);
     }
@@ -133,13 +140,20 @@ fn decode_times() {
 #[test]
 #[ignore = "needs a GPU"]
 fn launch_times() {
+    use Stage::{Attention, Down, GateUp, Out, Qkv};
     let mut timed = Timed::new(Some(DecoderPath::Launches));
-    use Stage::*;
     let prefetches: [&[(Stage, Stage)]; 2] =
         [&[(Attention, GateUp)], &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)]];
     let slices = [[512, 256, 512, 512], [512, 512, 512, 512], [256, 256, 1024, 512]];
     let exclusives: [&[Stage]; 3] = [&[], &[Attention, Down], &[Qkv, Attention, Out, GateUp, Down]];
-    timed.time("by launches".into(), Tuning::default(), true);
+    timed.time("by launches".into(), tuning(), true);
+    for stage in [Qkv, Attention, Out, GateUp, Down] {
+        timed.time(format!("{stage:?} twice"), tuning().twice(stage), false);
+    }
+    // The portable kernels know of no other knob.
+    if portable() {
+        return;
+    }
     timed.time("without dependent launch".into(), Tuning::default().dependent(false), true);
     for prefetch in prefetches {
         timed.time(format!("prefetch {prefetch:?}"), Tuning::default().prefetch(prefetch), true);
@@ -149,8 +163,5 @@ fn launch_times() {
     }
     for slices in slices {
         timed.time(format!("slices {slices:?}"), Tuning::default().slices(slices), false);
-    }
-    for stage in [Qkv, Attention, Out, GateUp, Down] {
-        timed.time(format!("{stage:?} twice"), Tuning::default().twice(stage), false);
     }
 }

@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use super::device::{Buffer, Pinned};
 use super::encoder::CudaCache;
-use super::kernels::{DecodeAttentionArgs, FlowArgs, Kernel, PersistentArgs, Shape, Skinny, SkinnyArgs};
+use super::kernels::{DecodeAttentionArgs, FlowArgs, Hopper, Kernels, PersistentArgs, Shape, SkinnyArgs};
 use super::lane::Lane;
 use super::persistent::Persistent;
 use super::plan::{
-    self, CLUSTERS, DecoderPath, EXCLUSIVE_SHARED, KEY_SPLITS, QUERY_ROWS, SkinnyPlan, Stage, TILE, TOKEN_TILES,
+    self, CLUSTERS, DecoderPath, EXCLUSIVE_SHARED, KEY_SPLITS, PARTS, PORTABLE_ROWS, Path, QUERY_ROWS, SkinnyPlan,
+    Stage, TILE, TOKEN_TILES,
 };
+use super::portable::{PortableAttentionArgs, Product};
 use super::stream::{Event, Graph, Stream};
 use super::time::Tables;
 use super::weights::{DecoderWeights, ExpertLayer, ExpertSizes, Suffix};
@@ -67,11 +69,17 @@ struct Plans {
     time: SkinnyPlan,
 }
 
+/// Parts in which the products that add to the residual leave the sums of its squares.
+fn square_tiles(sizes: &ExpertSizes, path: Path) -> usize {
+    sizes.width_rows / if path == Path::Portable { PORTABLE_ROWS } else { TILE }
+}
+
 /// The second stage on the GPU.
 pub struct CudaDecoder {
     model: Arc<Model>,
     weights: Arc<DecoderWeights>,
     lane: Arc<Lane>,
+    path: Path,
     stream: Stream,
     graphs: HashMap<Key, Graph>,
     tables: HashMap<usize, Tables>,
@@ -94,6 +102,9 @@ pub struct CudaDecoder {
     suffix_keys: Buffer<u16>,
     suffix_values: Buffer<u16>,
     squares: Buffer<f32>,
+    /// What the parts of the portable attention leave.
+    parts: Buffer<f32>,
+    tops: Buffer<f32>,
     events: [Event; 2],
     persistent: Option<Persistent>,
 }
@@ -104,7 +115,12 @@ impl CudaDecoder {
         weights: Arc<DecoderWeights>,
         lane: Arc<Lane>,
         tuning: Tuning,
+        path: Path,
     ) -> Result<Self, EngineError> {
+        if path == Path::Portable {
+            let _current = lane.enter()?;
+            lane.kernels().portable()?;
+        }
         let device = Arc::clone(&model.device);
         let dims = model.dims;
         let e = dims.expert;
@@ -124,13 +140,26 @@ impl CudaDecoder {
         let chunk = dims.horizon * dims.action_dim;
         let block = Block::new(&dims);
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride.max(plan::PANEL_ROWS) * 8);
-        let stream = Stream::new(&lane)?;
-        let persistent = match weights.path {
-            DecoderPath::Launches => None,
-            DecoderPath::Persistent => Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?),
+        let parts = if path == Path::Portable { PARTS * suffix * e.heads } else { 0 };
+        let stream = Stream::of(&lane, path)?;
+        let persistent = match (weights.path, path) {
+            (DecoderPath::Launches, _) => None,
+            (DecoderPath::Persistent, Path::Hopper) => {
+                Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?)
+            }
+            (DecoderPath::Persistent, Path::Portable) => {
+                return Err(EngineError::Device {
+                    what: "choosing kernels",
+                    reason:
+                        "the weights were packed for the persistent decoder, which the portable kernels cannot read"
+                            .into(),
+                    remedy: "Load with DecoderPath::Launches".into(),
+                });
+            }
         };
         Ok(Self {
             stream,
+            path,
             persistent,
             graphs: HashMap::new(),
             tables: HashMap::new(),
@@ -149,7 +178,9 @@ impl CudaDecoder {
             q: Buffer::zeroed(&device, 64 * e.heads * e.head_dim)?,
             suffix_keys: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
             suffix_values: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
-            squares: Buffer::zeroed(&device, plan::SQUARES.max(sizes.width_rows / TILE) * 64)?,
+            squares: Buffer::zeroed(&device, plan::SQUARES.max(square_tiles(&sizes, path)) * 64)?,
+            parts: Buffer::zeroed(&device, parts * e.head_dim)?,
+            tops: Buffer::zeroed(&device, parts * 2)?,
             events: [Event::new(&lane)?, Event::new(&lane)?],
             sizes,
             plans,
@@ -178,6 +209,8 @@ impl CudaDecoder {
         self.q.fill(0xff)?;
         self.suffix_keys.fill(0xff)?;
         self.suffix_values.fill(0xff)?;
+        self.parts.fill(0xff)?;
+        self.tops.fill(0xff)?;
         self.squares.fill(0xff)
     }
 
@@ -220,13 +253,17 @@ impl CudaDecoder {
         1 + usize::from(self.tuning.twice == Some(stage))
     }
 
-    fn product(
-        &self,
-        stage: Stage,
-        kernels: &[Kernel<SkinnyArgs>; 4],
-        p: &SkinnyPlan,
-        args: &SkinnyArgs,
-    ) -> Result<(), EngineError> {
+    fn product(&self, stage: Stage, product: Product, p: &SkinnyPlan, args: &SkinnyArgs) -> Result<(), EngineError> {
+        let kernels = self.lane.kernels();
+        let Some(hopper) = self.hopper(kernels) else {
+            return kernels.portable()?.product(&self.stream, product, self.tokens, p.tiles, args);
+        };
+        let skinny = &hopper.skinny[self.tokens];
+        let clusters = match product {
+            Product::Qkv => &skinny.qkv,
+            Product::Geglu => &skinny.geglu,
+            Product::Residual => &skinny.residual,
+        };
         let shape = Shape {
             grid: [p.cluster as u32, p.tiles as u32, 1],
             threads: 128,
@@ -235,7 +272,11 @@ impl CudaDecoder {
             dependent: self.tuning.dependent,
         };
         let variant = CLUSTERS.iter().position(|c| *c == p.cluster).unwrap_or(0);
-        kernels[variant].launch(&self.stream, shape, args)
+        clusters[variant].launch(&self.stream, shape, args)
+    }
+
+    fn hopper<'a>(&self, kernels: &'a Kernels) -> Option<&'a Hopper> {
+        kernels.hopper().filter(|_| self.path == Path::Hopper)
     }
 
     /// Queues everything between input block and actions.
@@ -261,7 +302,7 @@ impl CudaDecoder {
                     init: 1,
                     ..self.residual(&self.plans.time)
                 };
-                self.product(Stage::Out, &self.skinny().residual, &self.plans.time, &args)?;
+                self.product(Stage::Out, Product::Residual, &self.plans.time, &args)?;
             }
             for (l, layer) in self.weights.layers.iter().enumerate() {
                 self.layer(tables, key, step, rows, l, layer)?;
@@ -295,10 +336,6 @@ impl CudaDecoder {
         args
     }
 
-    fn skinny(&self) -> &Skinny {
-        &self.lane.kernels().skinny[self.tokens]
-    }
-
     fn stride(&self) -> i32 {
         match self.persistent {
             Some(_) => plan::PANEL_ROWS as i32,
@@ -307,7 +344,7 @@ impl CudaDecoder {
     }
 
     fn square_tiles(&self) -> i32 {
-        (self.sizes.width_rows / TILE) as i32
+        square_tiles(&self.sizes, self.path) as i32
     }
 
     /// Partial sums of squares of a token row, and elements from row to row and from one to the next.
@@ -383,39 +420,11 @@ impl CudaDecoder {
             ..self.normalised(&self.plans.qkv, rows)
         };
         for _ in 0..self.times(Stage::Qkv) {
-            self.product(Stage::Qkv, &self.skinny().qkv, &self.plans.qkv, &args)?;
+            self.product(Stage::Qkv, Product::Qkv, &self.plans.qkv, &args)?;
         }
 
-        let (variant, padded) = self.model.decode_head;
-        let (_, shared) = plan::decode_attention(key.tile * KEY_SPLITS, padded);
-        let (next, next_bytes) = self.next(Stage::Attention, l);
-        let args = DecodeAttentionArgs {
-            q: self.q.pointer(),
-            suffix_keys,
-            suffix_values,
-            out: self.attended.pointer(),
-            params,
-            next,
-            next_bytes,
-            scale: std::f32::consts::LOG2_E / (e.head_dim as f32).sqrt(),
-            layer: l as i32,
-            heads: e.heads as i32,
-            head_dim: e.head_dim as i32,
-            rows: (rows * e.heads) as i32,
-            suffix: suffix as i32,
-            horizon,
-            stride: self.stride(),
-            tile: key.tile as i32,
-        };
-        let shape = Shape {
-            grid: [KEY_SPLITS as u32, (rows * e.heads).div_ceil(QUERY_ROWS) as u32, 1],
-            threads: 256,
-            shared: self.shared(Stage::Attention, shared),
-            cluster: KEY_SPLITS as u32,
-            dependent: self.tuning.dependent,
-        };
         for _ in 0..self.times(Stage::Attention) {
-            self.lane.kernels().decode_attention[variant].launch(&self.stream, shape, &args)?;
+            self.attention(key, rows, l)?;
         }
 
         let (next, next_bytes) = self.next(Stage::Out, l);
@@ -430,7 +439,7 @@ impl CudaDecoder {
             ..self.residual(&self.plans.out)
         };
         for _ in 0..self.times(Stage::Out) {
-            self.product(Stage::Out, &self.skinny().residual, &self.plans.out, &args)?;
+            self.product(Stage::Out, Product::Residual, &self.plans.out, &args)?;
         }
 
         let (next, next_bytes) = self.next(Stage::GateUp, l);
@@ -443,7 +452,7 @@ impl CudaDecoder {
             ..self.normalised(&self.plans.gate_up, rows)
         };
         for _ in 0..self.times(Stage::GateUp) {
-            self.product(Stage::GateUp, &self.skinny().geglu, &self.plans.gate_up, &args)?;
+            self.product(Stage::GateUp, Product::Geglu, &self.plans.gate_up, &args)?;
         }
 
         let (next, next_bytes) = self.next(Stage::Down, l);
@@ -459,9 +468,73 @@ impl CudaDecoder {
             ..self.residual(&self.plans.down)
         };
         for _ in 0..self.times(Stage::Down) {
-            self.product(Stage::Down, &self.skinny().residual, &self.plans.down, &args)?;
+            self.product(Stage::Down, Product::Residual, &self.plans.down, &args)?;
         }
         Ok(())
+    }
+
+    /// Queues the attention of layer `l`.
+    fn attention(&self, key: Key, rows: usize, l: usize) -> Result<(), EngineError> {
+        let e = &self.model.dims.expert;
+        let suffix = plan::suffix_rows(&self.model.dims);
+        let suffix_at = l * suffix * e.head_dim;
+        let (q, params, out) = (self.q.pointer(), self.inputs.pointer(), self.attended.pointer());
+        let (suffix_keys, suffix_values) = (self.suffix_keys.at(suffix_at), self.suffix_values.at(suffix_at));
+        let scale = std::f32::consts::LOG2_E / (e.head_dim as f32).sqrt();
+        let [layer, heads, head_dim, rows] = [l, e.heads, e.head_dim, rows * e.heads].map(|n| n as i32);
+        let [suffix, horizon] = [suffix, self.model.dims.horizon].map(|n| n as i32);
+        let stride = self.stride();
+        let kernels = self.lane.kernels();
+        let Some(hopper) = self.hopper(kernels) else {
+            let args = PortableAttentionArgs {
+                q,
+                suffix_keys,
+                suffix_values,
+                out,
+                parts: self.parts.pointer(),
+                tops: self.tops.pointer(),
+                params,
+                scale,
+                layer,
+                heads,
+                head_dim,
+                rows,
+                suffix,
+                horizon,
+                stride,
+                ..PortableAttentionArgs::default()
+            };
+            return kernels.portable()?.attention(&self.stream, self.model.trunk_head.0, &args);
+        };
+        let (variant, padded) = self.model.decode_head;
+        let (_, shared) = plan::decode_attention(key.tile * KEY_SPLITS, padded);
+        let (next, next_bytes) = self.next(Stage::Attention, l);
+        let args = DecodeAttentionArgs {
+            q,
+            suffix_keys,
+            suffix_values,
+            out,
+            params,
+            next,
+            next_bytes,
+            scale,
+            layer,
+            heads,
+            head_dim,
+            rows,
+            suffix,
+            horizon,
+            stride,
+            tile: key.tile as i32,
+        };
+        let shape = Shape {
+            grid: [KEY_SPLITS as u32, (rows as u32).div_ceil(QUERY_ROWS as u32), 1],
+            threads: 256,
+            shared: self.shared(Stage::Attention, shared),
+            cluster: KEY_SPLITS as u32,
+            dependent: self.tuning.dependent,
+        };
+        hopper.decode_attention[variant].launch(&self.stream, shape, &args)
     }
 
     /// Queues what lies between two steps: before the first (`done` is none), after step `done`.

@@ -11,6 +11,7 @@ use cudarc::driver::sys;
 use super::faults;
 pub(super) use super::faults::check;
 use super::kernels::Kernels;
+use super::plan::Path;
 use crate::engine::EngineError;
 
 /// Compute capability, as `(major, minor)`.
@@ -123,6 +124,11 @@ impl Device {
 
     pub(super) fn kernels(&self) -> &Kernels {
         &self.kernels
+    }
+
+    /// Which kernels run here; `portable` asks for those that run everywhere.
+    pub(super) fn path(&self, portable: bool) -> Path {
+        Path::of(self.capability, self.kernels.hopper().is_some(), portable)
     }
 
     /// The GPU's name.
@@ -265,8 +271,9 @@ impl<T: Plain> Buffer<T> {
     /// Sets every byte to `byte` and waits: poison for tests.
     pub fn fill(&self, byte: u8) -> Result<(), EngineError> {
         let _current = self.device.enter()?;
-        // SAFETY: the whole of a live allocation.
-        check(unsafe { sys::cuMemsetD8_v2(self.pointer, byte, self.len * size_of::<T>()) }, "filling GPU memory")?;
+        let bytes = self.len.max(1) * size_of::<T>();
+        // SAFETY: the whole of a live allocation, which has room for one element at least.
+        check(unsafe { sys::cuMemsetD8_v2(self.pointer, byte, bytes) }, "filling GPU memory")?;
         settle()
     }
 }

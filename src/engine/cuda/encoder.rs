@@ -11,7 +11,7 @@ use super::images::Images;
 use super::kernels::{AttentionArgs, GegluArgs, Kernels, NormArgs, RopeArgs, Shape};
 use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands};
-use super::plan::{self, HEAD_DIMS};
+use super::plan::{self, HEAD_DIMS, Path};
 use super::stream::{Event, Graph, Stream};
 use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS};
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
@@ -164,6 +164,7 @@ pub struct CudaEncoder {
     model: Arc<Model>,
     weights: Arc<EncoderWeights>,
     lane: Arc<Lane>,
+    path: Path,
     stream: Stream,
     lt: Lt,
     images: Images,
@@ -177,13 +178,19 @@ pub struct CudaEncoder {
 }
 
 impl CudaEncoder {
-    pub(super) fn new(model: Arc<Model>, weights: Arc<EncoderWeights>, lane: Arc<Lane>) -> Result<Self, EngineError> {
+    pub(super) fn new(
+        model: Arc<Model>,
+        weights: Arc<EncoderWeights>,
+        lane: Arc<Lane>,
+        path: Path,
+    ) -> Result<Self, EngineError> {
         let device = Arc::clone(&model.device);
         let v = &model.dims.vision;
         let images = Images::new(&device, v.image, v.patch, plan::patch_stride(&model.dims), model.resampler);
         let event = || Event::new(&lane);
         Ok(Self {
-            stream: Stream::new(&lane)?,
+            path,
+            stream: Stream::of(&lane, path)?,
             lt: Lt::new(&lane, Arc::clone(&model.algorithms))?,
             images,
             workspace: None,
@@ -309,12 +316,13 @@ impl CudaEncoder {
         let model = Arc::clone(&self.model);
         let weights = Arc::clone(&self.weights);
         let lane = Arc::clone(&self.lane);
-        let kernels = lane.kernels();
+        let (kernels, path) = (lane.kernels(), self.path);
         if !self.vision_graphs.contains_key(&views)
             && let Some(w) = &self.workspace
         {
             let (stream, lt) = (&self.stream, &mut self.lt);
-            let mut queue = Queue { model: &model, weights: &weights, stream, kernels, lt, w, params: 0, taps: None };
+            let mut queue =
+                Queue { model: &model, weights: &weights, path, stream, kernels, lt, w, params: 0, taps: None };
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
@@ -324,7 +332,8 @@ impl CudaEncoder {
         {
             let params = self.params.1.pointer();
             let (stream, lt) = (&self.stream, &mut self.lt);
-            let mut queue = Queue { model: &model, weights: &weights, stream, kernels, lt, w, params, taps: None };
+            let mut queue =
+                Queue { model: &model, weights: &weights, path, stream, kernels, lt, w, params, taps: None };
             let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
             let prompt = &self.prompt_rows.1;
@@ -370,13 +379,14 @@ impl CudaEncoder {
     ) -> Result<EncodeTaps, EngineError> {
         let lane = Arc::clone(&self.lane);
         let _current = lane.enter()?;
-        let kernels = lane.kernels();
+        let (kernels, path) = (lane.kernels(), self.path);
         let rows = self.begin(input, cache)?;
         let mut taps = EncodeTaps::default();
         let (model, weights, params) = (&*self.model, &*self.weights, self.params.1.pointer());
         if let Some(w) = &self.workspace {
             let (stream, lt) = (&self.stream, &mut self.lt);
-            let mut queue = Queue { model, weights, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
+            let mut queue =
+                Queue { model, weights, path, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
             queue.vision(input.views.len())?;
             queue.taps = Some(&mut taps.trunk);
             queue.prompt(&self.prompt_rows.1, rows, input.tokens.len())?;
@@ -445,6 +455,7 @@ impl Encoder for CudaEncoder {
 struct Queue<'a> {
     model: &'a Model,
     weights: &'a EncoderWeights,
+    path: Path,
     stream: &'a Stream,
     kernels: &'a Kernels,
     lt: &'a mut Lt,
@@ -545,13 +556,13 @@ impl Queue<'_> {
         args: &AttentionArgs,
     ) -> Result<(), EngineError> {
         let kernels = self.kernels;
-        let wide = kernels.attention_wide.as_ref().filter(|_| args.head_dim as usize == plan::WIDE_HEAD);
-        let (kernel, shared) = match wide {
-            Some(wide) => (wide, plan::WIDE_SHARED),
+        let wide = self.path == Path::Hopper && args.head_dim as usize == plan::WIDE_HEAD;
+        let (kernel, shared) = match kernels.hopper().filter(|_| wide) {
+            Some(hopper) => (&hopper.attention_wide, plan::WIDE_SHARED),
             None => (&kernels.attention[variant.0], plan::attention_shared(variant.1)),
         };
         let shape = Shape {
-            grid: [(args.rows as u32).div_ceil(64), heads as u32, batch as u32],
+            grid: [(args.rows as u32).div_ceil(plan::ATTENTION_ROWS as u32), heads as u32, batch as u32],
             threads: 256,
             shared: shared as u32,
             cluster: 1,

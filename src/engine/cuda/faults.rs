@@ -3,14 +3,15 @@
 use cudarc::driver::sys::{self, CUresult};
 
 use super::device::Capability;
+use super::plan::PORTABLE_SHARED;
 use crate::engine::EngineError;
 
 /// Oldest driver that runs what CUDA 13.0 compiles.
 const MIN_DRIVER: i32 = 13000;
 /// Oldest chip there are kernels for.
-const MIN_CAPABILITY: Capability = (9, 0);
-/// Shared memory a block may ask for, as the largest kernels need it.
-const MIN_SHARED: u32 = 227 * 1024;
+const MIN_CAPABILITY: Capability = (8, 0);
+/// Shared memory a block may ask for, as the largest portable kernels need it.
+const MIN_SHARED: u32 = PORTABLE_SHARED as u32;
 
 /// The error for GPU `ordinal`, which cannot be used.
 pub(super) fn unavailable(ordinal: usize, reason: impl Into<String>, remedy: impl Into<String>) -> EngineError {
@@ -51,7 +52,7 @@ pub(super) fn number(ordinal: usize, count: i32) -> Result<i32, EngineError> {
 
 /// A chip that is too old for the kernels, or gives a block too little shared memory.
 pub(super) fn chip(ordinal: usize, name: &str, capability: Capability, shared: u32) -> Result<(), EngineError> {
-    let remedy = "Use a Hopper or newer data centre GPU, or device:=cpu";
+    let remedy = "Use a GPU of the Ampere generation or newer, or device:=cpu";
     if capability < MIN_CAPABILITY {
         let ((major, minor), (least, point)) = (capability, MIN_CAPABILITY);
         let reason = format!("{name} has compute capability {major}.{minor}, {least}.{point} is needed");
@@ -143,10 +144,15 @@ mod tests {
     fn an_old_driver_and_an_old_chip_are_named_with_what_is_needed() {
         says(driver(0, 12080).unwrap_err(), &["CUDA 12.8", "13.0", "driver 580"]);
         driver(0, 13000).unwrap();
-        says(chip(0, "Tesla T4", (7, 5), MIN_SHARED).unwrap_err(), &["Tesla T4", "7.5", "9.0", "device:=cpu"]);
-        says(chip(0, "RTX 5090", (12, 0), 99 * 1024).unwrap_err(), &["RTX 5090", "101376", "232448"]);
-        for capability in [(9, 0), (10, 0)] {
-            chip(0, "GPU", capability, MIN_SHARED).unwrap();
+        says(
+            chip(0, "Tesla T4", (7, 5), MIN_SHARED).unwrap_err(),
+            &["Tesla T4", "7.5", "8.0", "Ampere", "device:=cpu"],
+        );
+        says(chip(0, "Odd one", (8, 0), 64 * 1024).unwrap_err(), &["Odd one", "65536", "101376"]);
+        // What CUDA's tables say that each gives a block.
+        let chips = [(8, 0, 163), (8, 6, 99), (8, 7, 163), (8, 9, 99), (9, 0, 227), (10, 0, 227), (12, 0, 99)];
+        for (major, minor, shared) in chips {
+            chip(0, "GPU", (major, minor), shared * 1024).unwrap();
         }
     }
 

@@ -5,10 +5,13 @@
 
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
+use std::sync::OnceLock;
 
 use cudarc::driver::sys;
 
 use super::device::check;
+use super::plan::{self, CLUSTERS, DECODE_HEAD_DIMS, HEAD_DIMS, HOPPER_SHARED, TOKEN_TILES};
+use super::portable::Portable;
 use super::stream::Stream;
 use crate::engine::EngineError;
 
@@ -303,7 +306,8 @@ pub(super) struct Shape {
     pub shared: u32,
     /// Blocks along x that form a cluster; 1 for none.
     pub cluster: u32,
-    /// Whether it may start before the kernel in front of it ends; such a kernel waits by itself.
+    /// Whether it may start before the kernel in front of it ends, where the stream allows that; such a kernel waits by
+    /// itself.
     pub dependent: bool,
 }
 
@@ -370,7 +374,7 @@ impl<A: Copy> Kernel<A> {
             a.value.clusterDim.z = 1;
             attributes.push(a);
         }
-        if shape.dependent {
+        if shape.dependent && stream.may_depend() {
             let mut a = blank;
             a.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             a.value.programmaticStreamSerializationAllowed = 1;
@@ -414,18 +418,30 @@ impl<A: Copy> Kernel<A> {
     }
 }
 
-struct Module(sys::CUmodule);
+/// The kernels of one file.
+pub(super) struct Module(sys::CUmodule);
 
 impl Module {
-    fn load(image: &[u8]) -> Result<Self, EngineError> {
+    /// Those of kernels/`name`.cu, into the current context; none if this build has no code for this chip.
+    fn load_if_there(name: &str) -> Result<Option<Self>, EngineError> {
+        let Some((_, image)) = IMAGES.iter().find(|(n, _)| *n == name) else { return Ok(None) };
         let mut raw = std::ptr::null_mut();
         // SAFETY: a whole fat binary made by nvcc; it carries its own length.
-        check(unsafe { sys::cuModuleLoadData(&mut raw, image.as_ptr().cast()) }, "loading kernels")?;
-        Ok(Self(raw))
+        let code = unsafe { sys::cuModuleLoadData(&mut raw, image.as_ptr().cast()) };
+        if code == sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU {
+            return Ok(None);
+        }
+        check(code, "loading kernels").map(|()| Some(Self(raw)))
+    }
+
+    /// Those of kernels/`name`.cu, into the current context.
+    pub fn load(name: &str) -> Result<Self, EngineError> {
+        let code = sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU;
+        Self::load_if_there(name)?.ok_or_else(|| super::faults::call("loading kernels", code, name))
     }
 
     /// The kernel `name`, allowed to use `shared` bytes of dynamic shared memory.
-    fn kernel<A>(&self, name: &str, shared: usize) -> Result<Kernel<A>, EngineError> {
+    pub fn kernel<A>(&self, name: &str, shared: usize) -> Result<Kernel<A>, EngineError> {
         let internal = |reason: String| EngineError::Device {
             what: "loading kernels",
             reason: format!("{name}: {reason}"),
@@ -457,21 +473,6 @@ impl Module {
     }
 }
 
-impl<A> Kernel<A> {
-    /// Whether this is machine code for sm_90a: such a kernel may use matrix instructions that no other chip has, and
-    /// its code for other chips only traps.
-    fn is_hopper(&self) -> Result<bool, EngineError> {
-        use sys::CUfunction_attribute as A;
-        let read = |attribute| -> Result<i32, EngineError> {
-            let mut value = 0;
-            // SAFETY: a loaded function and an out-parameter on this stack.
-            let code = unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.function) };
-            check(code, "reading a kernel's target").map(|()| value)
-        };
-        Ok(read(A::CU_FUNC_ATTRIBUTE_BINARY_VERSION)? == 90 && read(A::CU_FUNC_ATTRIBUTE_PTX_VERSION)? == 90)
-    }
-}
-
 impl Drop for Module {
     fn drop(&mut self) {
         // SAFETY: loaded once; its kernels are gone with `Kernels`.
@@ -479,28 +480,62 @@ impl Drop for Module {
     }
 }
 
-/// Dynamic shared memory of one block on sm_90 and sm_100, less what kernels declare themselves.
-const MAX_SHARED: usize = 224 * 1024;
-
-/// The three products of skinny.cu for one number of token tiles, each by cluster size ([`super::plan::CLUSTERS`]).
+/// The three products of skinny.cu for one number of token tiles, each by cluster size ([`CLUSTERS`]).
 pub(super) struct Skinny {
     pub qkv: [Kernel<SkinnyArgs>; 4],
     pub geglu: [Kernel<SkinnyArgs>; 4],
     pub residual: [Kernel<SkinnyArgs>; 4],
 }
 
+/// What only sm_90a can run.
+pub(super) struct Hopper {
+    /// By token tiles, see [`TOKEN_TILES`].
+    pub skinny: [Skinny; 4],
+    /// By padded head dimension, see [`DECODE_HEAD_DIMS`].
+    pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
+    /// For heads of [`plan::WIDE_HEAD`].
+    pub attention_wide: Kernel<AttentionArgs>,
+    /// For the published action expert.
+    pub persistent: Kernel<PersistentArgs>,
+    _modules: [Module; 4],
+}
+
+impl Hopper {
+    /// Into the current context; none on another chip, or in a build without.
+    fn load() -> Result<Option<Self>, EngineError> {
+        let Some(skinny) = Module::load_if_there("skinny")? else { return Ok(None) };
+        let (decode, wide) = (Module::load("decode_attention")?, Module::load("attention_wide")?);
+        let persistent = Module::load("persistent")?;
+        let family = |tiles: usize| -> Result<Skinny, EngineError> {
+            let by_cluster = |kind: &str| {
+                by(CLUSTERS, |c| skinny.kernel::<SkinnyArgs>(&format!("skinny_{kind}_{tiles}_{c}"), HOPPER_SHARED))
+            };
+            Ok(Skinny { qkv: by_cluster("qkv")?, geglu: by_cluster("geglu")?, residual: by_cluster("residual")? })
+        };
+        Ok(Some(Self {
+            skinny: by(TOKEN_TILES, family)?,
+            decode_attention: by(DECODE_HEAD_DIMS, |d| decode.kernel(&format!("decode_attention_{d}"), HOPPER_SHARED))?,
+            attention_wide: wide.kernel("attention_wide", HOPPER_SHARED)?,
+            persistent: persistent.kernel("persistent_step", plan::PERSISTENT_SHARED)?,
+            _modules: [skinny, decode, wide, persistent],
+        }))
+    }
+}
+
+/// One thing for each of four sizes.
+pub(super) fn by<T>(
+    [a, b, c, d]: [usize; 4],
+    make: impl Fn(usize) -> Result<T, EngineError>,
+) -> Result<[T; 4], EngineError> {
+    Ok([make(a)?, make(b)?, make(c)?, make(d)?])
+}
+
 /// Every kernel, loaded.
 pub(super) struct Kernels {
-    /// By token tiles, see [`super::plan::TOKEN_TILES`].
-    pub skinny: [Skinny; 4],
-    /// By padded head dimension, see [`super::plan::DECODE_HEAD_DIMS`].
-    pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
-    /// By padded head dimension, see [`super::plan::HEAD_DIMS`].
+    hopper: Option<Hopper>,
+    portable: OnceLock<Portable>,
+    /// By padded head dimension, see [`HEAD_DIMS`].
     pub attention: [Kernel<AttentionArgs>; 4],
-    /// For heads of 256, on sm_90a only.
-    pub attention_wide: Option<Kernel<AttentionArgs>>,
-    /// For the published action expert, on sm_90a only.
-    pub persistent: Option<Kernel<PersistentArgs>>,
     pub flow: Kernel<FlowArgs>,
     pub norm: Kernel<NormArgs>,
     pub rope: Kernel<RopeArgs>,
@@ -510,64 +545,45 @@ pub(super) struct Kernels {
     pub pack: Kernel<PackArgs>,
     pub product: Kernel<ProductArgs>,
     pub random: Kernel<RandomArgs>,
-    _modules: Vec<Module>,
+    _modules: [Module; 5],
 }
 
 impl Kernels {
-    /// Loads every image into the current context.
+    /// Loads everything into the current context but [`portable`](Self::portable), which may not be needed.
     pub fn load() -> Result<Self, EngineError> {
-        let mut modules = Vec::new();
-        let mut open = |name: &'static str| -> Result<usize, EngineError> {
-            let image = IMAGES.iter().find(|(n, _)| *n == name).ok_or(EngineError::Device {
-                what: "loading kernels",
-                reason: format!("kernels/{name}.cu is not embedded"),
-                remedy: "rebuild with the feature 'cuda'".into(),
-            })?;
-            modules.push(Module::load(image.1)?);
-            Ok(modules.len() - 1)
-        };
-        let (skinny, decode, attention) = (open("skinny")?, open("decode_attention")?, open("attention")?);
-        let (wide, persistent) = (open("attention_wide")?, open("persistent")?);
-        let (flow, pointwise, image, load) = (open("flow")?, open("pointwise")?, open("image")?, open("load")?);
-        let family = |tiles: usize| -> Result<Skinny, EngineError> {
-            let by_cluster = |kind: &str| -> Result<[Kernel<SkinnyArgs>; 4], EngineError> {
-                let kernel = |c: usize| modules[skinny].kernel(&format!("skinny_{kind}_{tiles}_{c}"), MAX_SHARED);
-                let [a, b, c, d] = super::plan::CLUSTERS;
-                Ok([kernel(a)?, kernel(b)?, kernel(c)?, kernel(d)?])
-            };
-            Ok(Skinny { qkv: by_cluster("qkv")?, geglu: by_cluster("geglu")?, residual: by_cluster("residual")? })
-        };
-        let attention_wide = modules[wide].kernel("attention_wide", MAX_SHARED)?;
-        let attention_wide = if attention_wide.is_hopper()? { Some(attention_wide) } else { None };
-        let persistent = modules[persistent].kernel("persistent_step", super::plan::PERSISTENT_SHARED)?;
-        let persistent = if persistent.is_hopper()? { Some(persistent) } else { None };
-        let [t0, t1, t2, t3] = super::plan::TOKEN_TILES;
+        let (attention, flow, pointwise) =
+            (Module::load("attention")?, Module::load("flow")?, Module::load("pointwise")?);
+        let (image, load) = (Module::load("image")?, Module::load("load")?);
         Ok(Self {
-            skinny: [family(t0)?, family(t1)?, family(t2)?, family(t3)?],
-            decode_attention: [
-                modules[decode].kernel("decode_attention_32", MAX_SHARED)?,
-                modules[decode].kernel("decode_attention_64", MAX_SHARED)?,
-                modules[decode].kernel("decode_attention_128", MAX_SHARED)?,
-                modules[decode].kernel("decode_attention_256", MAX_SHARED)?,
-            ],
-            attention: [
-                modules[attention].kernel("attention_32", MAX_SHARED)?,
-                modules[attention].kernel("attention_80", MAX_SHARED)?,
-                modules[attention].kernel("attention_128", MAX_SHARED)?,
-                modules[attention].kernel("attention_256", MAX_SHARED)?,
-            ],
-            attention_wide,
-            persistent,
-            flow: modules[flow].kernel("flow_step", 0)?,
-            norm: modules[pointwise].kernel("row_norm", 0)?,
-            rope: modules[pointwise].kernel("rope_cache", 0)?,
-            geglu: modules[pointwise].kernel("geglu", 0)?,
-            image: modules[image].kernel("image_patches", 0)?,
-            copy: modules[load].kernel("load_copy", 0)?,
-            pack: modules[load].kernel("load_pack", 0)?,
-            product: modules[load].kernel("load_product", 0)?,
-            random: modules[load].kernel("load_random", 0)?,
-            _modules: modules,
+            hopper: Hopper::load()?,
+            portable: OnceLock::new(),
+            attention: by(HEAD_DIMS, |d| attention.kernel(&format!("attention_{d}"), plan::attention_shared(d)))?,
+            flow: flow.kernel("flow_step", 0)?,
+            norm: pointwise.kernel("row_norm", 0)?,
+            rope: pointwise.kernel("rope_cache", 0)?,
+            geglu: pointwise.kernel("geglu", 0)?,
+            image: image.kernel("image_patches", 0)?,
+            copy: load.kernel("load_copy", 0)?,
+            pack: load.kernel("load_pack", 0)?,
+            product: load.kernel("load_product", 0)?,
+            random: load.kernel("load_random", 0)?,
+            _modules: [attention, flow, pointwise, image, load],
         })
+    }
+
+    /// What only sm_90a can run, where this is one.
+    pub fn hopper(&self) -> Option<&Hopper> {
+        self.hopper.as_ref()
+    }
+
+    /// The decoder of every other chip; the first call loads it into the current context, which must be that of
+    /// [`load`](Self::load).
+    pub fn portable(&self) -> Result<&Portable, EngineError> {
+        if let Some(loaded) = self.portable.get() {
+            return Ok(loaded);
+        }
+        // Where two threads get here at once, one copy stays.
+        let loaded = Portable::load()?;
+        Ok(self.portable.get_or_init(|| loaded))
     }
 }

@@ -3,7 +3,7 @@
 //! Data flow: `images` (bytes to patches) → `encoder` (SigLIP and trunk, fills the cache) → `decoder` (action expert,
 //! one graph of all steps). `device` owns
 //! the driver's objects, `lane` says where a stage runs, `stream` what runs there, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix
-//! products, `plan` every choice of kernel and shape, `load` and `weights` the way from a file to the layouts above,
+//! products, `portable` the decoder of chips that are not Hopper, `plan` every choice of kernel and shape, `load` and `weights` the way from a file to the layouts above,
 //! `time` what depends on flow time alone.
 //!
 //! A captured graph holds addresses of its stage's own buffers only; cache slots, lengths and guidance are read from a
@@ -20,6 +20,7 @@ mod load;
 mod lt;
 mod persistent;
 mod plan;
+mod portable;
 mod rope;
 mod stream;
 mod time;
@@ -47,7 +48,14 @@ pub fn probe(ordinal: usize) -> Result<String, EngineError> {
     let (free, total) = gpu.memory()?;
     let (major, minor) = gpu.capability();
     let gib = |n: usize| n as f64 / f64::from(1 << 30);
-    Ok(format!("{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free)", gpu.name(), gpu.sms(), gib(free), gib(total)))
+    Ok(format!(
+        "{} (sm_{major}{minor}, {} SMs, {:.1} of {:.1} GiB free), {}",
+        gpu.name(),
+        gpu.sms(),
+        gib(free),
+        gib(total),
+        gpu.path(false).name()
+    ))
 }
 
 /// What GPU `ordinal` could be divided into for this process.
@@ -86,7 +94,7 @@ struct Model {
     device: Arc<Gpu>,
 }
 
-/// Knobs of the decoder that change its speed but not its results, except `slices`, which fixes the order of sums.
+/// Knobs that change the speed but not the results, except `slices` and `portable`, which fix the order of sums.
 #[derive(Debug, Clone, Copy)]
 pub struct Tuning {
     slices: plan::Slices,
@@ -102,6 +110,8 @@ pub struct Tuning {
     clusters: usize,
     /// Sleep of each of its blocks before each phase, up to so many ns; negative: one block never says that it is done.
     delay: i32,
+    /// The kernels of other chips on Hopper too. They know of no knob but `twice`.
+    portable: bool,
 }
 
 impl Default for Tuning {
@@ -114,6 +124,7 @@ impl Default for Tuning {
             twice: None,
             clusters: usize::MAX,
             delay: 0,
+            portable: false,
         }
     }
 }
@@ -160,6 +171,12 @@ impl Tuning {
     /// Launches this kernel twice: what one costs where it stands is the difference in time. Results are wrong.
     pub fn twice(mut self, stage: Stage) -> Self {
         self.twice = Some(stage);
+        self
+    }
+
+    /// The portable kernels on any chip: so they can be tested on Hopper, which has its own.
+    pub fn portable(mut self, on: bool) -> Self {
+        self.portable = on;
         self
     }
 
@@ -238,7 +255,7 @@ impl CudaEngine {
         let vision_head = dims.vision.width / dims.vision.heads;
         let head = dims.trunk.head_dim;
         let positions = MAX_VIEWS * dims.vision.tokens() + dims.max_tokens.max(256) + 64;
-        let path = plan::decoder_path(&dims, device.kernels().persistent.is_some(), path)?;
+        let path = plan::decoder_path(&dims, device.kernels().hopper().is_some(), path)?;
         let (encoder, decoder) = weights::load(&device, &dims, source, path)?;
         let model = Model {
             dims,
@@ -270,15 +287,20 @@ impl CudaEngine {
     }
 
     fn on(&self, [encoder, decoder]: [Arc<Lane>; 2]) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
+        let path = self.path();
         Ok((
-            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder), encoder)?,
-            CudaDecoder::new(Arc::clone(&self.model), Arc::clone(&self.decoder), decoder, self.tuning)?,
+            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder), encoder, path)?,
+            CudaDecoder::new(Arc::clone(&self.model), Arc::clone(&self.decoder), decoder, self.tuning, path)?,
         ))
     }
 
     /// Stages in two contexts of their own that are not partitioned: for tests of what `mps` needs, without its daemon.
     pub fn stages_in_own_contexts(&self) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
         self.on(Lane::unpartitioned(&self.model.device)?)
+    }
+
+    fn path(&self) -> plan::Path {
+        self.model.device.path(self.tuning.portable)
     }
 
     /// The GPU it runs on.
@@ -299,7 +321,8 @@ impl Engine for CudaEngine {
     fn describe(&self) -> String {
         let gpu = &self.model.device;
         let (major, minor) = gpu.capability();
-        format!("cuda:{}, {} (sm_{major}{minor}), bf16, {} SMs", gpu.ordinal(), gpu.name(), gpu.sms())
+        let kernels = self.path().name();
+        format!("cuda:{}, {} (sm_{major}{minor}), bf16, {} SMs, {kernels}", gpu.ordinal(), gpu.name(), gpu.sms())
     }
 
     fn cache(&self, views: usize, tokens: usize) -> Result<CudaCache, EngineError> {

@@ -148,7 +148,7 @@ impl Persistent {
 }
 
 fn kernel(lane: &Lane) -> Result<&Kernel<PersistentArgs>, EngineError> {
-    lane.kernels().persistent.as_ref().ok_or_else(|| EngineError::Device {
+    lane.kernels().hopper().map(|h| &h.persistent).ok_or_else(|| EngineError::Device {
         what: "loading kernels",
         reason: "the persistent decoder is for sm_90a only".into(),
         remedy: "Rebuild with PI0_CUDA_ARCHS=90a".into(),

@@ -3,8 +3,39 @@
 //! Nothing here depends on the number of SMs: slices of K and the order of their sums are fixed by the shape, so
 //! results are bitwise equal whatever share of the GPU runs them.
 
+use super::device::Capability;
 use crate::engine::EngineError;
 use crate::model::{Dims, Family, StackDims};
+
+/// Which kernels the stages run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Path {
+    /// Clusters, bulk copies, dependent launch and matrix instructions of sm_90a.
+    Hopper,
+    /// What every chip from sm_80 on can run.
+    Portable,
+}
+
+impl Path {
+    /// The one for a chip. `built`: whether this build has machine code for sm_90a; `portable`: whether the portable
+    /// kernels are asked for on any chip.
+    pub fn of(capability: Capability, built: bool, portable: bool) -> Self {
+        if capability == (9, 0) && built && !portable { Path::Hopper } else { Path::Portable }
+    }
+
+    /// As users read it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Path::Hopper => "kernels for sm_90a",
+            Path::Portable => "portable kernels",
+        }
+    }
+}
+
+/// Dynamic shared memory of one block on sm_90, less what kernels declare themselves.
+pub(super) const HOPPER_SHARED: usize = 224 * 1024;
+/// Shared memory of one block on every chip from sm_80 on: sm_86, sm_89 and sm_120 have no more, sm_80 and sm_87 163 KB.
+pub(super) const PORTABLE_SHARED: usize = 99 * 1024;
 
 /// Weight rows a block of the skinny product owns.
 pub(super) const TILE: usize = 64;
@@ -81,9 +112,47 @@ pub(super) fn decode_attention(keys: usize, head_dim: usize) -> (usize, usize) {
     (tile, queries + inbox.max(tile * row) + tile * row + scores)
 }
 
-/// Shared memory of the encoder's attention: queries, and two stages of keys and values.
+/// Query rows of a block of attention.cuh.
+pub(super) const ATTENTION_ROWS: usize = 64;
+
+/// Shared memory of a block of attention.cuh: queries, and two stages of `keys` keys and values.
+fn attend_shared(head_dim: usize, keys: usize) -> usize {
+    (ATTENTION_ROWS + 4 * keys) * (head_dim + 8) * 2
+}
+
+/// Shared memory of the encoder's attention. It is compiled for tiles of 64 keys, or of 32 where those do not fit every
+/// chip.
 pub(super) fn attention_shared(head_dim: usize) -> usize {
-    5 * 64 * (head_dim + 8) * 2
+    let wide = attend_shared(head_dim, 64);
+    if wide <= PORTABLE_SHARED { wide } else { attend_shared(head_dim, 32) }
+}
+
+/// Most parts that the portable attention splits the keys into; a part is a multiple of 32 keys.
+pub(super) const PARTS: usize = 16;
+
+/// Shared memory of the portable decoder's attention.
+pub(super) fn portable_attention_shared(head_dim: usize) -> usize {
+    attend_shared(head_dim, 32)
+}
+
+/// Weight rows of one block of a portable product whose sums join the residual; their squares are summed over as many.
+pub(super) const PORTABLE_ROWS: usize = 16;
+
+/// Blocks, threads and shared memory of a portable product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PortablePlan {
+    pub blocks: usize,
+    pub threads: usize,
+    pub shared: usize,
+}
+
+/// The plan of a portable product of `tiles` packed tiles. `pairs`: its sums are finished in pairs, so a block takes the
+/// rows of both; otherwise they join the residual, over a K so long that twice the warps share it.
+pub(super) fn portable(tiles: usize, token_tiles: usize, pairs: bool) -> PortablePlan {
+    let (rows, warps) = if pairs { (2 * PORTABLE_ROWS, 8) } else { (PORTABLE_ROWS, 16) };
+    // Each warp's sums, every row of them padded by four floats.
+    let shared = warps * 8 * token_tiles * (rows + 4) * 4;
+    PortablePlan { blocks: tiles * (TILE / rows), threads: 32 * warps, shared }
 }
 
 /// Head dimension that attention_wide.cu is for.
@@ -266,7 +335,7 @@ mod tests {
                 assert_eq!(p.slice * p.cluster, p.k, "{p:?}");
                 assert!(p.k >= k && p.k - k < STEP_K && p.slice.is_multiple_of(STEP_K) && p.cluster <= 8, "{p:?}");
                 assert!(p.tiles * TILE >= rows && (p.tiles - 1) * TILE < rows);
-                assert!(p.shared <= 224 * 1024, "{p:?}");
+                assert!(p.shared <= HOPPER_SHARED, "{p:?}");
             }
         }
     }
@@ -302,9 +371,42 @@ mod tests {
     fn keys_are_split_in_tiles_that_fit_shared_memory() {
         for keys in [9, 49, 327, 583, 839, 1100, 3000] {
             let (tile, shared) = decode_attention(keys, 256);
-            assert!(tile.is_multiple_of(16) && shared <= 224 * 1024, "{keys}: {tile} {shared}");
+            assert!(tile.is_multiple_of(16) && shared <= HOPPER_SHARED, "{keys}: {tile} {shared}");
             assert!(tile == 128 || tile * KEY_SPLITS >= keys);
         }
-        assert!(attention_shared(256) <= 224 * 1024);
+    }
+
+    #[test]
+    fn only_hopper_runs_what_only_hopper_has() {
+        assert_eq!(Path::of((9, 0), true, false), Path::Hopper);
+        assert_eq!(Path::of((9, 0), true, true), Path::Portable, "asked for");
+        assert_eq!(Path::of((9, 0), false, false), Path::Portable, "no machine code for sm_90a in this build");
+        for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)] {
+            assert_eq!(Path::of(capability, true, false), Path::Portable, "{capability:?}");
+        }
+    }
+
+    #[test]
+    fn portable_kernels_fit_every_chip() {
+        for tiles in TOKEN_TILES {
+            // What the products declare themselves: sums of squares of eight warps and 64 rows.
+            assert!(portable(1, tiles, true).shared + 8 * 64 * 4 <= PORTABLE_SHARED, "{tiles}");
+            assert!(portable(1, tiles, false).shared <= PORTABLE_SHARED, "{tiles}");
+        }
+        for head_dim in HEAD_DIMS {
+            assert!(attention_shared(head_dim) <= PORTABLE_SHARED, "{head_dim}");
+            assert!(portable_attention_shared(head_dim) <= PORTABLE_SHARED, "{head_dim}");
+        }
+        assert_eq!(attention_shared(256), PORTABLE_SHARED, "64 queries and 2 × 32 keys and values of 264");
+        assert_eq!(attention_shared(80), 5 * 64 * 88 * 2, "tiles of 64 keys");
+    }
+
+    #[test]
+    fn portable_products_cover_the_full_size_decoder() {
+        let blocks = |rows: usize, pairs| portable(rows / TILE, 7, pairs).blocks;
+        assert_eq!([blocks(2560, true), blocks(1024, false), blocks(8192, true)], [80, 64, 256]);
+        for (pairs, rows) in [(true, 32), (false, 16)] {
+            assert_eq!(portable(3, 7, pairs).blocks * rows, 3 * TILE);
+        }
     }
 }

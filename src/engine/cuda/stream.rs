@@ -6,21 +6,36 @@ use cudarc::driver::sys;
 
 use super::device::{Buffer, Pinned, Plain, check};
 use super::lane::Lane;
+use super::plan::Path;
 use crate::engine::EngineError;
 
 /// A queue of device work.
 pub(super) struct Stream {
     lane: Arc<Lane>,
     raw: sys::CUstream,
+    /// Whether kernels may start before the one in front ends.
+    dependent: bool,
 }
 
 // SAFETY: a driver handle; calls on it are thread-safe.
 unsafe impl Send for Stream {}
 
 impl Stream {
-    /// A stream whose work stays on the lane's share.
+    /// A stream whose work stays on the lane's share, without dependent launches.
     pub fn new(lane: &Arc<Lane>) -> Result<Self, EngineError> {
-        Ok(Self { lane: Arc::clone(lane), raw: lane.create_stream()? })
+        Ok(Self { lane: Arc::clone(lane), raw: lane.create_stream()?, dependent: false })
+    }
+
+    /// A stream for kernels of that path: those for Hopper may start before the one in front ends.
+    pub fn of(lane: &Arc<Lane>, path: Path) -> Result<Self, EngineError> {
+        let mut stream = Self::new(lane)?;
+        stream.dependent = path == Path::Hopper;
+        Ok(stream)
+    }
+
+    /// Whether kernels may start before the one in front ends.
+    pub fn may_depend(&self) -> bool {
+        self.dependent
     }
 
     pub fn raw(&self) -> sys::CUstream {

@@ -1,0 +1,76 @@
+//! The kernels of chips that are not Hopper, run on the CPU from their own source, lane by lane: `tests/emulator` stands
+//! in for the GPU. Needs a C++ compiler and no GPU.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Results rounded to bf16, or of bf16 weights of the softmax.
+const ROUNDED: f64 = 4e-3;
+/// Sums in float32.
+const EXACT: f64 = 1e-6;
+
+/// What makes CUDA's keywords C++ where a macro cannot.
+const HOST: [(&str, &str); 4] = [
+    ("extern __shared__ __align__(128) uint8_t shared[];", "uint8_t* shared = arena;"),
+    ("extern __shared__ __align__(16) float sums[];", "float* sums = reinterpret_cast<float*>(arena);"),
+    ("__shared__", "static"),
+    ("extern \"C\"", ""),
+];
+
+/// Compiles the kernels with those changes and runs them: the distance of every case by name.
+fn run(changes: &[(&str, &str)]) -> Vec<(String, f64)> {
+    let (root, dir) = (Path::new(env!("CARGO_MANIFEST_DIR")), tempfile::tempdir().unwrap());
+    for name in ["attention.cuh", "skinny.cuh", "attention.cu", "portable.cu", "load.cu"] {
+        let mut source = std::fs::read_to_string(root.join("kernels").join(name)).unwrap();
+        for (from, to) in HOST.iter().chain(changes) {
+            source = source.replace(from, to);
+        }
+        std::fs::write(dir.path().join(name), source).unwrap();
+    }
+    for name in ["common.cuh", "main.cpp"] {
+        std::fs::copy(root.join("tests/emulator").join(name), dir.path().join(name)).unwrap();
+    }
+    let ask = |command: &mut Command| {
+        let done = command.current_dir(dir.path()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    ask(Command::new("c++").args(["-std=c++17", "-O2", "-w", "-o", "kernels", "main.cpp"]));
+    let line = |l: &str| l.rsplit_once(": ").map(|(name, d)| (name.to_owned(), d.parse().unwrap()));
+    ask(&mut Command::new(dir.path().join("kernels"))).lines().filter_map(line).collect()
+}
+
+/// Whether a case is as near as rounding allows; NaN is not.
+fn sound((name, distance): &(String, f64)) -> bool {
+    *distance <= if name.starts_with("exact") { EXACT } else { ROUNDED }
+}
+
+#[test]
+fn portable_kernels_compute_what_they_should() {
+    let cases = run(&[]);
+    let wrong: Vec<_> = cases.iter().filter(|c| !sound(c)).collect();
+    assert!(cases.len() > 40 && wrong.is_empty(), "{} cases, wrong: {wrong:#?}", cases.len());
+}
+
+#[test]
+fn a_fault_in_a_kernel_is_noticed() {
+    let cases = run(&[
+        // The state row does not see itself; the second halves of pairs come from the wrong rows; sums of squares are too
+        // small.
+        ("prefix + 1 - first", "prefix - first"),
+        ("m * 1024 + lane * 8", "m * 512 + lane * 8"),
+        ("a.squares_out[blockIdx.x * 64 + n] = sum", "a.squares_out[blockIdx.x * 64 + n] = 0.9f * sum"),
+    ]);
+    for (name, faulty) in [
+        ("state row's attention", true),
+        ("decoder's attention", false),
+        ("encoder's attention", false),
+        ("qkv", true),
+        ("gate and up", true),
+        ("squares of", true),
+        ("exact, residual", false),
+    ] {
+        let of: Vec<_> = cases.iter().filter(|(n, _)| n.contains(name)).collect();
+        assert!(!of.is_empty() && of.iter().all(|c| sound(c) != faulty), "{name}: {of:?}");
+    }
+}

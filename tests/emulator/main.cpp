@@ -1,0 +1,253 @@
+// The portable kernels' own source on a CPU against sums in double precision. Prints a line "case: distance" each;
+// tests/emulation.rs says how large distances may be.
+#include "portable.cu"
+#include "attention.cu"
+namespace loading {
+#include "load.cu"
+}
+#include <random>
+
+static std::mt19937 generator(1);
+static float draw() { return std::normal_distribution<float>()(generator); }
+static float value(bf16 v) { return __bfloat162float(v); }
+static int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+typedef std::vector<bf16> Half;
+typedef std::vector<float> Floats;
+constexpr bf16 kNan = {0x7fc0};
+
+static Half halves(size_t n, float deviation) {
+    Half v(n);
+    for (bf16& e : v) e = __float2bfloat16(draw() * deviation);
+    return v;
+}
+static Floats floats(size_t n) {
+    Floats v(n);
+    for (float& e : v) e = draw();
+    return v;
+}
+
+// Relative L2 of everything put in.
+struct Distance {
+    double apart = 0, whole = 0;
+    void put(double ours, double expected) { apart += (ours - expected) * (ours - expected), whole += expected * expected; }
+    void tell(const std::string& what) const { printf("%s: %.3e\n", what.c_str(), std::sqrt(apart / whole)); }
+};
+
+static void pack(const bf16* from, int rows, int cols, int order, int first, int head_dim, Half& to) {
+    const loading::PackArgs a{from, to.data(), rows, cols, padded(cols, 128), 0, order, first, head_dim};
+    launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(a); });
+}
+
+// The three products of one size, as plan.rs and decoder.rs launch them.
+template <int NT>
+static void products(int width, int heads, int head_dim, int mlp, int horizon, int has_state) {
+    const int rows = horizon + has_state, stride = 8 * NT + 2, wide = padded(width, 128), parts = wide / 16;
+    const std::string size = " of width " + std::to_string(width) + ", " + std::to_string(rows) + " rows";
+    auto shared = [](int rows, int warps) { return static_cast<size_t>(warps) * 8 * NT * (rows + 4) * 4; };
+    auto panel_of = [&](int k) { return Half(static_cast<size_t>(padded(k, 128)) / 8 * stride * 8, bf16{0}); };
+    auto dot = [&](const Half& x, int n, const bf16* w, int k) {
+        double sum = 0;
+        for (int i = 0; i < k; i++) sum += value(x[panel(n, i, stride)]) * value(w[i]);
+        return sum;
+    };
+    Half x = panel_of(width);
+    Floats squares(static_cast<size_t>(parts) * 64, NAN);
+    std::vector<double> rinv(rows);
+    for (int n = 0; n < rows; n++) {
+        double sum = 0;
+        for (int k = 0; k < width; k++) {
+            const bf16 v = x[panel(n, k, stride)] = __float2bfloat16(draw());
+            sum += value(v) * value(v);
+        }
+        rinv[n] = 1 / std::sqrt(sum / width + 1e-6);
+        for (int i = 0; i < parts; i++) squares[i * 64 + n] = sum * (i + 1) * 2 / (parts * (parts + 1.0));
+    }
+    SkinnyArgs base{};
+    base.x = x.data(), base.squares = squares.data(), base.square_tiles = parts;
+    base.inv_width = 1.0f / width, base.rows = rows, base.k = wide;
+    {
+        const int outputs = (heads + 2) * head_dim, tiles = padded(outputs, 64) / 64, half = head_dim / 2, prefix = 7;
+        const Half w = halves(static_cast<size_t>(outputs) * width, 0.05f);
+        Half packed(static_cast<size_t>(tiles) * 64 * wide, bf16{0});
+        for (auto [first, count] : {std::pair(0, heads), std::pair(heads, 1), std::pair(heads + 1, 1)})
+            pack(&w[static_cast<size_t>(first) * head_dim * width], count * head_dim, width, 1, first, head_dim, packed);
+        Half q(static_cast<size_t>(64) * heads * head_dim, kNan), keys(static_cast<size_t>(rows) * head_dim, kNan), values = keys;
+        std::vector<float2> rope;
+        for (int p = 0; p < prefix + rows; p++)
+            for (int i = 0; i < half; i++) {
+                const double angle = p / std::pow(10000.0, 2.0 * i / head_dim);
+                rope.push_back({static_cast<float>(cos(angle)), static_cast<float>(sin(angle))});
+            }
+        const Floats bias = floats(static_cast<size_t>(tiles) * 64);
+        const DecodeParams params{nullptr, nullptr, 0, prefix, 0};
+        SkinnyArgs a = base;
+        a.w = packed.data(), a.bias = bias.data(), a.rope = rope.data(), a.params = &params;
+        a.q = q.data(), a.suffix_keys = keys.data(), a.suffix_values = values.data(), a.q_stride = heads * head_dim;
+        a.heads = heads, a.head_dim = head_dim, a.horizon = horizon, a.has_state = has_state;
+        launch({tiles * 2, 1, 1}, 256, shared(32, 8), [=] { product<NT, kQkv>(a); });
+        Distance off;
+        for (int n = 0; n < rows; n++)
+            for (int h = 0; h < heads + 2; h++) {
+                // The state row comes last and is the first of the suffix.
+                const int key = n == horizon ? 0 : has_state + n;
+                std::vector<double> y(head_dim);
+                for (int d = 0; d < head_dim; d++) {
+                    const int r = h * head_dim + d;
+                    y[d] = dot(x, n, &w[static_cast<size_t>(r) * width], width) * rinv[n] + bias[loading::packed_row(r, 1, 0, head_dim)];
+                }
+                for (int d = 0; d < head_dim; d++) {
+                    const float2 c = rope[static_cast<size_t>(prefix + key) * half + d % half];
+                    const double turned = d < half ? y[d] * c.x - y[d + half] * c.y : y[d] * c.x + y[d - half] * c.y;
+                    const size_t at = static_cast<size_t>(key) * head_dim + d;
+                    const bf16 got = h < heads ? q[(static_cast<size_t>(n) * heads + h) * head_dim + d] : h == heads ? keys[at] : values[at];
+                    off.put(value(got), h <= heads ? turned : y[d]);
+                }
+            }
+        off.tell("rounded, qkv" + size);
+    }
+    {
+        const int tiles = padded(mlp, 32) / 32;
+        const Half gate = halves(static_cast<size_t>(mlp) * width, 0.05f), up = halves(static_cast<size_t>(mlp) * width, 0.05f);
+        Half packed(static_cast<size_t>(tiles) * 64 * wide, bf16{0}), y = panel_of(mlp);
+        pack(gate.data(), mlp, width, 2, 0, 2, packed);
+        pack(up.data(), mlp, width, 3, 0, 2, packed);
+        SkinnyArgs a = base;
+        a.w = packed.data(), a.y = y.data();
+        launch({tiles * 2, 1, 1}, 256, shared(32, 8), [=] { product<NT, kGeglu>(a); });
+        Distance off;
+        for (int n = 0; n < rows; n++)
+            for (int m = 0; m < mlp; m++) {
+                const double g = dot(x, n, &gate[static_cast<size_t>(m) * width], width) * rinv[n];
+                const double u = dot(x, n, &up[static_cast<size_t>(m) * width], width) * rinv[n];
+                off.put(value(y[panel(n, m, stride)]), 0.5 * g * (1 + std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g))) * u);
+            }
+        off.tell("rounded, gate and up" + size);
+    }
+    for (int init = 0; init < 2; init++) {
+        const int tiles = padded(width, 64) / 64;
+        const Half w = halves(static_cast<size_t>(width) * mlp, 0.05f);
+        Half packed(static_cast<size_t>(tiles) * 64 * padded(mlp, 128), bf16{0}), in = panel_of(mlp), next = panel_of(width);
+        pack(w.data(), width, mlp, 0, 0, 2, packed);
+        for (int n = 0; n < rows; n++)
+            for (int k = 0; k < mlp; k++) in[panel(n, k, stride)] = __float2bfloat16(draw());
+        Floats h = floats(static_cast<size_t>(64) * wide), sums(static_cast<size_t>(tiles) * 4 * 64, NAN);
+        const Floats before = h, scale = floats(wide), gate = floats(wide), bias = floats(wide);
+        SkinnyArgs a{};
+        a.w = packed.data(), a.x = in.data(), a.rows = rows, a.k = padded(mlp, 128), a.h = h.data(), a.hb = next.data();
+        a.scale = scale.data(), a.gate = init ? nullptr : gate.data(), a.bias = init ? bias.data() : nullptr;
+        a.squares_out = sums.data(), a.h_stride = wide, a.init = init;
+        launch({tiles * 4, 1, 1}, 512, shared(16, 16), [=] { product<NT, kResidual>(a); });
+        Distance residual, scaled, squared;
+        for (int n = 0; n < rows; n++) {
+            double expected = 0, got = 0;
+            for (int m = 0; m < tiles * 64; m++) {
+                const double ours = h[static_cast<size_t>(n) * wide + m];
+                expected += ours * ours;
+                if (m >= width) continue;
+                const double sum = dot(in, n, &w[static_cast<size_t>(m) * mlp], mlp);
+                const double v = init ? sum + bias[m] : sum * gate[m] + before[static_cast<size_t>(n) * wide + m];
+                residual.put(ours, v);
+                scaled.put(value(next[panel(n, m, stride)]), v * scale[m]);
+            }
+            for (int i = 0; i < tiles * 4; i++) got += sums[i * 64 + n];
+            squared.put(got, expected);
+        }
+        const std::string what = (init ? "first residual" : "residual") + size;
+        residual.tell("exact, " + what);
+        squared.tell("exact, squares of " + what);
+        scaled.tell("rounded, scaled " + what);
+    }
+}
+
+// Softmax in double precision over `keys` rows, given the address of each.
+template <class Key, class Value>
+static std::vector<double> softmax(const bf16* q, int head_dim, int keys, Key key, Value values) {
+    std::vector<double> weights(keys), out(head_dim);
+    double top = -INFINITY, sum = 0;
+    for (int k = 0; k < keys; k++) {
+        double score = 0;
+        for (int d = 0; d < head_dim; d++) score += value(q[d]) * value(key(k)[d]);
+        top = std::max(top, weights[k] = score / std::sqrt(head_dim));
+    }
+    for (double& w : weights) sum += w = std::exp(w - top);
+    for (int k = 0; k < keys; k++)
+        for (int d = 0; d < head_dim; d++) out[d] += weights[k] / sum * value(values(k)[d]);
+    return out;
+}
+
+template <int HD>
+static void decode(int heads, int head_dim, int horizon, int has_state, bool first_step, int prefix, int token_tiles) {
+    const int suffix = horizon + has_state, tokens = horizon + (first_step ? has_state : 0), rows = tokens * heads;
+    const int stride = 8 * token_tiles + 2, splits = 16, layer = 1, capacity = prefix + 3;
+    const Half q = halves(static_cast<size_t>(rows) * head_dim, 1), suffix_keys = halves(static_cast<size_t>(suffix) * head_dim, 1);
+    const Half suffix_values = halves(suffix_keys.size(), 1);
+    // Two layers of a cache that is not full.
+    Half keys(static_cast<size_t>(2) * capacity * head_dim, kNan), values = keys;
+    for (size_t i = static_cast<size_t>(capacity) * head_dim, end = i + static_cast<size_t>(prefix) * head_dim; i < end; i++)
+        keys[i] = __float2bfloat16(draw()), values[i] = __float2bfloat16(draw());
+    const DecodeParams params{keys.data(), values.data(), static_cast<int64_t>(capacity) * head_dim, prefix, 0};
+    Half out(static_cast<size_t>(padded(heads * head_dim, 128)) / 8 * stride * 8, bf16{0});
+    Floats parts(static_cast<size_t>(splits) * rows * head_dim, NAN);
+    std::vector<float2> tops(static_cast<size_t>(splits) * rows, float2{NAN, NAN});
+    const float scale = 1.4426950408889634 / std::sqrt(head_dim);
+    const PortableAttentionArgs a{q.data(), suffix_keys.data(), suffix_values.data(), out.data(), parts.data(), tops.data(), &params, scale,
+                                  layer, heads, head_dim, rows, suffix, horizon, stride, splits};
+    launch({splits, (rows + 63) / 64, 1}, 256, (64 + 4 * 32) * (HD + 8) * 2, [=] { attention_part<HD>(a); });
+    launch({(rows * head_dim / 4 + 255) / 256, 1, 1}, 256, 0, [=] { portable_join(a); });
+    Distance off, of_state;
+    for (int r = 0; r < rows; r++) {
+        const int n = r / heads;
+        auto row = [&](const Half& cached, const Half& own, int k) {
+            return k < prefix ? &cached[static_cast<size_t>(capacity + k) * head_dim] : &own[static_cast<size_t>(k - prefix) * head_dim];
+        };
+        const auto expected = softmax(&q[static_cast<size_t>(r) * head_dim], head_dim, n == horizon ? prefix + 1 : prefix + suffix,
+                                      [&](int k) { return row(keys, suffix_keys, k); }, [&](int k) { return row(values, suffix_values, k); });
+        for (int d = 0; d < head_dim; d++) {
+            const double got = value(out[panel(n, r % heads * head_dim + d, stride)]);
+            (n == horizon ? of_state : off).put(got, expected[d]);
+        }
+    }
+    const std::string size = ", heads of " + std::to_string(head_dim) + ", " + std::to_string(prefix) + " cached keys";
+    off.tell("rounded, decoder's attention" + size);
+    if (first_step && has_state) of_state.tell("rounded, state row's attention" + size);
+}
+
+template <int HD, int KEYS>
+static void encode(int heads, int head_dim, int rows, int batch) {
+    const int width = heads * head_dim;
+    const Half qkv = halves(static_cast<size_t>(batch) * rows * 3 * width, 1);
+    Half out(static_cast<size_t>(batch) * rows * width, kNan);
+    AttentionArgs a{};
+    a.q = qkv.data(), a.k = a.q + width, a.v = a.q + 2 * width, a.out = out.data();
+    a.q_batch = a.kv_batch = static_cast<int64_t>(rows) * 3 * width, a.out_batch = static_cast<int64_t>(rows) * width;
+    a.q_row = a.kv_row = 3 * width, a.kv_head = head_dim, a.out_row = width;
+    a.rows = a.keys = rows, a.head_dim = head_dim, a.scale = 1.4426950408889634 / std::sqrt(head_dim);
+    launch({(rows + 63) / 64, heads, batch}, 256, (64 + 4 * KEYS) * (HD + 8) * 2, [=] { attention<HD, KEYS>(a); });
+    Distance off;
+    for (int b = 0; b < batch; b++)
+        for (int h = 0; h < heads; h++)
+            for (int r = 0; r < rows; r++) {
+                auto at = [&](int row, int part) { return &qkv[((static_cast<size_t>(b) * rows + row) * 3 + part) * width + h * head_dim]; };
+                const auto expected = softmax(at(r, 0), head_dim, rows, [&](int k) { return at(k, 1); }, [&](int k) { return at(k, 2); });
+                for (int d = 0; d < head_dim; d++) off.put(value(out[(static_cast<size_t>(b) * rows + r) * width + h * head_dim + d]), expected[d]);
+            }
+    off.tell("rounded, encoder's attention, heads of " + std::to_string(head_dim) + ", " + std::to_string(rows) + " rows");
+}
+
+int main() {
+    encode<32, 64>(2, 8, 17, 2);
+    encode<80, 64>(1, 72, 150, 1);
+    encode<128, 64>(1, 96, 65, 1);
+    encode<256, 32>(1, 256, 100, 1);
+    decode<32>(2, 8, 5, 1, true, 9, 2);
+    decode<32>(2, 16, 6, 0, true, 1, 2);
+    decode<80>(3, 72, 10, 1, false, 100, 2);
+    decode<128>(1, 104, 63, 1, true, 33, 8);
+    decode<256>(2, 256, 50, 1, true, 532, 7);
+    products<2>(16, 2, 8, 32, 5, 1);
+    products<2>(32, 2, 16, 72, 10, 0);
+    products<4>(136, 2, 24, 200, 30, 1);
+    products<7>(256, 1, 64, 640, 50, 1);
+    products<8>(128, 1, 32, 1024, 63, 1);
+}
