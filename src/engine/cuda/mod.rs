@@ -1,10 +1,11 @@
 //! π0 and π0.5 on an NVIDIA GPU: bf16 weights, float32 sums and residuals.
 //!
 //! Data flow: `images` (bytes to patches) → `encoder` (SigLIP and trunk, fills the cache) → `decoder` (action expert,
-//! one graph of all steps). `device` owns
-//! the driver's objects, `lane` says where a stage runs, `stream` what runs there, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix
-//! products, `portable` the decoder of chips that are not Hopper, `plan` every choice of kernel and shape, `load` and `weights` the way from a file to the layouts above,
-//! `time` what depends on flow time alone.
+//! one graph of all steps), which runs `persistent` (one cooperative kernel a step, the published expert on Hopper),
+//! launches of its own, or `portable` (other chips). `device` owns the driver's objects, `lane` says where a stage runs,
+//! `stream` what runs there, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix products, `plan` every choice of
+//! kernel and shape, `load` and `weights` the way from a file to the layouts above, `time` what depends on flow time
+//! alone.
 //!
 //! A captured graph holds addresses of its stage's own buffers only; cache slots, lengths and guidance are read from a
 //! block uploaded before each run. Results are bitwise repeatable: no float atomics, every sum in one order.

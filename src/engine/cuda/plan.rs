@@ -368,6 +368,39 @@ mod tests {
     }
 
     #[test]
+    fn the_published_expert_gets_the_persistent_decoder_where_there_is_one() {
+        let mut dims = Dims {
+            family: Family::Pi0,
+            vision: crate::model::VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
+            trunk: StackDims { layers: 18, width: 2048, mlp: 16384, heads: 8, head_dim: 256 },
+            expert: PUBLISHED,
+            vocab: 257_152,
+            state_dim: 32,
+            action_dim: 32,
+            horizon: 50,
+            max_tokens: 48,
+            min_period: 0.004,
+            max_period: 4.0,
+        };
+        let path = |d: &Dims, persistent, asked| decoder_path(d, persistent, asked).ok();
+        assert_eq!(path(&dims, true, None), Some(DecoderPath::Persistent));
+        assert_eq!(path(&dims, false, None), Some(DecoderPath::Launches), "another chip");
+        assert_eq!(path(&dims, true, Some(DecoderPath::Launches)), Some(DecoderPath::Launches));
+        assert_eq!(path(&dims, false, Some(DecoderPath::Persistent)), None);
+        // One barrier after each phase but the last, and one after the time layer.
+        assert_eq!(barriers(&dims), 90);
+        dims.horizon = 52;
+        assert_eq!(path(&dims, true, None), Some(DecoderPath::Launches), "53 rows with the state");
+        dims.family = Family::Pi05;
+        assert_eq!(path(&dims, true, None), Some(DecoderPath::Persistent), "52 rows");
+        assert_eq!(barriers(&dims), 89);
+        dims.expert.mlp = 2048;
+        assert_eq!(path(&dims, true, None), Some(DecoderPath::Launches));
+        // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
+        assert_eq!(DecoderPath::Persistent.cache_row(256) * 2 % 128, 16);
+    }
+
+    #[test]
     fn keys_are_split_in_tiles_that_fit_shared_memory() {
         for keys in [9, 49, 327, 583, 839, 1100, 3000] {
             let (tile, shared) = decode_attention(keys, 256);
