@@ -1,14 +1,14 @@
 //! The control thread allocates nothing and frees nothing after start.
 
 mod control_common;
+#[path = "common/counting.rs"]
+mod counting;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use control_common::*;
+use counting::Counting;
 use pi0_mps::control::*;
-
-struct Counting;
 
 thread_local! {
     static CALLS: Cell<Option<u64>> = const { Cell::new(None) };
@@ -19,30 +19,8 @@ fn count() {
     let _ = CALLS.try_with(|c| c.set(c.get().map(|n| n + 1)));
 }
 
-// SAFETY: every call is passed on to the system allocator unchanged; counting touches a const-initialised thread-local
-// only, which does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises are those of the system allocator.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        count();
-        // SAFETY: as above; `ptr` came from `System.alloc`.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: as above.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting = Counting(count);
 
 fn calls_during(f: impl FnOnce()) -> u64 {
     CALLS.with(|c| c.set(Some(0)));

@@ -1,7 +1,9 @@
 //! The node without a middleware, driven over a robot that does what it is told: its deadlines, and what its control
 //! thread does not do once it runs: allocate, free, wait for anything but its next period, or meet a page fault.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "common/counting.rs"]
+mod counting;
+
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,6 +11,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
+use counting::Counting;
 use pi0_mps::clock::Clock;
 use pi0_mps::control::{ActionChunk, Window};
 use pi0_mps::model::Frame;
@@ -40,9 +43,6 @@ fn turns(status: &Status) -> u64 {
     count("ticks") - count("skipped") + count("windows_not_sent")
 }
 
-/// Counts what one thread of this process asks of the allocator.
-struct Counting;
-
 /// The thread that is watched, and how often it has allocated or freed.
 static WATCHED: AtomicI32 = AtomicI32::new(0);
 static CALLS: AtomicU64 = AtomicU64::new(0);
@@ -68,30 +68,8 @@ fn count() {
     });
 }
 
-// SAFETY: every call is passed on to the system allocator unchanged; counting touches atomics and a const-initialised
-// thread-local, which do not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises are those of the system allocator.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        count();
-        // SAFETY: as above; `ptr` came from `System.alloc`.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: as above.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting = Counting(count);
 
 /// A thread of this process, as the kernel knows it.
 struct Task(PathBuf);

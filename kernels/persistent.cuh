@@ -1,0 +1,200 @@
+// What the warps of the persistent decoder share: its arguments, a block's shared memory, and how work is cut.
+#pragma once
+#include "common.cuh"
+
+constexpr int kWidth = 1024, kHeads = 8, kHead = 256, kMlp = 4096;  // the published action expert
+constexpr int kAttention = kHeads * kHead;
+constexpr int kRanks = 4;        // blocks of a cluster
+constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
+constexpr int kOwn = 13;         // token rows that each rank finishes
+// Columns of a product come in tiles of 8, a unit of which is multiplied at once; at most so many tiles:
+constexpr int kNarrow = 5, kQkv = 6, kWide = 9;  // of T, O and down; of QKV; of gate/up
+constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
+constexpr int kComputing = 256, kThreads = kComputing + 64;
+constexpr int kChunk = 128;           // K of one chunk of weights; a piece is one, or two where units are narrow
+constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
+constexpr int kStages = 5, kSlot = 2 * kNarrow * kTile;
+static_assert(kWide * kTile <= kSlot && kQkv * kTile <= kSlot, "a piece fits");
+constexpr int kKeys = 32;             // keys of one piece
+constexpr int kRow = kHead * 2 + 16;  // bytes of a key, padded against bank conflicts; in the cache too
+constexpr int kOctet = kPanelRows * 16;  // bytes of 8 of K in a panel
+constexpr int kActs = kWidth / 8 * kOctet;
+constexpr int kMaxLayers = 32;
+constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
+static_assert(kKeys * kRow <= kSlot, "a piece of keys fits");
+constexpr float kEps = 1e-6f;
+
+// Everything of one layer at one step.
+struct LayerArgs {
+    const bf16 *qkv, *out, *gate_up, *down;  // packed [k/128][tiles][16][8][8]
+    const float *qkv_bias, *gate_up_bias;    // in packed order, or null
+    const float *mid_scale, *mid_gate;       // [width]: norm before gate/up; gate of the attention, or null
+    const float *end_scale, *end_gate;       // norm after this layer; gate of the MLP, or null
+};
+
+struct PersistentArgs {
+    const LayerArgs* layers;     // [layer_count] of this step
+    const DecodeParams* params;
+    const float2* rope;          // [positions][head_dim/2] cos, sin
+    const bf16* time_w;          // packed as above, or null: the residual is there already
+    const float* time_bias;      // [width]
+    const float* first_scale;    // [width]: norm before the first layer
+    const bf16* u;               // panel, input of time_w
+    bf16* hb;                    // panel: residual times the next norm's scale
+    bf16* q;                     // [rows·heads, head_dim]
+    bf16* suffix_keys;           // [layers, suffix, head_dim]
+    bf16* suffix_values;
+    bf16* attended;              // panel
+    bf16* gated;                 // panel
+    float* h;                    // [64, width], the residual
+    float* squares;              // [64][width/8] sums of squares of its rows by tile
+    uint32_t* arrived;           // blocks that have got to a barrier, over all steps
+    uint32_t* error;             // in host memory; 1: a wait was given up
+    float scale, inv_width;      // 1/√head_dim · log2(e)
+    int32_t layer_count, horizon, has_state, rows, suffix, barriers;  // barriers: of the steps before
+    int32_t delay;               // test: up to so many ns of sleep before each phase; negative: block 0 is never done
+};
+
+struct Shared {
+    alignas(128) uint8_t acts[kActs];  // activations of a product, or the attention's buffers
+    alignas(128) uint8_t ring[kStages][kSlot];
+    float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
+    uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
+    uint64_t received[2], inbox_free[2], parts_received, parts_free;
+    float inverse_rms[64];  // of each token row, for gate/up
+    LayerArgs layers[kMaxLayers];
+};
+static_assert(sizeof(Shared) <= 227 * 1024, "more than an SM has");
+
+extern __shared__ __align__(128) uint8_t shared_memory[];
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ __forceinline__ void barrier_init_n(uint64_t* barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t count) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+// Orders nothing: it says that values have been read, and they have.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+
+// Operand of wgmma without swizzle: 8 rows of 16 bytes lie together; bytes from one such matrix to the next along K and
+// along rows.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t along_k, uint32_t along_rows) {
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(along_k >> 4) << 16 |
+           static_cast<uint64_t>(along_rows >> 4) << 32;
+}
+__device__ __forceinline__ uint32_t of_warp(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+__device__ __forceinline__ void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48 or 72 columns by 16.
+__device__ __forceinline__ void mma(float (&d)[4 * kNarrow], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19}, %20, %21, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[4 * kQkv], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35}, %36, %37, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32)
+        : "l"(a), "l"(b));
+}
+#undef D4
+
+// What of `count` pieces number `of` in `many` does: [first, last).
+struct Span {
+    int first, last;
+    __device__ __forceinline__ Span(int count, int of, int many)
+        : first(static_cast<int>(static_cast<uint32_t>(of * count) / many)),
+          last(static_cast<int>(static_cast<uint32_t>((of + 1) * count) / many)) {}
+};
+
+// The tiles of a product that fall to one of several, in units that are nearly equal.
+struct Tiles {
+    Span all;
+    int units;
+    __device__ __forceinline__ Tiles(int count, int most, int of, int many)
+        : all(count, of, many), units((all.last - all.first + most - 1) / most) {}
+    __device__ __forceinline__ Span of(int unit) const {
+        Span s(all.last - all.first, unit, units);
+        s.first += all.first, s.last += all.first;
+        return s;
+    }
+};
+
+// How the attention is cut. A rank has a quarter of the prefix's keys and of the suffix's; a cluster has some of the packed
+// query rows (row r is head r % heads of token r / heads), in groups.
+struct Cut {
+    int first_key, keys, pieces, columns;  // of the prefix; columns: of the scores, suffix included
+    int first_suffix, suffix_keys;
+    int first_row, last_row, group;
+    __device__ __forceinline__ Cut(const PersistentArgs& a, int prefix, int rank, int cluster, int clusters) {
+        const int each = ((prefix + kRanks - 1) / kRanks + 7) / 8 * 8;
+        first_key = min(rank * each, prefix);
+        keys = min(first_key + each, prefix) - first_key;
+        pieces = (keys + kKeys - 1) / kKeys;
+        columns = pieces * kKeys + 16;
+        const int own = (a.suffix + kRanks - 1) / kRanks;
+        first_suffix = min(rank * own, a.suffix);
+        suffix_keys = min(first_suffix + own, a.suffix) - first_suffix;
+        const Span rows(a.rows * kHeads, cluster, clusters);
+        first_row = rows.first, last_row = rows.last;
+        // The same on every rank of a cluster.
+        group = (each + kKeys - 1) / kKeys * kKeys + 16 <= 200 ? 32 : 16;
+    }
+};
+
+// The attention's buffers in `acts`.
+struct Buffers {
+    uint8_t *queries, *keys, *values;  // rows of kRow bytes
+    float* inbox;                      // [ranks][head_dim/8][rows of a rank][8]
+    float2* inbox_stats;               // [ranks][rows of a rank] maximum and sum
+    float2* stats;                     // [group]
+    float* scores;                     // [group][columns + 4]
+    bf16* weights;                     // [group][columns + 8]
+    __device__ __forceinline__ Buffers(uint8_t* acts, const Cut& c) {
+        queries = acts;
+        keys = queries + c.group * kRow;
+        values = keys + 16 * kRow;
+        inbox = reinterpret_cast<float*>(values + 16 * kRow);
+        inbox_stats = reinterpret_cast<float2*>(inbox + c.group * kHead);
+        stats = inbox_stats + c.group;
+        scores = reinterpret_cast<float*>(stats + c.group);
+        weights = reinterpret_cast<bf16*>(scores + c.group * (c.columns + 4));
+    }
+};
+
+struct Ring {
+    uint32_t slot = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == kStages) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void skip(int n) {
+        for (; n > 0; n--) next();
+    }
+};
+
+#endif
