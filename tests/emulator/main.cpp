@@ -35,7 +35,7 @@ struct Distance {
 };
 
 static void pack(const bf16* from, int rows, int cols, int order, int first, int head_dim, Half& to) {
-    const loading::PackArgs a{from, to.data(), rows, cols, padded(cols, 128), 0, order, first, head_dim};
+    const loading::PackArgs a{from, to.data(), rows, cols, padded(cols, 128), 0, 0, order, first, head_dim, loading::kFragments};
     launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(a); });
 }
 
@@ -94,7 +94,7 @@ static void products(int width, int heads, int head_dim, int mlp, int horizon, i
                 std::vector<double> y(head_dim);
                 for (int d = 0; d < head_dim; d++) {
                     const int r = h * head_dim + d;
-                    y[d] = dot(x, n, &w[static_cast<size_t>(r) * width], width) * rinv[n] + bias[loading::packed_row(r, 1, 0, head_dim)];
+                    y[d] = dot(x, n, &w[static_cast<size_t>(r) * width], width) * rinv[n] + bias[loading::packed_row(r, 1, 0, head_dim, 32)];
                 }
                 for (int d = 0; d < head_dim; d++) {
                     const float2 c = rope[static_cast<size_t>(prefix + key) * half + d % half];
