@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value as Json, json};
 
 use super::CliError;
 use crate::engine::cuda::CudaEngine;
 use crate::engine::partition::{Backend, Grant, Kind, Offer, Split};
 use crate::engine::{Device, Engine};
-use crate::model::{Checkpoint, Dims, Family, Frame, Resampler, StackDims, VisionDims};
+use crate::model::{Checkpoint, Dims, Family, Frame, Resampler};
+use crate::params::{ParamError, Params, Value, yaml};
 use crate::pipeline::PipelineMode;
 use crate::telemetry::trace;
 use flow::Load;
@@ -39,6 +40,10 @@ pub struct Args {
     /// What to time; all of it if not given.
     #[arg(long, value_enum, value_delimiter = ',')]
     part: Vec<Part>,
+    /// Time only the running pipeline of these parameters (pipeline_mode, partition, shares), as pi0 tune writes them; of
+    /// several files the later ones count more.
+    #[arg(long = "params-file", value_name = "FILE", conflicts_with = "part")]
+    params_files: Vec<PathBuf>,
     /// Observations timed one after the other.
     #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     runs: u64,
@@ -119,7 +124,7 @@ impl Setup {
                 let checkpoint = Checkpoint::open(dir)?;
                 CudaEngine::load(&checkpoint, Resampler::from(checkpoint.origin()), index)?
             }
-            None => CudaEngine::random(&published(self.horizon as usize), Resampler::OpenPi, index, 1)?,
+            None => CudaEngine::random(&Dims::published(self.horizon as usize), Resampler::OpenPi, index, 1)?,
         };
         let Size(w, h) = self.frame;
         let load = Load::random(engine.dims(), self.views as usize, self.prompt_tokens as usize, (w, h))?;
@@ -149,24 +154,6 @@ impl FromStr for Size {
     }
 }
 
-/// Dimensions of the published π0.
-fn published(horizon: usize) -> Dims {
-    let stack = |width, mlp| StackDims { layers: 18, width, mlp, heads: 8, head_dim: 256 };
-    Dims {
-        family: Family::Pi0,
-        vision: VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
-        trunk: stack(2048, 16384),
-        expert: stack(1024, 4096),
-        vocab: 257_152,
-        state_dim: 32,
-        action_dim: 32,
-        horizon,
-        max_tokens: 48,
-        min_period: 0.004,
-        max_period: 4.0,
-    }
-}
-
 /// A grant that is timed, and what was asked for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Share {
@@ -186,7 +173,7 @@ impl Share {
         }
     }
 
-    fn json(&self) -> Value {
+    fn json(&self) -> Json {
         let Grant { kind, encoder, decoder } = self.grant;
         json!({ "backend": kind.name(), "encoder_percent": self.percent, "encoder_sms": encoder, "decoder_sms": decoder })
     }
@@ -274,8 +261,28 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     Ok(())
 }
 
+/// The mode and the split that params files ask for.
+fn chosen(files: &[PathBuf]) -> Result<(PipelineMode, Split), CliError> {
+    // A robot has to be named, and no time depends on which.
+    let names = |one: &str| Value::Strings(vec![one.into()]);
+    let mut given = vec![
+        ("checkpoint".to_owned(), Value::String("none".into())),
+        ("camera_names".into(), names("camera")),
+        ("joint_names".into(), names("joint")),
+        ("policy_rate_hz".into(), Value::Double(30.0)),
+    ];
+    for file in files {
+        let failed = |e: String| CliError::input(format!("params file '{}': {e}", file.display()));
+        let text = std::fs::read_to_string(file).map_err(|e| failed(e.to_string()))?;
+        given.extend(yaml::overrides(&text, "pi0_mps").map_err(failed)?);
+    }
+    let problems = |e: Vec<ParamError>| e.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    let gpu = Params::from_overrides(given).map_err(|e| CliError::input(problems(e)))?.settings().gpu;
+    Ok((gpu.pipeline_mode, gpu.split))
+}
+
 fn measure(args: &Args, engine: &CudaEngine, load: &Load) -> Result<Results, CliError> {
-    let wanted = |part| args.part.is_empty() || args.part.contains(&part);
+    let wanted = |part| args.params_files.is_empty() && (args.part.is_empty() || args.part.contains(&part));
     let mut results = Results::default();
     let note = |results: &mut Results, after| results.clocks.extend(clocks().map(|c| (after, c)));
     if wanted(Part::Sequential) {
@@ -317,15 +324,27 @@ fn measure(args: &Args, engine: &CudaEngine, load: &Load) -> Result<Results, Cli
         }
         note(&mut results, "concurrent");
     }
+    let mut pipelines = Vec::new();
     if wanted(Part::Running) {
-        let pipelines = shares(offer, &SPLITS).into_iter().flat_map(|share| {
-            let modes = [PipelineMode::Pipelined, PipelineMode::DualRate].into_iter();
-            modes.map(move |mode| (share, mode))
-        });
-        for (share, mode) in std::iter::once((whole, PipelineMode::Sequential)).chain(pipelines) {
-            if mode == PipelineMode::DualRate && engine.dims().family == Family::Pi05 {
-                continue;
+        pipelines.push((whole, PipelineMode::Sequential));
+        for share in shares(offer, &SPLITS) {
+            pipelines.push((share, PipelineMode::Pipelined));
+            if engine.dims().family == Family::Pi0 {
+                pipelines.push((share, PipelineMode::DualRate));
             }
+        }
+    }
+    if !args.params_files.is_empty() {
+        pipelines.push(match chosen(&args.params_files)? {
+            (PipelineMode::Sequential, _) => (whole, PipelineMode::Sequential),
+            (mode, split) => {
+                let grant = offer.decide(split).map_err(|e| CliError::input(e.to_string()))?.grant;
+                (Share { grant, percent: (grant.kind != Kind::Shared).then_some(split.encoder) }, mode)
+            }
+        });
+    }
+    if !pipelines.is_empty() {
+        for (share, mode) in pipelines {
             let r = flow::running(engine, load, share.grant, mode, Duration::from_secs_f64(args.seconds))?;
             let name = |what: &str| format!("{}, {mode}, {what}", share.name());
             let (decode_hz, encode_hz) = (r.decode_hz(), r.encode_hz());
@@ -362,18 +381,18 @@ fn table(r: &Results) -> String {
     out
 }
 
-fn json(args: &Args, engine: &CudaEngine, load: &Load, load_s: f64, r: &Results) -> Value {
-    let named = |series: &[Series], names: &[&str]| -> Map<String, Value> {
+fn json(args: &Args, engine: &CudaEngine, load: &Load, load_s: f64, r: &Results) -> Json {
+    let named = |series: &[Series], names: &[&str]| -> Map<String, Json> {
         names.iter().zip(series).map(|(n, s)| ((*n).into(), s.json())).collect()
     };
-    let row = |share: &Share, more: Value| {
+    let row = |share: &Share, more: Json| {
         let mut row = share.json();
-        if let (Value::Object(row), Value::Object(more)) = (&mut row, more) {
+        if let (Json::Object(row), Json::Object(more)) = (&mut row, more) {
             row.extend(more);
         }
         row
     };
-    let sequential: Map<String, Value> = r.sequential.iter().map(|s| (s.name().into(), s.json())).collect();
+    let sequential: Map<String, Json> = r.sequential.iter().map(|s| (s.name().into(), s.json())).collect();
     let alone: Vec<_> =
         r.alone.iter().map(|(share, s)| row(share, json!({ "ms": named(s, &["encode", "decode"]) }))).collect();
     let concurrent: Vec<_> = (r.concurrent.iter())
@@ -415,5 +434,18 @@ mod tests {
         assert_eq!(names, expected);
         let without = Offer { mps: false, ..offer };
         assert_eq!(shares(&without, &SPLITS).len(), 4);
+    }
+
+    #[test]
+    fn a_file_that_tune_wrote_says_mode_and_split() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let split = "mps_encoder_percentage: 40\n    mps_decoder_percentage: 60\n";
+        let text = format!("/**:\n  ros__parameters:\n    pipeline_mode: dual_rate\n    partition: green\n    {split}");
+        std::fs::write(file.path(), text).unwrap();
+        let expected = Split { backend: Backend::Green, encoder: 40, decoder: 60 };
+        assert_eq!(chosen(&[file.path().into()]).unwrap(), (PipelineMode::DualRate, expected));
+        std::fs::write(file.path(), "/**:\n  ros__parameters:\n    partition: half\n").unwrap();
+        let refused = chosen(&[file.path().into()]).unwrap_err().to_string();
+        assert!(refused.contains("partition") && refused.contains("half"), "{refused}");
     }
 }

@@ -104,3 +104,23 @@ pub struct Dims {
     /// Longest period of the time embedding.
     pub max_period: f64,
 }
+
+impl Dims {
+    /// Those of the published π0, with chunks of `horizon` actions.
+    pub fn published(horizon: usize) -> Self {
+        let stack = |width, mlp| StackDims { layers: 18, width, mlp, heads: 8, head_dim: 256 };
+        Self {
+            family: Family::Pi0,
+            vision: VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
+            trunk: stack(2048, 16384),
+            expert: stack(1024, 4096),
+            vocab: 257_152,
+            state_dim: 32,
+            action_dim: 32,
+            horizon,
+            max_tokens: 48,
+            min_period: 0.004,
+            max_period: 4.0,
+        }
+    }
+}

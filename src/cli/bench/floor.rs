@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn the_floors_are_those_of_the_cost_model() {
         for (views, vision, trunk, decoder) in [(1, 0.28, 1.32, 2.10), (2, 0.56, 2.57, 2.12), (3, 0.84, 3.85, 2.14)] {
-            let f = Floors::new(&super::super::published(50), views, 20, 790.0, 3.0);
+            let f = Floors::new(&Dims::published(50), views, 20, 790.0, 3.0);
             for (ours, expected) in [(f.vision, vision), (f.trunk, trunk), (f.decoder, decoder)] {
                 assert!((ours / expected - 1.0).abs() < 0.02, "{views} views: {ours:.3}, not {expected}");
             }

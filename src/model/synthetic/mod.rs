@@ -3,8 +3,11 @@
 //! It knows nothing about any task, but what it does looks like control: it moves a six-joint arm and its gripper
 //! along smooth closed paths that depend on the joint state and, by a few percent, on images and prompt. The same
 //! seed gives the same bytes.
+//!
+//! [`write_random`] writes random weights of any size instead, which move nothing to speak of: for times and soaks.
 
 mod orbit;
+mod random;
 mod tokenizer;
 mod weights;
 
@@ -30,6 +33,7 @@ pub const POSE_STD: [f64; JOINTS] = [0.35, 0.35, 0.35, 0.35, 0.35, 0.35, 0.012];
 
 /// Key of config.json that marks such a checkpoint.
 const MARK: &str = "synthetic";
+const WEIGHTS_FILE: &str = "model.safetensors";
 const STATE_KEY: &str = "observation.state";
 const ACTION_KEY: &str = "action";
 const STATS_FILES: [&str; 2] = [
@@ -52,7 +56,11 @@ const TINY: Dims = Dims {
     max_period: 4.0,
 };
 
-/// Whether `dir` holds a checkpoint made by [`write`].
+/// Standard deviation that the statistics of [`write_random`] state for actions (rad; gripper in m): whatever random
+/// weights say, the arm trembles about its mean pose, within any limits.
+const TREMBLE: [f64; JOINTS] = [3e-4, 3e-4, 3e-4, 3e-4, 3e-4, 3e-4, 1e-5];
+
+/// Whether `dir` holds a checkpoint made by [`write`] or [`write_random`].
 pub fn is_synthetic(dir: &Path) -> bool {
     let config = std::fs::read(dir.join("config.json")).ok();
     let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -62,21 +70,47 @@ pub fn is_synthetic(dir: &Path) -> bool {
 /// Writes the checkpoint of `seed` into `dir`, which is made if need be; files of the same names are replaced, each
 /// in one step. Returns the names and sizes in bytes.
 pub fn write(dir: &Path, seed: u64) -> Result<Vec<(&'static str, usize)>, ModelError> {
-    let io = |path: &Path| {
-        let path = path.to_path_buf();
-        move |source| ModelError::Io { path, source }
-    };
-    std::fs::create_dir_all(dir).map_err(io(dir))?;
-    let mut written = Vec::new();
-    for (name, bytes) in files(seed)? {
-        let path = dir.join(name);
-        // A reader that has the old file mapped keeps the old file.
-        let unfinished = dir.join(format!(".{name}.unfinished"));
-        std::fs::write(&unfinished, &bytes).map_err(io(&unfinished))?;
-        std::fs::rename(&unfinished, &path).map_err(io(&path))?;
-        written.push((name, bytes.len()));
+    make(dir)?;
+    files(seed)?.into_iter().map(|(name, bytes)| put(dir, name, |to| std::fs::write(to, &bytes))).collect()
+}
+
+/// As [`write`], with the dimensions `dims`, named `preset` in config.json, and random bf16 weights that are drawn as
+/// they are written, on every core: a policy of the published size is 6.5 GB on disk and 1 GB in memory.
+pub fn write_random(
+    dir: &Path,
+    preset: &str,
+    dims: &Dims,
+    seed: u64,
+) -> Result<Vec<(&'static str, usize)>, ModelError> {
+    make(dir)?;
+    let mut written = vec![put(dir, WEIGHTS_FILE, |to| random::write(to, dims, seed))?];
+    for (name, bytes) in beside(preset, dims, &TREMBLE, seed)? {
+        written.push(put(dir, name, |to| std::fs::write(to, &bytes))?);
     }
     Ok(written)
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+    let path = path.to_path_buf();
+    move |source| ModelError::Io { path, source }
+}
+
+fn make(dir: &Path) -> Result<(), ModelError> {
+    std::fs::create_dir_all(dir).map_err(io(dir))
+}
+
+/// Writes one file of `dir` under another name first: a reader that has the old file mapped keeps the old file.
+fn put(
+    dir: &Path,
+    name: &'static str,
+    write: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<(&'static str, usize), ModelError> {
+    let path = dir.join(name);
+    let unfinished = dir.join(format!(".{name}.unfinished"));
+    write(&unfinished).map_err(io(&unfinished))?;
+    let bytes = std::fs::metadata(&unfinished).map_err(io(&unfinished))?.len();
+    std::fs::rename(&unfinished, &path).map_err(io(&path))?;
+    Ok((name, usize::try_from(bytes).unwrap_or(usize::MAX)))
 }
 
 fn files(seed: u64) -> Result<Vec<(&'static str, Vec<u8>)>, ModelError> {
@@ -85,22 +119,33 @@ fn files(seed: u64) -> Result<Vec<(&'static str, Vec<u8>)>, ModelError> {
     let weights = weights::build(&TINY, &orbit, &mut rng);
     // LeRobot's files prepend `model.` to every name.
     let weights = weights.into_iter().map(|(name, (shape, values))| (format!("model.{name}"), shape, values));
+    let mut files = vec![(WEIGHTS_FILE, safetensors("the weights", weights.collect())?)];
+    files.extend(beside("tiny", &TINY, &POSE_STD, seed)?);
+    Ok(files)
+}
+
+/// Everything but the weights; `action_std` is what the statistics state for actions.
+fn beside(
+    preset: &str,
+    dims: &Dims,
+    action_std: &[f64; JOINTS],
+    seed: u64,
+) -> Result<Vec<(&'static str, Vec<u8>)>, ModelError> {
     let mut stats = Vec::new();
-    for feature in [STATE_KEY, ACTION_KEY] {
-        for (statistic, values) in [("mean", MEAN_POSE), ("std", POSE_STD)] {
+    for (feature, std) in [(STATE_KEY, &POSE_STD), (ACTION_KEY, action_std)] {
+        for (statistic, values) in [("mean", &MEAN_POSE), ("std", std)] {
             stats.push((format!("{feature}.{statistic}"), vec![JOINTS], values.map(|v| v as f32).to_vec()));
         }
     }
     let stats = safetensors("the statistics", stats)?;
     Ok(vec![
-        ("model.safetensors", safetensors("the weights", weights.collect())?),
         ("tokenizer.json", pretty(&tokenizer::json())),
         (STATS_FILES[0], stats.clone()),
         (STATS_FILES[1], stats),
-        ("policy_preprocessor.json", pretty(&preprocessor())),
+        ("policy_preprocessor.json", pretty(&preprocessor(dims))),
         ("policy_postprocessor.json", pretty(&postprocessor())),
         // Last: a directory with this file is complete.
-        ("config.json", pretty(&config(seed))),
+        ("config.json", pretty(&config(preset, dims, seed))),
     ])
 }
 
@@ -122,23 +167,24 @@ fn safetensors(what: &str, tensors: Vec<(String, Vec<usize>, Vec<f32>)>) -> Resu
     safetensors::serialize(views, Some(metadata)).map_err(fail)
 }
 
-fn config(seed: u64) -> Value {
-    let image = json!({ "type": "VISUAL", "shape": [3, TINY.vision.image, TINY.vision.image] });
+fn config(preset: &str, dims: &Dims, seed: u64) -> Value {
+    let size = dims.vision.image;
+    let image = json!({ "type": "VISUAL", "shape": [3, size, size] });
     json!({
         "type": "pi0",
-        MARK: { "preset": "tiny", "seed": seed, "warning": "random weights: for demos and tests only" },
+        MARK: { "preset": preset, "seed": seed, "warning": "random weights: for demos and tests only" },
         "n_obs_steps": 1,
-        "chunk_size": TINY.horizon,
-        "n_action_steps": TINY.horizon,
-        "max_state_dim": TINY.state_dim,
-        "max_action_dim": TINY.action_dim,
+        "chunk_size": dims.horizon,
+        "n_action_steps": dims.horizon,
+        "max_state_dim": dims.state_dim,
+        "max_action_dim": dims.action_dim,
         "num_inference_steps": 10,
-        "min_period": TINY.min_period,
-        "max_period": TINY.max_period,
-        "image_resolution": [TINY.vision.image, TINY.vision.image],
+        "min_period": dims.min_period,
+        "max_period": dims.max_period,
+        "image_resolution": [size, size],
         "empty_cameras": 0,
-        "tokenizer_max_length": TINY.max_tokens,
-        "vision_num_attention_heads": TINY.vision.heads,
+        "tokenizer_max_length": dims.max_tokens,
+        "vision_num_attention_heads": dims.vision.heads,
         "dtype": "float32",
         "normalization_mapping": norm_map(),
         "input_features": {
@@ -156,7 +202,7 @@ fn norm_map() -> Value {
     json!({ "VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD" })
 }
 
-fn preprocessor() -> Value {
+fn preprocessor(dims: &Dims) -> Value {
     json!({
         "name": "policy_preprocessor",
         "steps": [
@@ -166,7 +212,7 @@ fn preprocessor() -> Value {
             {
                 "registry_name": "tokenizer_processor",
                 "config": {
-                    "max_length": TINY.max_tokens,
+                    "max_length": dims.max_tokens,
                     "task_key": "task",
                     "padding_side": "right",
                     "padding": "max_length",
@@ -212,6 +258,7 @@ fn postprocessor() -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Checkpoint, PROJECTOR, Policy, PolicyOptions};
 
     #[test]
     fn the_same_seed_gives_the_same_bytes() {
@@ -219,5 +266,30 @@ mod tests {
         let (seven, eight) = (files(7).unwrap(), files(8).unwrap());
         assert!(seven[0].1 != eight[0].1, "the weights differ");
         assert!(seven[1..6] == eight[1..6], "nothing else does, but the seed in config.json");
+    }
+
+    #[test]
+    fn random_weights_of_any_size_are_a_whole_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let dims = Dims { vocab: 400, horizon: 30, ..TINY };
+        let read = |name: &str, seed| {
+            let dir = folder.path().join(name);
+            let written = write_random(&dir, "small", &dims, seed).unwrap();
+            let weights = std::fs::read(dir.join(WEIGHTS_FILE)).unwrap();
+            assert_eq!(written[0], (WEIGHTS_FILE, weights.len()));
+            (dir, weights)
+        };
+        let ((dir, one), (_, again), (_, other)) = (read("one", 5), read("again", 5), read("other", 6));
+        assert!(one == again && one != other, "the seed decides, whatever thread drew what");
+        assert!(is_synthetic(&dir));
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        assert_eq!(*checkpoint.dims(), dims);
+        Policy::open(&checkpoint, &dir, &PolicyOptions::default()).unwrap();
+        let name = format!("{PROJECTOR}.weight");
+        let values = checkpoint.tensor(&name, &[dims.trunk.width, dims.vision.width]).unwrap().to_f32().to_vec();
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / values.len() as f32).sqrt();
+        let expected = 1.0 / (dims.vision.width as f32).sqrt();
+        assert!((deviation / expected - 1.0).abs() < 0.05, "{deviation}, expected {expected}");
     }
 }

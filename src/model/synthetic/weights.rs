@@ -95,7 +95,7 @@ pub(super) fn build(dims: &Dims, orbit: &Orbit, rng: &mut ChaCha8Rng) -> Tensors
 }
 
 /// Mean and standard deviation of a random tensor: signals of order one from layer to layer.
-fn random_scale(name: &str, shape: &[usize]) -> (f32, f32) {
+pub(super) fn random_scale(name: &str, shape: &[usize]) -> (f32, f32) {
     let inputs: usize = shape.iter().skip(1).product();
     let fan = 1.0 / (inputs as f32).sqrt();
     let is = |part: &str| name.contains(part);
