@@ -1,7 +1,7 @@
 //! The node under test: a process, its log, and the memory it takes.
 
 use std::fs::File;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,14 +24,17 @@ impl ControlNode {
         let output = File::create(&log).map_err(failed)?;
         let errors = output.try_clone().map_err(failed)?;
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let child = Command::new(program)
-            .arg("--ros-args")
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(errors)
-            .spawn()
-            .map_err(|e| format!("{}: {e}", program.display()))?;
+        let mut command = Command::new(program);
+        command.arg("--ros-args").args(arguments).stdin(Stdio::null()).stdout(output).stderr(errors);
+        // Nobody else ends it if this process is killed.
+        // SAFETY: between fork and exec only a plain system call is made.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            })
+        };
+        let child = command.spawn().map_err(|e| format!("{}: {e}", program.display()))?;
         Ok(Self { child, log, started: Instant::now(), epoch })
     }
 
