@@ -239,14 +239,16 @@ impl DecoderPath {
 pub(super) const PERSISTENT_SHARED: usize = 227 * 1024;
 /// Blocks of one of its clusters.
 pub(super) const RANKS: usize = 4;
+/// Token rows that each block of a cluster finishes.
+pub(super) const RANK_ROWS: usize = 13;
 /// Token rows of one of its activation panels.
 pub(super) const PANEL_ROWS: usize = 52;
 /// Partial sums of squares of a token row: one for eight columns.
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
-/// Token rows at most: each rank finishes 13.
-const PERSISTENT_ROWS: usize = 13 * RANKS;
+/// Token rows at most.
+const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
 /// Layers it has room to describe.
-const PERSISTENT_LAYERS: usize = 32;
+const PERSISTENT_LAYERS: usize = 24;
 /// The action expert it is compiled for.
 const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
 
