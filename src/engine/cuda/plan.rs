@@ -1,7 +1,7 @@
 //! Which kernel, how many blocks and how much shared memory: pure functions of the dimensions, tested without a GPU.
 //!
-//! Nothing here depends on the number of SMs: slices of K and the order of their sums are fixed by the shape, so
-//! results are bitwise equal whatever share of the GPU runs them.
+//! No sum here depends on the number of SMs: slices of K and the order of their sums are fixed by the shape, so results
+//! are bitwise equal whatever share of the GPU runs them.
 
 use super::device::Capability;
 use crate::engine::EngineError;
@@ -159,6 +159,60 @@ pub(super) fn portable(tiles: usize, token_tiles: usize, pairs: bool) -> Portabl
 pub(super) const WIDE_HEAD: usize = 256;
 /// Its shared memory: queries, keys and values of two groups of warps, each aligned to 1024 bytes.
 pub(super) const WIDE_SHARED: usize = 5 * 64 * WIDE_HEAD * 2 + 1024;
+
+/// Tokens of a tile that geglu_wide.cu is compiled for.
+pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
+/// Hidden units of a tile of it: as many rows of the gate and as many of the up projection.
+const GEGLU_UNITS: usize = 128;
+/// K of one stage of its ring.
+const GEGLU_K: usize = 64;
+/// What starting and finishing a tile costs, in tokens.
+const GEGLU_TILE_COST: usize = 4;
+
+/// One launch of geglu_wide.cu, of 384 threads a block.
+#[cfg_attr(not(test), allow(dead_code))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct GegluPlan {
+    /// Index into [`GEGLU_TOKENS`].
+    pub variant: usize,
+    pub token_tiles: usize,
+    pub weight_tiles: usize,
+    pub k_blocks: usize,
+    pub cluster: usize,
+    pub blocks: usize,
+    pub shared: usize,
+    /// K blocks that one group of warps is ahead of the other.
+    pub lead: usize,
+}
+
+/// The plan of the gated product of `tokens` with `mlp` hidden units over `k`, on `sms` SMs; none where it does not
+/// cover the shape. Only the cut into tiles follows the SMs: what a sum adds, and in which order, is the same for all.
+#[cfg_attr(not(test), allow(dead_code))]
+pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Option<GegluPlan> {
+    if tokens == 0 || sms == 0 || !mlp.is_multiple_of(GEGLU_UNITS) || !k.is_multiple_of(GEGLU_K) {
+        return None;
+    }
+    let weight_tiles = mlp / GEGLU_UNITS;
+    let cluster = if sms > 1 && weight_tiles.is_multiple_of(2) { 2 } else { 1 };
+    let clusters = sms / cluster;
+    let rounds = |n: usize| (weight_tiles / cluster * tokens.div_ceil(n)).div_ceil(clusters);
+    let cost = |n: usize| rounds(n) * (n + GEGLU_TILE_COST);
+    let (variant, &n) = GEGLU_TOKENS.iter().enumerate().min_by_key(|(_, n)| cost(**n))?;
+    let stage = (2 * GEGLU_UNITS + n) * GEGLU_K * 2;
+    let stages = HOPPER_SHARED / stage;
+    // Beside the ring: what aligns it.
+    let plan = GegluPlan {
+        variant,
+        token_tiles: tokens.div_ceil(n),
+        weight_tiles,
+        k_blocks: k / GEGLU_K,
+        cluster,
+        blocks: clusters * cluster,
+        shared: stages * stage + 1024,
+        lead: 2,
+    };
+    (plan.k_blocks >= stages).then_some(plan)
+}
 
 /// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
 pub(super) fn head_dim(compiled: &[usize], head_dim: usize) -> Option<(usize, usize)> {
@@ -434,6 +488,39 @@ mod tests {
         }
         assert_eq!(attention_shared(256), PORTABLE_SHARED, "64 queries and 2 × 32 keys and values of 264");
         assert_eq!(attention_shared(80), 5 * 64 * 88 * 2, "tiles of 64 keys");
+    }
+
+    #[test]
+    fn gated_products_keep_their_rounds_full() {
+        let cut = |tokens, sms| {
+            let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
+            (GEGLU_TOKENS[p.variant], p.token_tiles, p.cluster, p.blocks)
+        };
+        assert_eq!(cut(532, 132), (184, 3, 2, 132));
+        assert_eq!(cut(276, 132), (144, 2, 2, 132));
+        assert_eq!(cut(788, 132), (160, 5, 2, 132));
+        assert_eq!(cut(20, 132), (96, 1, 2, 132));
+        assert_eq!(cut(532, 64), (184, 3, 2, 64));
+        assert_eq!(cut(532, 17).3, 16, "a cluster has two blocks");
+        assert_eq!(cut(532, 1).2, 1);
+    }
+
+    #[test]
+    fn gated_products_cover_every_token_and_fit() {
+        for tokens in 1..2100 {
+            for sms in [17, 64, 132] {
+                let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
+                let n = GEGLU_TOKENS[p.variant];
+                assert!((p.token_tiles - 1) * n < tokens && tokens <= p.token_tiles * n, "{tokens} on {sms}");
+                // 227 KB, less the barriers that the kernel declares.
+                assert!(p.shared + 1024 <= 227 * 1024, "{tokens} on {sms}");
+            }
+        }
+        for (tokens, mlp, k, sms) in [(0, 256, 256, 8), (1, 200, 256, 8), (1, 256, 100, 8), (1, 256, 128, 8)] {
+            assert_eq!(geglu_wide(tokens, mlp, k, sms), None);
+        }
+        assert_eq!(geglu_wide(1, 256, 256, 0), None);
+        assert_eq!(geglu_wide(1, 384, 320, 8).unwrap().cluster, 1, "an odd number of weight tiles");
     }
 
     #[test]
