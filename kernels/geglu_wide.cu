@@ -2,11 +2,10 @@
 //
 // Weights are the rows of the matrix instructions and tokens their columns, so that any number of tokens is cut into
 // equal tiles almost without waste. A block multiplies 256 weight rows (128 hidden units) by N tokens: one warp fetches,
-// two groups of four warps multiply 128 rows each and finish in registers. The two blocks of a cluster take neighbouring
-// weight tiles and the same tokens, of which each fetches one half for both. Units of work go over token tiles first,
-// so weights come from memory once and from L2 after.
+// two groups of four warps multiply 128 rows each and finish in registers. Units of work go over token tiles first, so
+// weights come from memory once and from L2 after.
 //
-// One tile sums K in order, so results do not depend on the number of blocks, on the cluster or on N.
+// One tile sums K in order, so results do not depend on the number of blocks or on N.
 //
 // Packed weights: [mlp/128][K/64][256 rows][64], rows in the 128-byte swizzle. Hidden unit 64·i + 16·w + 4·t + 2·b + e
 // of a tile is row 128·i + 64·b + 16·w + 2·t + e, its up row lies 8 further: a thread then has the gate and the up of the
@@ -23,7 +22,7 @@ struct GegluWideArgs {
     bf16* y;                   // [tokens, mlp]
     int32_t tokens, octets;    // octets: groups of 8 tokens from one K to the next, at least tokens/8
     int32_t token_tiles;       // tiles of N tokens
-    int32_t weight_tiles;      // mlp/128, a multiple of the cluster size
+    int32_t weight_tiles;      // mlp/128
     int32_t k_blocks;          // K/64, at least the stages of the ring
     int32_t lead;              // K blocks that the first group is ahead of the second, fewer than the stages
 };
@@ -80,19 +79,8 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) 
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
 }
 
-// As copy_bulk, to the same place of both blocks of the cluster, and counted at the barrier of each.
-__device__ __forceinline__ void copy_bulk_both(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
-            smem_address(shared)),
-        "l"(global), "r"(bytes), "r"(smem_address(barrier)), "h"(static_cast<uint16_t>(3))
-        : "memory");
-}
-
-// Arrives at a barrier of any block of the cluster. No writes are handed over, so a fence of wider scope, which would
-// wait for all stores under way, has nothing to do.
-__device__ __forceinline__ void arrive_remote(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
 // A store without a branch, so that the code around it is one piece to schedule.
@@ -143,23 +131,20 @@ struct Wide {
     const GegluWideArgs& a;
     uint8_t* ring;  // stages of weights, then activations
     uint64_t *full, *empty;
-    int ranks, rank, first, step, units;
+    int first, step, units;
 
-    __device__ __forceinline__ int weight_tile(int unit) const { return unit / a.token_tiles * ranks + rank; }
+    __device__ __forceinline__ int weight_tile(int unit) const { return unit / a.token_tiles; }
     __device__ __forceinline__ int token(int unit) const { return unit % a.token_tiles * kN; }
 
     // One thread keeps the ring filled. Weights do not wait for the kernel before this one.
     __device__ __forceinline__ void produce() const {
         Slot<kStages> slot;
         for (int unit = first; unit < units; unit += step) {
-            // Groups of 8 tokens of the tile, and those that this block fetches.
-            const int count = min(kN / 8, (a.tokens + 7 - token(unit)) / 8), half = (count + ranks - 1) / ranks;
-            const int mine = min(half, count - rank * half);
-            const uint32_t bytes = 2 * kHalf + count * 1024;
+            const int octets = min(kN / 8, (a.tokens + 7 - token(unit)) / 8);
             const bf16* w = a.w + static_cast<size_t>(weight_tile(unit)) * a.k_blocks * (256 * 64);
-            const bf16* x = a.x + (token(unit) / 8 + rank * half) * 512;
+            const bf16* x = a.x + token(unit) / 8 * 512;
             auto weights = [&](int s) {
-                barrier_expect(&full[s], bytes);
+                barrier_expect(&full[s], 2 * kHalf + octets * 1024);
                 copy_bulk(ring + s * kStage, w, 2 * kHalf, &full[s]);
                 w += 256 * 64;
             };
@@ -170,22 +155,14 @@ struct Wide {
             }
             for (int k = 0; k < a.k_blocks; k++, slot.next()) {
                 if (k >= begun) {
-                    // Both blocks must have left the slot.
                     barrier_wait(&empty[slot.index], slot.parity ^ 1);
                     weights(slot.index);
                 }
-                uint8_t* to = ring + slot.index * kStage + 2 * kHalf + rank * half * 1024;
-                if (ranks == 1)
-                    copy_bulk(to, x, mine * 1024, &full[slot.index]);
-                else if (mine > 0)
-                    copy_bulk_both(to, x, mine * 1024, &full[slot.index]);
+                copy_bulk(ring + slot.index * kStage + 2 * kHalf, x, octets * 1024, &full[slot.index]);
                 x += a.octets * 512;
             }
         }
         grid_wait();
-        // The block may not end before the other has said its last to it.
-        if (first < units)
-            for (int s = 0; s < kStages; s++, slot.next()) barrier_wait(&empty[slot.index], slot.parity ^ 1);
     }
 
     // GELU of a group's sums, and a transposition 8×8 by 8×8: a thread stores four hidden units of a token.
@@ -218,10 +195,8 @@ struct Wide {
     __device__ __forceinline__ void consume(int group) const {
         const int lane = threadIdx.x % 32;
         const uint64_t weights = tile_descriptor(ring, 16, 1024), tokens = tile_descriptor(ring + 2 * kHalf, 16, 1024);
-        // Each of the first lanes says to one block of the cluster that the warp has left a slot.
-        const uint32_t left = remote_address(empty, lane < ranks ? lane : 0);
         auto leave = [&](int slot) {
-            if (lane < ranks) arrive_remote(left + slot * 8);
+            if (lane == 0) barrier_arrive(&empty[slot]);
         };
         grid_wait();
         // While one group is at its GELU the other multiplies: the first starts ahead and stays so.
@@ -279,23 +254,19 @@ __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
     __shared__ uint64_t barriers[2 * Wide<kN>::kStages];
     constexpr int kStages = Wide<kN>::kStages;
     uint64_t *full = barriers, *empty = barriers + kStages;
-    const int ranks = cluster_size(), rank = cluster_rank();
     // The compiler shall see that this is the same for a warp: descriptors made of it stay in uniform registers.
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroup, 0);
     grid_launch_dependents();
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; s++) {
             barrier_init(&full[s], 1);
-            barrier_init(&empty[s], 8 * ranks);  // the warps that multiply, of every block
+            barrier_init(&empty[s], 8);  // the warps that multiply
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    cluster_arrive();
-    cluster_wait();
     uint8_t* ring = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    const int first = blockIdx.x / ranks, step = gridDim.x / ranks;
-    const Wide<kN> wide{a, ring, full, empty, ranks, rank, first, step, a.weight_tiles / ranks * a.token_tiles};
+    const Wide<kN> wide{a, ring, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), a.weight_tiles * a.token_tiles};
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 2 * kGroup)

@@ -13,8 +13,8 @@ use super::kernels::{DecodeAttentionArgs, FlowArgs, Hopper, Kernels, PersistentA
 use super::lane::Lane;
 use super::persistent::Persistent;
 use super::plan::{
-    self, CLUSTERS, DecoderPath, EXCLUSIVE_SHARED, KEY_SPLITS, PARTS, PORTABLE_ROWS, Path, QUERY_ROWS, SkinnyPlan,
-    Stage, TILE, TOKEN_TILES,
+    self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, PARTS, PORTABLE_ROWS, Packing, Path, QUERY_ROWS, SkinnyPlan, Stage,
+    TILE, TOKEN_TILES,
 };
 use super::portable::{PortableAttentionArgs, Product};
 use super::stream::{Event, Graph, Stream};
@@ -142,19 +142,11 @@ impl CudaDecoder {
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride.max(plan::PANEL_ROWS) * 8);
         let parts = if path == Path::Portable { PARTS * suffix * e.heads } else { 0 };
         let stream = Stream::of(&lane, path)?;
-        let persistent = match (weights.path, path) {
-            (DecoderPath::Launches, _) => None,
-            (DecoderPath::Persistent, Path::Hopper) => {
-                Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?)
-            }
-            (DecoderPath::Persistent, Path::Portable) => {
-                return Err(EngineError::Device {
-                    what: "choosing kernels",
-                    reason:
-                        "the weights were packed for the persistent decoder, which the portable kernels cannot read"
-                            .into(),
-                    remedy: "Load with DecoderPath::Launches".into(),
-                });
+        let persistent = match (weights.packing, path) {
+            (Packing::General, _) => None,
+            (Packing::Published, Path::Hopper) => Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?),
+            (Packing::Published, Path::Portable) => {
+                return Err(plan::packed_for_hopper());
             }
         };
         Ok(Self {

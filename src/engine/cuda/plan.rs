@@ -169,8 +169,16 @@ const GEGLU_K: usize = 64;
 /// What starting and finishing a tile costs, in tokens.
 const GEGLU_TILE_COST: usize = 4;
 
+/// Stages of its ring at most.
+const GEGLU_STAGES: usize = 5;
+
+/// Shared memory of a block for tiles of `tokens`: the ring, and what aligns it.
+pub(super) fn geglu_shared(tokens: usize) -> usize {
+    let stage = (2 * GEGLU_UNITS + tokens) * GEGLU_K * 2;
+    HOPPER_SHARED / stage * stage + 1024
+}
+
 /// One launch of geglu_wide.cu, of 384 threads a block.
-#[cfg_attr(not(test), allow(dead_code))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct GegluPlan {
     /// Index into [`GEGLU_TOKENS`].
@@ -178,7 +186,6 @@ pub(super) struct GegluPlan {
     pub token_tiles: usize,
     pub weight_tiles: usize,
     pub k_blocks: usize,
-    pub cluster: usize,
     pub blocks: usize,
     pub shared: usize,
     /// K blocks that one group of warps is ahead of the other.
@@ -187,31 +194,24 @@ pub(super) struct GegluPlan {
 
 /// The plan of the gated product of `tokens` with `mlp` hidden units over `k`, on `sms` SMs; none where it does not
 /// cover the shape. Only the cut into tiles follows the SMs: what a sum adds, and in which order, is the same for all.
-#[cfg_attr(not(test), allow(dead_code))]
 pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Option<GegluPlan> {
     if tokens == 0 || sms == 0 || !mlp.is_multiple_of(GEGLU_UNITS) || !k.is_multiple_of(GEGLU_K) {
         return None;
     }
     let weight_tiles = mlp / GEGLU_UNITS;
-    let cluster = if sms > 1 && weight_tiles.is_multiple_of(2) { 2 } else { 1 };
-    let clusters = sms / cluster;
-    let rounds = |n: usize| (weight_tiles / cluster * tokens.div_ceil(n)).div_ceil(clusters);
+    let rounds = |n: usize| (weight_tiles * tokens.div_ceil(n)).div_ceil(sms);
     let cost = |n: usize| rounds(n) * (n + GEGLU_TILE_COST);
     let (variant, &n) = GEGLU_TOKENS.iter().enumerate().min_by_key(|(_, n)| cost(**n))?;
-    let stage = (2 * GEGLU_UNITS + n) * GEGLU_K * 2;
-    let stages = HOPPER_SHARED / stage;
-    // Beside the ring: what aligns it.
     let plan = GegluPlan {
         variant,
         token_tiles: tokens.div_ceil(n),
         weight_tiles,
         k_blocks: k / GEGLU_K,
-        cluster,
-        blocks: clusters * cluster,
-        shared: stages * stage + 1024,
+        blocks: sms,
+        shared: geglu_shared(n),
         lead: 2,
     };
-    (plan.k_blocks >= stages).then_some(plan)
+    (plan.k_blocks >= GEGLU_STAGES).then_some(plan)
 }
 
 /// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
@@ -261,30 +261,36 @@ pub(super) const EXCLUSIVE: [bool; 5] = [false, true, false, false, false];
 /// More than half of what an SM has.
 pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 
-/// How the decoder runs; its weights are packed for it.
+/// What weights are packed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DecoderPath {
-    /// One cooperative kernel a step (persistent.cu), for the published action expert on sm_90a.
-    Persistent,
-    /// Five kernels a layer, for any dimensions.
-    Launches,
+pub enum Packing {
+    /// The published model on sm_90a: one cooperative kernel a decoding step (persistent.cu), and the trunk's gated product
+    /// (geglu_wide.cu).
+    Published,
+    /// Any dimensions and chip: five kernels a layer of the decoder, and GEMMs of cuBLASLt.
+    General,
 }
 
-impl DecoderPath {
+impl Packing {
     /// Layout of packed weights, as load.cu numbers them.
     pub(super) fn layout(self) -> i32 {
         match self {
-            Self::Launches => 0,
-            Self::Persistent => 1,
+            Self::General => 0,
+            Self::Published => 1,
         }
+    }
+
+    /// Whether the trunk's gate and up projections are packed for geglu_wide.cu.
+    pub(super) fn wide_geglu(self, trunk: &StackDims) -> bool {
+        self == Self::Published && geglu_wide(1, trunk.mlp, trunk.width, 1).is_some()
     }
 
     /// Elements from one row of keys or values in the cache to the next: padded where the decoder takes many at once into
     /// shared memory.
     pub(super) fn cache_row(self, head_dim: usize) -> usize {
         match self {
-            Self::Launches => head_dim,
-            Self::Persistent => head_dim + 8,
+            Self::General => head_dim,
+            Self::Published => head_dim + 8,
         }
     }
 }
@@ -311,25 +317,30 @@ pub(super) fn barriers(dims: &Dims) -> usize {
     5 * dims.expert.layers - usize::from(dims.family == Family::Pi05)
 }
 
-/// The path for these dimensions, on a chip that has the persistent kernel or not; `asked` overrides the choice.
-pub(super) fn decoder_path(
-    dims: &Dims,
-    persistent: bool,
-    asked: Option<DecoderPath>,
-) -> Result<DecoderPath, EngineError> {
+/// The packing for these dimensions, on a chip that has the kernels of sm_90a or not; `asked` overrides the choice.
+pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Result<Packing, EngineError> {
     let e = &dims.expert;
     let fits = *e == StackDims { layers: e.layers, ..PUBLISHED }
         && (1..=PERSISTENT_LAYERS).contains(&e.layers)
         && suffix_rows(dims) <= PERSISTENT_ROWS;
     match asked {
-        Some(DecoderPath::Persistent) if !(fits && persistent) => Err(EngineError::Shape {
+        Some(Packing::Published) if !(fits && hopper) => Err(EngineError::Shape {
             what: "action expert",
             expected: "the published one, at most 51 actions, on sm_90a".into(),
             found: format!("{e:?}, {} actions", dims.horizon),
         }),
-        Some(path) => Ok(path),
-        None if fits && persistent => Ok(DecoderPath::Persistent),
-        None => Ok(DecoderPath::Launches),
+        Some(packing) => Ok(packing),
+        None if fits && hopper => Ok(Packing::Published),
+        None => Ok(Packing::General),
+    }
+}
+
+/// What the portable kernels say to weights that are not for them.
+pub(super) fn packed_for_hopper() -> EngineError {
+    EngineError::Device {
+        what: "choosing kernels",
+        reason: "the weights were packed for sm_90a, which the portable kernels cannot read".into(),
+        remedy: "Load with Packing::General".into(),
     }
 }
 
@@ -438,22 +449,22 @@ mod tests {
             min_period: 0.004,
             max_period: 4.0,
         };
-        let path = |d: &Dims, persistent, asked| decoder_path(d, persistent, asked).ok();
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Persistent));
-        assert_eq!(path(&dims, false, None), Some(DecoderPath::Launches), "another chip");
-        assert_eq!(path(&dims, true, Some(DecoderPath::Launches)), Some(DecoderPath::Launches));
-        assert_eq!(path(&dims, false, Some(DecoderPath::Persistent)), None);
+        let path = |d: &Dims, persistent, asked| packing(d, persistent, asked).ok();
+        assert_eq!(path(&dims, true, None), Some(Packing::Published));
+        assert_eq!(path(&dims, false, None), Some(Packing::General), "another chip");
+        assert_eq!(path(&dims, true, Some(Packing::General)), Some(Packing::General));
+        assert_eq!(path(&dims, false, Some(Packing::Published)), None);
         // One barrier after each phase but the last, and one after the time layer.
         assert_eq!(barriers(&dims), 90);
         dims.horizon = 52;
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Launches), "53 rows with the state");
+        assert_eq!(path(&dims, true, None), Some(Packing::General), "53 rows with the state");
         dims.family = Family::Pi05;
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Persistent), "52 rows");
+        assert_eq!(path(&dims, true, None), Some(Packing::Published), "52 rows");
         assert_eq!(barriers(&dims), 89);
         dims.expert.mlp = 2048;
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Launches));
+        assert_eq!(path(&dims, true, None), Some(Packing::General));
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
-        assert_eq!(DecoderPath::Persistent.cache_row(256) * 2 % 128, 16);
+        assert_eq!(Packing::Published.cache_row(256) * 2 % 128, 16);
     }
 
     #[test]
@@ -494,15 +505,13 @@ mod tests {
     fn gated_products_keep_their_rounds_full() {
         let cut = |tokens, sms| {
             let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
-            (GEGLU_TOKENS[p.variant], p.token_tiles, p.cluster, p.blocks)
+            (GEGLU_TOKENS[p.variant], p.token_tiles, p.blocks)
         };
-        assert_eq!(cut(532, 132), (184, 3, 2, 132));
-        assert_eq!(cut(276, 132), (144, 2, 2, 132));
-        assert_eq!(cut(788, 132), (160, 5, 2, 132));
-        assert_eq!(cut(20, 132), (96, 1, 2, 132));
-        assert_eq!(cut(532, 64), (184, 3, 2, 64));
-        assert_eq!(cut(532, 17).3, 16, "a cluster has two blocks");
-        assert_eq!(cut(532, 1).2, 1);
+        assert_eq!(cut(532, 132), (184, 3, 132));
+        assert_eq!(cut(276, 132), (144, 2, 132));
+        assert_eq!(cut(788, 132), (160, 5, 132));
+        assert_eq!(cut(20, 132), (96, 1, 132));
+        assert_eq!(cut(532, 64), (184, 3, 64));
     }
 
     #[test]
@@ -520,7 +529,6 @@ mod tests {
             assert_eq!(geglu_wide(tokens, mlp, k, sms), None);
         }
         assert_eq!(geglu_wide(1, 256, 256, 0), None);
-        assert_eq!(geglu_wide(1, 384, 320, 8).unwrap().cluster, 1, "an odd number of weight tiles");
     }
 
     #[test]
