@@ -22,6 +22,7 @@ constexpr int kActs = kWidth / 8 * kOctet;
 constexpr int kMaxLayers = 24;
 constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
 static_assert(kKeys * kRow <= kSlot, "a piece of keys fits");
+static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 constexpr float kEps = 1e-6f;
 
 // Everything of one layer at one step.
@@ -84,7 +85,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
 __device__ __forceinline__ void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Where the sum of squares of a token row and a tile lies.
 __device__ __forceinline__ int squares_at(int row, int tile) { return (row / kOwn * kWidthTiles + tile) * 16 + row % kOwn; }
-// What this thread wrote to shared memory is there for bulk stores, and will not be seen behind bulk copies to its place.
+// What this thread wrote to shared memory will not be seen behind bulk copies to its place.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }

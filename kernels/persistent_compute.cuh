@@ -22,24 +22,12 @@ struct Compute {
             __nanosleep(z % static_cast<uint32_t>(a.delay));
         }
     }
-    // This block has finished a phase: what it wrote is there for whoever sees the count. A release waits for the weights that
-    // are on their way too, for up to 8,000 cycles. So wherever weights stream, results leave by bulk stores, which whoever
-    // issued them has seen end (`published`): they are in L2, where the count is.
-    __device__ __forceinline__ void done(bool published) {
+    // This block has finished a phase: what it wrote is there for whoever sees the count. The release also waits for the weights
+    // on their way; but stores that are merely seen to end (bulk stores, and a relaxed count) are not yet seen by others.
+    __device__ __forceinline__ void done() {
         meet(1, kComputing);
-        if (threadIdx.x != 0 || (a.delay < 0 && blockIdx.x == 0)) return;
-        if (published)
-            asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(a.arrived) : "memory");
-        else
+        if (threadIdx.x == 0 && !(a.delay < 0 && blockIdx.x == 0))
             asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.arrived) : "memory");
-    }
-    // Shared memory that other threads have written, and fenced, to global memory.
-    __device__ __forceinline__ static void store_bulk(void* to, const void* shared, uint32_t bytes) {
-        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(smem_address(shared)), "r"(bytes) : "memory");
-    }
-    // Until this thread's bulk stores are in global memory.
-    __device__ __forceinline__ static void stored() {
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
     }
 
     // Units of a phase are multiplied one after the other, by turns of the warpgroups: whoever is far from the head of the
@@ -133,11 +121,9 @@ struct Compute {
 
     // A product split over the cluster. before(tiles): operands of the end that the phase before does not write; after(operands):
     // those that it does, on their way while the product runs; meanwhile(operands): what can be done while the ranks' sums are
-    // on their way; finish(tiles, operands): adds them up, of 13 rows;
-    // publish(tiles): by one warp, what they left in shared memory to global memory.
-    template <int MOST, int CHUNKS, class Before, class After, class Meanwhile, class Finish, class Publish>
-    __device__ __forceinline__ void split(int count, int pieces, Before before, After after, Meanwhile meanwhile, Finish finish,
-                                          Publish publish) {
+    // on their way; finish(tiles, operands): adds them up, of 13 rows.
+    template <int MOST, int CHUNKS, class Before, class After, class Meanwhile, class Finish>
+    __device__ __forceinline__ void split(int count, int pieces, Before before, After after, Meanwhile meanwhile, Finish finish) {
         begin();
         const Tiles tiles(count, MOST, cluster, clusters);
 #pragma unroll 1
@@ -163,7 +149,6 @@ struct Compute {
             barrier_wait(&s.received[wg], inbox_parity);
             finish(span, operands);
             meet(2 + wg, 128);
-            if (warp == 0) publish(span);
             if (tid < kRanks) barrier_arrive_remote(remote_address(&s.inbox_free[wg], tid));
             inbox_parity ^= 1;
         }
@@ -175,17 +160,12 @@ struct Compute {
 
     struct ResidualOperands {
         float4 old[kRounds], scale[kRounds], gate[kRounds];
-        float squares[kRounds];
     };
     // h (+)= sums, and what the next norm needs of it. `init`: h = sums + bias, `gate` being the bias. A thread finds its own
     // part of h as it left it.
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
-        const int rows = init ? a.horizon : a.rows;
-        const bool valid = own < kOwn && n < rows;
-        // What leaves lies where QKV alone has sums, in its last tile: two tiles of a panel by rank, and the sums of squares.
-        auto staged = [&](int tile) { return reinterpret_cast<uint8_t*>(s.inbox[wg][tile / 2][kNarrow]) + tile % 2 * (kOwn * 16); };
-        float* staged_squares = s.inbox[wg][kRanks - 1][kNarrow][0];
+        const bool valid = own < kOwn && n < (init ? a.horizon : a.rows);
         split<kNarrow, 2>(
             kWidthTiles, pieces,
             [&](Span tiles) {
@@ -193,8 +173,6 @@ struct Compute {
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
                     const int tile = tiles.first + 4 * i + part / 2, m = tile * 8 + column;
-                    // The state's row has been there since before the first step.
-                    if (init && !valid && own < kOwn && tile < tiles.last) r.squares[i] = __ldcg(a.squares + squares_at(n, tile));
                     if (!valid || tile >= tiles.last) continue;
                     r.scale[i] = load4(scale + m);
                     r.gate[i] = gate ? load4(gate + m) : init ? make_float4(0, 0, 0, 0) : make_float4(1, 1, 1, 1);
@@ -207,25 +185,18 @@ struct Compute {
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
                     const int j = 4 * i + part / 2, tile = tiles.first + j, m = tile * 8 + column;
-                    float squares = r.squares[i];
+                    float squares = 0.0f;
                     if (valid && tile < tiles.last) {
                         const float4 sum = sums(j, own, column), g = r.gate[i], o = r.old[i], k = r.scale[i];
                         const float4 v = init ? make_float4(sum.x + g.x, sum.y + g.y, sum.z + g.z, sum.w + g.w)
                                               : make_float4(sum.x * g.x + o.x, sum.y * g.y + o.y, sum.z * g.z + o.z, sum.w * g.w + o.w);
                         *reinterpret_cast<float4*>(a.h + n * kWidth + m) = v;
-                        *reinterpret_cast<uint2*>(staged(j) + own * 16 + column * 2) = pack_bf16x4(make_float4(v.x * k.x, v.y * k.y, v.z * k.z, v.w * k.w));
+                        *reinterpret_cast<uint2*>(a.hb + panel(n, m, kPanelRows)) = pack_bf16x4(make_float4(v.x * k.x, v.y * k.y, v.z * k.z, v.w * k.w));
                         squares = (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
                     }
-                    const float both = squares + __shfl_xor_sync(0xffffffffu, squares, 1);
-                    if (tile < tiles.last && part % 2 == 0) staged_squares[j * 16 + own] = valid ? both : squares;
+                    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+                    if (valid && tile < tiles.last && part % 2 == 0) a.squares[squares_at(n, tile)] = squares;
                 }
-                fence_async_shared();
-            },
-            [&](Span tiles) {
-                const int tile = tiles.first + lane, here = min(rows - rank * kOwn, kOwn);
-                if (tile < tiles.last && here > 0) store_bulk(a.hb + panel(rank * kOwn, tile * 8, kPanelRows), staged(lane), here * 16);
-                if (tile == tiles.last) store_bulk(a.squares + squares_at(rank * kOwn, tiles.first), staged_squares, (tiles.last - tiles.first) * 64);
-                stored();
             });
     }
 
@@ -276,8 +247,7 @@ struct Compute {
                     *reinterpret_cast<uint32_t*>(to) = pack_bf16(v.x, v.z);
                     *reinterpret_cast<uint32_t*>(to + kHead / 2) = pack_bf16(v.y, v.w);
                 }
-            },
-            [](Span) {});
+            });
     }
 
     // gelu(gate)·up, all of K in this block; a tile's columns are a gate and its up by turns.
@@ -285,7 +255,6 @@ struct Compute {
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
         const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x, 2);
-        uint8_t* staged = reinterpret_cast<uint8_t*>(s.inbox[wg]);
         if (wg == 1) {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
             barrier_wait(&s.acts_full[0], acts_parity);
@@ -330,15 +299,10 @@ struct Compute {
             for (int j = 0; j < kWide; j += 2) {
                 const uint32_t here = gated(j), next = gated(j + 1);
                 const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
-                if (n < kPanelRows) *reinterpret_cast<uint2*>(staged + (j / 2 * kPanelRows + n) * 16 + t / 2 * 8) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
+                const int tile = span.first + j + t / 2;
+                if (n < a.rows && tile < span.last)
+                    *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
             }
-            fence_async_shared();
-            meet(2 + wg, 128);
-            if (tid == 0) {
-                store_bulk(a.gated + panel(0, span.first * 4, kPanelRows), staged, (span.last - span.first) / 2 * kOctet);
-                stored();
-            }
-            if (u + 2 < tiles.units) meet(2 + wg, 128);
         }
         acts_parity ^= 1;
     }
@@ -448,9 +412,11 @@ struct Compute {
                 // 16 rows stay in registers, more are read anew for each piece. Behind the pieces of the prefix comes the suffix.
                 Queries q;
 #pragma unroll 1
-                for (int p = wg; p <= c.pieces; p += 2) {
+                for (int p = wg; p < (c.pieces / 4 + 1) * 4; p += 2) {
+                    // Neither warpgroup gets a round of the ring ahead of the other: it would take the round before for its own.
+                    if (p >= 4 && p % 4 == wg) meet(1, kComputing);
                     const bool prefix = p < c.pieces;
-                    if (!prefix && warp >= 2) break;
+                    if (p > c.pieces || (p == c.pieces && warp >= 2)) continue;
                     const Ring at = ring.ahead(p);
                     if (prefix) barrier_wait(&s.full[at.slot], at.parity);
 #pragma unroll 1
@@ -495,10 +461,10 @@ struct Compute {
                 send(remote_address(b.inbox_stats + rank * c.group + all / kRanks, all % kRanks), b.stats[all / kRanks],
                      remote_address(&s.parts_received, all % kRanks));
             barrier_wait(&s.parts_received, parity);
-            uint8_t* staged = reinterpret_cast<uint8_t*>(b.scores);  // [8][rows] pieces of the panel
+            // Neighbouring threads write rows of neighbouring tokens, which lie together.
 #pragma unroll 1
             for (int i = all; i < tiles * 256; i += kComputing) {
-                const int r = i / 2 % (tiles * 16), d8 = i / 2 / (tiles * 16), half = i % 2;
+                const int r = i / 2 % (tiles * 16), d8 = i / 2 / (tiles * 16), half = i % 2, row = row0 + r;
                 if (r >= here) continue;
                 float top = -INFINITY;
 #pragma unroll
@@ -514,24 +480,14 @@ struct Compute {
                     if (f != 0.0f) v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
                 }
                 const float inv = 1.0f / sum;
-                *reinterpret_cast<uint2*>(staged + (d8 * c.group + r) * 16 + half * 8) = pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
+                *reinterpret_cast<uint2*>(a.attended + panel(row % a.rows, row / a.rows * kHead + rank * 64 + d8 * 8 + half * 4, kPanelRows)) =
+                    pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
             }
-            // Also: copies of the next phase overwrite what was written here.
-            fence_async_shared();
             meet(1, kComputing);
             if (all < kRanks) barrier_arrive_remote(remote_address(&s.parts_free, all));
-            if (w8 == 0) {
-                // The rows of a group are of one head, or end in another.
-                const int d8 = lane % 8, head = row0 / a.rows, token = row0 % a.rows, first = min(here, a.rows - token);
-                const uint8_t* from = staged + d8 * c.group * 16;
-                bf16* to = a.attended + panel(0, head * kHead + rank * 64 + d8 * 8, kPanelRows);
-                if (lane < 8) store_bulk(to + token * 8, from, first * 16);
-                if (lane >= 8 && lane < 16 && first < here)
-                    store_bulk(to + kHead / 8 * (kOctet / 2), from + first * 16, (here - first) * 16);
-                stored();
-            }
-            if (row0 + c.group < c.last_row) meet(1, kComputing);
         }
+        // Copies of the next phase overwrite what was written here.
+        fence_async_shared();
     }
 
     // Each half of a layer ends with a product added to the residual: the attention's, and the MLP's. Before the first comes,
@@ -544,16 +500,16 @@ struct Compute {
             const LayerArgs& w = s.layers[init ? 0 : i / 2];
             if (!init && !mlp) {
                 qkv(w, i / 2);
-                done(false);
+                done();
                 attention();
-                done(true);
+                done();
             } else if (!init) {
                 gate_up(w);
-                done(true);
+                done();
             }
             residual(init ? a.first_scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
                      init ? 1 : mlp ? 4 : 2, init);
-            if (i + 1 < halves) done(true);
+            if (i + 1 < halves) done();
         }
     }
 };
