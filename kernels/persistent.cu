@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_step(const 
     if (role < kComputing / 32)
         Compute(a, s, rank, cluster, clusters).run();
     else if (role == kComputing / 32)
-        Producer(a, s, rank, cluster, clusters).run(rank, cluster, clusters);
+        Producer(a, s).run(rank, cluster, clusters);
     else
         Loader(a, s).run(rank, cluster, clusters);
     __syncwarp();

@@ -8,7 +8,7 @@ constexpr int kRanks = 4;        // blocks of a cluster
 constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
 constexpr int kOwn = 13;         // token rows that each rank finishes
 // Columns of a product come in tiles of 8, a unit of which is multiplied at once; at most so many tiles:
-constexpr int kNarrow = 5, kQkv = 6, kWide = 9;  // of T, O and down; of QKV; of gate/up
+constexpr int kNarrow = 5, kQkv = 6, kWide = 10;  // of T, O and down; of QKV; of gate/up
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kComputing = 256, kThreads = kComputing + 64;
 constexpr int kChunk = 128;           // K of one chunk of weights; a piece is one, or two where units are narrow
@@ -19,9 +19,10 @@ constexpr int kKeys = 32;             // keys of one piece
 constexpr int kRow = kHead * 2 + 16;  // bytes of a key, padded against bank conflicts; in the cache too
 constexpr int kOctet = kPanelRows * 16;  // bytes of 8 of K in a panel
 constexpr int kActs = kWidth / 8 * kOctet;
-constexpr int kMaxLayers = 32;
+constexpr int kMaxLayers = 24;
 constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
 static_assert(kKeys * kRow <= kSlot, "a piece of keys fits");
+static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 constexpr float kEps = 1e-6f;
 
 // Everything of one layer at one step.
@@ -41,13 +42,13 @@ struct PersistentArgs {
     const float* first_scale;    // [width]: norm before the first layer
     const bf16* u;               // panel, input of time_w
     bf16* hb;                    // panel: residual times the next norm's scale
-    bf16* q;                     // [rows·heads, head_dim]
-    bf16* suffix_keys;           // [layers, suffix, head_dim]
+    bf16* q;                     // [heads][rows] of kRow bytes each
+    bf16* suffix_keys;           // [layers, suffix] rows of kRow bytes
     bf16* suffix_values;
     bf16* attended;              // panel
     bf16* gated;                 // panel
     float* h;                    // [64, width], the residual
-    float* squares;              // [64][width/8] sums of squares of its rows by tile
+    float* squares;              // [ranks][width/8][16] sums of squares of a rank's rows by tile
     uint32_t* arrived;           // blocks that have got to a barrier, over all steps
     uint32_t* error;             // in host memory; 1: a wait was given up
     float scale, inv_width;      // 1/√head_dim · log2(e)
@@ -61,7 +62,8 @@ struct Shared {
     float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
     uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free;
-    float inverse_rms[64];  // of each token row, for gate/up
+    float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
+    float inverse_rms[64];        // of each token row, for gate/up
     LayerArgs layers[kMaxLayers];
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "more than an SM has");
@@ -81,6 +83,10 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
     asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Where the sum of squares of a token row and a tile lies.
+__device__ __forceinline__ int squares_at(int row, int tile) { return (row / kOwn * kWidthTiles + tile) * 16 + row % kOwn; }
+// What this thread wrote to shared memory will not be seen behind bulk copies to its place.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
@@ -99,7 +105,7 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48 or 72 columns by 16.
+// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48 or 80 columns by 16.
 __device__ __forceinline__ void mma(float (&d)[4 * kNarrow], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
@@ -116,10 +122,10 @@ __device__ __forceinline__ void mma(float (&d)[4 * kQkv], uint64_t a, uint64_t b
 }
 __device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35}, %36, %37, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32)
+        "%32,%33,%34,%35,%36,%37,%38,%39}, %40, %41, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32), D4(36)
         : "l"(a), "l"(b));
 }
 #undef D4
@@ -132,21 +138,21 @@ struct Span {
           last(static_cast<int>(static_cast<uint32_t>((of + 1) * count) / many)) {}
 };
 
-// The tiles of a product that fall to one of several, in units that are nearly equal.
+// The tiles of a product that fall to one of several, in units that are nearly equal; `grain` of them stay together.
 struct Tiles {
     Span all;
-    int units;
-    __device__ __forceinline__ Tiles(int count, int most, int of, int many)
-        : all(count, of, many), units((all.last - all.first + most - 1) / most) {}
+    int units, grain;
+    __device__ __forceinline__ Tiles(int count, int most, int of, int many, int grain = 1)
+        : all(count / grain, of, many), units(((all.last - all.first) * grain + most - 1) / most), grain(grain) {}
     __device__ __forceinline__ Span of(int unit) const {
         Span s(all.last - all.first, unit, units);
-        s.first += all.first, s.last += all.first;
+        s.first = (s.first + all.first) * grain, s.last = (s.last + all.first) * grain;
         return s;
     }
 };
 
 // How the attention is cut. A rank has a quarter of the prefix's keys and of the suffix's; a cluster has some of the packed
-// query rows (row r is head r % heads of token r / heads), in groups.
+// query rows (row r is head r / rows of token r % rows), in groups.
 struct Cut {
     int first_key, keys, pieces, columns;  // of the prefix; columns: of the scores, suffix included
     int first_suffix, suffix_keys;
@@ -170,8 +176,8 @@ struct Cut {
 // The attention's buffers in `acts`.
 struct Buffers {
     uint8_t *queries, *keys, *values;  // rows of kRow bytes
-    float* inbox;                      // [ranks][head_dim/8][rows of a rank][8]
-    float2* inbox_stats;               // [ranks][rows of a rank] maximum and sum
+    float* inbox;                      // [ranks][64/8][group][8]
+    float2* inbox_stats;               // [ranks][group] maximum and sum
     float2* stats;                     // [group]
     float* scores;                     // [group][columns + 4]
     bf16* weights;                     // [group][columns + 8]
@@ -181,7 +187,7 @@ struct Buffers {
         values = keys + 16 * kRow;
         inbox = reinterpret_cast<float*>(values + 16 * kRow);
         inbox_stats = reinterpret_cast<float2*>(inbox + c.group * kHead);
-        stats = inbox_stats + c.group;
+        stats = inbox_stats + kRanks * c.group;
         scores = reinterpret_cast<float*>(stats + c.group);
         weights = reinterpret_cast<bf16*>(scores + c.group * (c.columns + 4));
     }
@@ -193,7 +199,13 @@ struct Ring {
         if (++slot == kStages) slot = 0, parity ^= 1;
     }
     __device__ __forceinline__ void skip(int n) {
-        for (; n > 0; n--) next();
+        slot += n;
+        while (slot >= kStages) slot -= kStages, parity ^= 1;
+    }
+    __device__ __forceinline__ Ring ahead(int n) const {
+        Ring r = *this;
+        r.skip(n);
+        return r;
     }
 };
 

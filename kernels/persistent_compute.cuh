@@ -22,7 +22,8 @@ struct Compute {
             __nanosleep(z % static_cast<uint32_t>(a.delay));
         }
     }
-    // This block has finished a phase: what it wrote is there for whoever sees the count.
+    // This block has finished a phase: what it wrote is there for whoever sees the count. The release also waits for the weights
+    // on their way; but stores that are merely seen to end (bulk stores, and a relaxed count) are not yet seen by others.
     __device__ __forceinline__ void done() {
         meet(1, kComputing);
         if (threadIdx.x == 0 && !(a.delay < 0 && blockIdx.x == 0))
@@ -39,21 +40,21 @@ struct Compute {
         if (unit + 1 < units && by_turns(unit + 1, pieces)) asm volatile("bar.arrive %0, %1;" ::"r"(4 + (unit + 1) % 2), "r"(kComputing) : "memory");
     }
 
-    // acc = tokens · weights over SLICE of K, in pieces of CHUNKS chunks, and as many columns as `acc` holds.
-    template <int SLICE, int CHUNKS, int REGS>
-    __device__ __forceinline__ void product(float (&acc)[REGS]) {
-        constexpr int kQuarter = SLICE / 4, kPiece = CHUNKS * kChunk;
+    // acc = tokens · weights over `pieces` pieces of CHUNKS chunks, and as many columns as `acc` holds. Each EACH of them
+    // have activations of their own.
+    template <int CHUNKS, int EACH, int REGS>
+    __device__ __forceinline__ void product(float (&acc)[REGS], int pieces) {
+        constexpr int kPiece = CHUNKS * kChunk;
         const uint64_t x = operand(of_warp(smem_address(s.acts)), kOctet, 128);
         uint32_t before = 0;
 #pragma unroll
         for (int i = 0; i < REGS; i++) acc[i] = 0.0f;
 #pragma unroll 1
-        for (int p = 0; p < SLICE / kPiece; p++) {
+        for (int p = 0; p < pieces; p++) {
             barrier_wait(&s.full[ring.slot], ring.parity);
             const uint64_t w = operand(of_warp(smem_address(s.ring[ring.slot])), 128, kTile);
             const uint64_t here = x + p * (kPiece / 8 * kOctet >> 4);
-#pragma unroll
-            for (int c = 0; c < (kPiece + kQuarter - 1) / kQuarter; c++) barrier_wait(&s.acts_full[p * kPiece / kQuarter + c], acts_parity);
+            if (p % EACH == 0) barrier_wait(&s.acts_full[p / EACH], acts_parity);
             mma_begin();
 #pragma unroll
             for (int k = 0; k < kPiece / 16; k++) mma(acc, here + (k * 2 * kOctet >> 4), w + (k / 8 * kNarrow * kTile + k % 8 * 256 >> 4));
@@ -84,61 +85,67 @@ struct Compute {
             if (j < tiles && row < kOwn * kRanks) send(to + j * (kOwn * 32), v, barrier);
         }
     }
-    // The ranks' sums of two neighbouring columns.
-    __device__ __forceinline__ float2 sums(int tile, int own, int column) const {
-        float2 v = {};
+    __device__ __forceinline__ float inverse_rms(float squares) const { return rsqrtf(squares * a.inv_width + kEps); }
+    // The ranks' sums of four neighbouring columns.
+    __device__ __forceinline__ float4 sums(int tile, int own, int column) const {
+        float4 v = {};
 #pragma unroll
         for (int c = 0; c < kRanks; c++) {
-            const float2 p = *reinterpret_cast<const float2*>(&s.inbox[wg][c][tile][own][column]);
-            v.x += p.x, v.y += p.y;
+            const float4 p = load4(&s.inbox[wg][c][tile][own][column]);
+            v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
         }
         return v;
     }
 
-    // Sums of squares of a token row by tile, over LANES neighbouring lanes; all of them get 1/rms.
-    template <int LANES>
+    // Sums of squares of a rank's token rows, four rows a lane: those of tiles first, first + step, ...
+    template <int TILES>
     struct Squares {
-        float4 parts[kWidthTiles / 4 / LANES];
-        __device__ __forceinline__ void load(const float* squares, int row, int part) {
+        float4 parts[TILES];
+        __device__ __forceinline__ void load(const float* squares, int rank, int first, int step, int quad) {
 #pragma unroll
-            for (int i = 0; i < kWidthTiles / 4 / LANES; i++)
-                parts[i] = __ldcg(reinterpret_cast<const float4*>(squares + row * kWidthTiles) + i * LANES + part);
+            for (int i = 0; i < TILES; i++)
+                parts[i] = __ldcg(reinterpret_cast<const float4*>(squares + squares_at(rank * kOwn, first + i * step)) + quad);
         }
-        __device__ __forceinline__ float inverse_rms(float inv_width) const {
-            float sum = 0.0f;
+        // Over the warp: every fourth lane has other rows.
+        __device__ __forceinline__ float4 sum() const {
+            float v[4] = {};
 #pragma unroll
-            for (int i = 0; i < kWidthTiles / 4 / LANES; i++) sum += (parts[i].x + parts[i].y) + (parts[i].z + parts[i].w);
+            for (int i = 0; i < TILES; i++) v[0] += parts[i].x, v[1] += parts[i].y, v[2] += parts[i].z, v[3] += parts[i].w;
 #pragma unroll
-            for (int o = 1; o < LANES; o <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-            return rsqrtf(sum * inv_width + kEps);
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int m = 4; m < 32; m <<= 1) v[r] += __shfl_xor_sync(0xffffffffu, v[r], m);
+            return make_float4(v[0], v[1], v[2], v[3]);
         }
     };
 
-    // A product split over the cluster. prepare(tiles): operands of the end, on their way while the product runs; finish(tiles,
-    // operands): adds the ranks' sums of 13 rows.
-    template <int SLICE, int MOST, int CHUNKS, class Prepare, class Finish>
-    __device__ __forceinline__ void split(int count, Prepare prepare, Finish finish) {
+    // A product split over the cluster. before(tiles): operands of the end that the phase before does not write; after(operands):
+    // those that it does, on their way while the product runs; meanwhile(operands): what can be done while the ranks' sums are
+    // on their way; finish(tiles, operands): adds them up, of 13 rows.
+    template <int MOST, int CHUNKS, class Before, class After, class Meanwhile, class Finish>
+    __device__ __forceinline__ void split(int count, int pieces, Before before, After after, Meanwhile meanwhile, Finish finish) {
         begin();
-        constexpr int kPieces = SLICE / (CHUNKS * kChunk);
         const Tiles tiles(count, MOST, cluster, clusters);
 #pragma unroll 1
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
-                ring.skip(kPieces);
+                ring.skip(pieces);
                 continue;
             }
             const Span span = tiles.of(u);
             if (tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
+            auto operands = before(span);
             // The first activations are there: so is all that the phase before wrote.
             barrier_wait(&s.acts_full[0], acts_parity);
-            const auto operands = prepare(span);
+            after(operands);
             float acc[4 * MOST];
-            take_turn(u, kPieces);
-            product<SLICE, CHUNKS>(acc);
-            pass_turn(u, tiles.units, kPieces);
+            take_turn(u, pieces);
+            product<CHUNKS, 1>(acc, pieces);
+            pass_turn(u, tiles.units, pieces);
             // The ranks have taken what was in their inboxes before.
             barrier_wait(&s.inbox_free[wg], inbox_parity ^ 1);
             send_sums(acc, span.last - span.first);
+            meanwhile(operands);
             barrier_wait(&s.received[wg], inbox_parity);
             finish(span, operands);
             meet(2 + wg, 128);
@@ -148,91 +155,97 @@ struct Compute {
         acts_parity ^= 1;
     }
 
-    // Eight lanes a row, two columns a lane: the operands and the end of up to six tiles, two at a time.
-    static constexpr int kRounds = 3;
+    // Eight lanes a row, four columns a lane: the operands and the end of up to six tiles, four at a time.
+    static constexpr int kRounds = 2;
 
     struct ResidualOperands {
-        float2 old[kRounds], scale[kRounds], gate[kRounds];
+        float4 old[kRounds], scale[kRounds], gate[kRounds];
     };
-    // h (+)= sums, and what the next norm needs of it. `init`: h = sums + bias, `gate` being the bias.
-    template <int SLICE>
-    __device__ __forceinline__ void residual(const float* scale, const float* gate, bool init) {
-        const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 4 * 2;
+    // h (+)= sums, and what the next norm needs of it. `init`: h = sums + bias, `gate` being the bias. A thread finds its own
+    // part of h as it left it.
+    __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init) {
+        const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : a.rows);
-        auto load2 = [](const float* p) { return *reinterpret_cast<const float2*>(p); };
-        split<SLICE, kNarrow, 2>(
-            kWidthTiles,
+        split<kNarrow, 2>(
+            kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
-                    const int tile = tiles.first + 2 * i + part / 4, m = tile * 8 + column;
+                    const int tile = tiles.first + 4 * i + part / 2, m = tile * 8 + column;
                     if (!valid || tile >= tiles.last) continue;
-                    r.scale[i] = load2(scale + m);
-                    r.gate[i] = gate ? load2(gate + m) : init ? make_float2(0, 0) : make_float2(1, 1);
-                    if (!init) r.old[i] = load2(a.h + n * kWidth + m);
+                    r.scale[i] = load4(scale + m);
+                    r.gate[i] = gate ? load4(gate + m) : init ? make_float4(0, 0, 0, 0) : make_float4(1, 1, 1, 1);
+                    if (!init) r.old[i] = load4(a.h + n * kWidth + m);
                 }
                 return r;
             },
+            [](ResidualOperands&) {}, [](ResidualOperands&) {},
             [&](Span tiles, const ResidualOperands& r) {
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
-                    const int j = 2 * i + part / 4, tile = tiles.first + j, m = tile * 8 + column;
-                    const bool mine = valid && tile < tiles.last;
+                    const int j = 4 * i + part / 2, tile = tiles.first + j, m = tile * 8 + column;
                     float squares = 0.0f;
-                    if (mine) {
-                        float2 v = sums(j, own, column);
-                        v = init ? make_float2(v.x + r.gate[i].x, v.y + r.gate[i].y)
-                                 : make_float2(v.x * r.gate[i].x + r.old[i].x, v.y * r.gate[i].y + r.old[i].y);
-                        *reinterpret_cast<float2*>(a.h + n * kWidth + m) = v;
-                        *reinterpret_cast<uint32_t*>(a.hb + panel(n, m, kPanelRows)) = pack_bf16(v.x * r.scale[i].x, v.y * r.scale[i].y);
-                        squares = v.x * v.x + v.y * v.y;
+                    if (valid && tile < tiles.last) {
+                        const float4 sum = sums(j, own, column), g = r.gate[i], o = r.old[i], k = r.scale[i];
+                        const float4 v = init ? make_float4(sum.x + g.x, sum.y + g.y, sum.z + g.z, sum.w + g.w)
+                                              : make_float4(sum.x * g.x + o.x, sum.y * g.y + o.y, sum.z * g.z + o.z, sum.w * g.w + o.w);
+                        *reinterpret_cast<float4*>(a.h + n * kWidth + m) = v;
+                        *reinterpret_cast<uint2*>(a.hb + panel(n, m, kPanelRows)) = pack_bf16x4(make_float4(v.x * k.x, v.y * k.y, v.z * k.z, v.w * k.w));
+                        squares = (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
                     }
                     squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-                    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-                    if (mine && part % 4 == 0) a.squares[n * kWidthTiles + tile] = squares;
+                    if (valid && tile < tiles.last && part % 2 == 0) a.squares[squares_at(n, tile)] = squares;
                 }
             });
     }
 
     struct QkvOperands {
-        float2 bias[kRounds], turn[kRounds];
-        Squares<8> squares;
+        float4 bias[kRounds], turn[kRounds];
+        Squares<4> squares;
     };
     // Columns 2p and 2p+1 are pair p of the rotation.
     __device__ __forceinline__ void qkv(const LayerArgs& w, int layer) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own;
         const bool valid = own < kOwn && n < a.rows;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        split<kWidth / kRanks, kQkv, 1>(
-            kQkvTiles,
+        split<kQkv, 1>(
+            kQkvTiles, 2,
             [&](Span tiles) {
                 QkvOperands r;
-                r.squares.load(a.squares, min(n, 63), part);
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
-                    const int tile = tiles.first + 2 * i + part / 4, pair = tile * 4 + part % 4;
+                    const int tile = tiles.first + 4 * i + part / 2, pair = tile * 4 + part % 2 * 2;
                     const bool mine = valid && tile < tiles.last;
-                    r.turn[i] = r.bias[i] = make_float2(0.0f, 0.0f);
-                    if (mine && pair / (kHead / 2) <= kHeads) r.turn[i] = a.rope[(prefix + key) * (kHead / 2) + pair % (kHead / 2)];
-                    if (mine && w.qkv_bias) r.bias[i] = *reinterpret_cast<const float2*>(w.qkv_bias + 2 * pair);
+                    r.turn[i] = r.bias[i] = make_float4(0, 0, 0, 0);
+                    if (mine && pair / (kHead / 2) <= kHeads)
+                        r.turn[i] = load4(reinterpret_cast<const float*>(a.rope + (prefix + key) * (kHead / 2) + pair % (kHead / 2)));
+                    if (mine && w.qkv_bias) r.bias[i] = load4(w.qkv_bias + 2 * pair);
                 }
                 return r;
             },
+            [&](QkvOperands& r) { r.squares.load(a.squares, rank, tid / 4, 32, tid % 4); },
+            [&](QkvOperands& r) {
+                const float4 v = r.squares.sum();
+                if (lane < 4) *reinterpret_cast<float4*>(&s.row_squares[wg][warp][lane * 4]) = v;
+                meet(2 + wg, 128);
+            },
             [&](Span tiles, const QkvOperands& r) {
-                const float rinv = r.squares.inverse_rms(a.inv_width);
+                const float(&q)[4][16] = s.row_squares[wg];
+                const float rinv = inverse_rms((q[0][own] + q[1][own]) + (q[2][own] + q[3][own]));
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
-                    const int j = 2 * i + part / 4, tile = tiles.first + j, pair = tile * 4 + part % 4;
+                    const int j = 4 * i + part / 2, tile = tiles.first + j, pair = tile * 4 + part % 2 * 2;
                     if (!valid || tile >= tiles.last) continue;
-                    float2 v = sums(j, own, part % 4 * 2);
-                    v = make_float2(v.x * rinv + r.bias[i].x, v.y * rinv + r.bias[i].y);
+                    float4 v = sums(j, own, part % 2 * 4);
+                    const float4 b = r.bias[i], c = r.turn[i];
+                    v = make_float4(v.x * rinv + b.x, v.y * rinv + b.y, v.z * rinv + b.z, v.w * rinv + b.w);
                     const int head = pair / (kHead / 2), d = pair % (kHead / 2);
-                    const float2 c = r.turn[i];
-                    if (head <= kHeads) v = make_float2(v.x * c.x - v.y * c.y, v.y * c.x + v.x * c.y);
-                    const size_t at = (static_cast<size_t>(layer) * a.suffix + key) * kHead;
-                    bf16* to = head < kHeads ? a.q + (n * kHeads + head) * kHead : (head == kHeads ? a.suffix_keys : a.suffix_values) + at;
-                    to[d] = __float2bfloat16(v.x), to[d + kHead / 2] = __float2bfloat16(v.y);
+                    if (head <= kHeads) v = make_float4(v.x * c.x - v.y * c.y, v.y * c.x + v.x * c.y, v.z * c.z - v.w * c.w, v.w * c.z + v.z * c.w);
+                    const size_t at = (static_cast<size_t>(layer) * a.suffix + key) * (kRow / 2);
+                    bf16* to = (head < kHeads ? a.q + (head * a.rows + n) * (kRow / 2) : (head == kHeads ? a.suffix_keys : a.suffix_values) + at) + d;
+                    *reinterpret_cast<uint32_t*>(to) = pack_bf16(v.x, v.z);
+                    *reinterpret_cast<uint32_t*>(to + kHead / 2) = pack_bf16(v.y, v.w);
                 }
             });
     }
@@ -241,13 +254,17 @@ struct Compute {
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
-        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
+        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x, 2);
         if (wg == 1) {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
             barrier_wait(&s.acts_full[0], acts_parity);
-            Squares<2> squares;
-            squares.load(a.squares, tid / 2, tid % 2);
-            s.inverse_rms[tid / 2] = squares.inverse_rms(a.inv_width);
+            Squares<16> squares;
+            squares.load(a.squares, warp, lane / 4, 8, lane % 4);
+            const float4 v = squares.sum();
+            const float sums[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                if (lane < 4 && lane * 4 + r < kOwn) s.inverse_rms[warp * kOwn + lane * 4 + r] = inverse_rms(sums[r]);
             meet(3, 128);
             asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
         }
@@ -266,20 +283,25 @@ struct Compute {
             }
             float acc[4 * kWide];
             take_turn(u, kWidth / kChunk);
-            product<kWidth, 1>(acc);
+            product<1, 2>(acc, kWidth / kChunk);
             pass_turn(u, tiles.units, kWidth / kChunk);
             if (u == 0) meet(6, kComputing);
             const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
-            // Even lanes collect two neighbours of the upper row, odd ones of the lower.
+            // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
             const int n = warp * 16 + g + 8 * odd;
-#pragma unroll
-            for (int j = 0; j < kWide; j++) {
+            auto gated = [&](int j) {
                 const float upper = gelu_tanh(acc[4 * j] * rinv[0] + bias[j].x) * (acc[4 * j + 1] * rinv[0] + bias[j].y);
                 const float lower = gelu_tanh(acc[4 * j + 2] * rinv[1] + bias[j].x) * (acc[4 * j + 3] * rinv[1] + bias[j].y);
-                const float other = __shfl_xor_sync(0xffffffffu, odd ? upper : lower, 1);
-                const uint32_t pair = odd ? pack_bf16(other, lower) : pack_bf16(upper, other);
-                const int tile = span.first + j;
-                if (n < a.rows && tile < span.last) *reinterpret_cast<uint32_t*>(a.gated + panel(n, tile * 4 + (t / 2) * 2, kPanelRows)) = pair;
+                const uint32_t mine = pack_bf16(upper, lower), other = __shfl_xor_sync(0xffffffffu, mine, 1);
+                return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
+            };
+#pragma unroll
+            for (int j = 0; j < kWide; j += 2) {
+                const uint32_t here = gated(j), next = gated(j + 1);
+                const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
+                const int tile = span.first + j + t / 2;
+                if (n < a.rows && tile < span.last)
+                    *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
             }
         }
         acts_parity ^= 1;
@@ -309,39 +331,45 @@ struct Compute {
         *reinterpret_cast<float2*>(to + 8 * stride) = make_float2(d[0][2], d[0][3]);
     }
 
-    // Softmax over this rank's keys, LANES lanes a row. The state row sees the prefix and itself only.
-    template <int LANES>
-    __device__ __forceinline__ void softmax(const Buffers& b, const Cut& c, int row0) {
-        const int r = threadIdx.x / LANES, part = threadIdx.x % LANES, suffix = c.pieces * kKeys;
-        const uint32_t keys = c.keys, visible = (row0 + r) / kHeads == a.horizon ? min(max(1 - c.first_suffix, 0), c.suffix_keys) : c.suffix_keys;
-        const float* row = b.scores + r * (c.columns + 4);
-        bf16* to = b.weights + r * (c.columns + 8);
-        auto score = [&](int k) {
-            const float v = row[k] * a.scale;
-            return static_cast<uint32_t>(k) < keys || static_cast<uint32_t>(k - suffix) < visible ? v : -INFINITY;
-        };
-        float top = -INFINITY, sum = 0.0f;
-        auto over_row = [&](auto each) {
-            if (c.columns <= 256) {
-#pragma unroll
-                for (int i = 0; i < 256 / LANES; i++)
-                    if (part + i * LANES < c.columns) each(part + i * LANES);
-            } else {
-                for (int k = part; k < c.columns; k += LANES) each(k);
+    // Softmax over this rank's keys, 16 lanes a row, four keys a lane at once. The state row sees the prefix and itself only.
+    __device__ __forceinline__ void softmax(const Buffers& b, const Cut& c, int row0, int tiles) {
+        const int part = threadIdx.x % 16 * 4, suffix = c.pieces * kKeys;
+        const uint32_t keys = c.keys;
+#pragma unroll 1
+        for (int r = threadIdx.x / 16; r < tiles * 16; r += 16) {
+            const uint32_t visible = (row0 + r) % a.rows == a.horizon ? min(max(1 - c.first_suffix, 0), c.suffix_keys) : c.suffix_keys;
+            const float* row = b.scores + r * (c.columns + 4);
+            bf16* to = b.weights + r * (c.columns + 8);
+            auto masked = [&](float score, int k) {
+                return static_cast<uint32_t>(k) < keys || static_cast<uint32_t>(k - suffix) < visible ? score * a.scale : -INFINITY;
+            };
+            float top = -INFINITY, sum = 0.0f;
+            // Twice four: what lies behind the columns is masked.
+#pragma unroll 1
+            for (int k = part; k < c.columns; k += 128) {
+                const float4 v = load4(row + k), w = load4(row + k + 64);
+                const float x = fmaxf(fmaxf(masked(v.x, k), masked(v.y, k + 1)), fmaxf(masked(v.z, k + 2), masked(v.w, k + 3)));
+                const float y = fmaxf(fmaxf(masked(w.x, k + 64), masked(w.y, k + 65)), fmaxf(masked(w.z, k + 66), masked(w.w, k + 67)));
+                top = fmaxf(top, fmaxf(x, y));
             }
-        };
-        over_row([&](int k) { top = fmaxf(top, score(k)); });
 #pragma unroll
-        for (int m = 1; m < LANES; m <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, m));
-        const float base = top == -INFINITY ? 0.0f : top;
-        over_row([&](int k) {
-            const bf16 p = __float2bfloat16(exp2_fast(score(k) - base));
-            sum += __bfloat162float(p);
-            to[k] = p;
-        });
+            for (int m = 1; m < 16; m <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, m));
+            const float base = top == -INFINITY ? 0.0f : top;
+#pragma unroll 1
+            for (int k = part; k < c.columns; k += 128)
 #pragma unroll
-        for (int m = 1; m < LANES; m <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
-        if (part == 0) b.stats[r] = make_float2(top, sum);
+                for (int i = 0; i < 128; i += 64) {
+                    const float4 v = load4(row + k + i);
+                    const uint2 p = pack_bf16x4(make_float4(exp2_fast(masked(v.x, k + i) - base), exp2_fast(masked(v.y, k + i + 1) - base),
+                                                            exp2_fast(masked(v.z, k + i + 2) - base), exp2_fast(masked(v.w, k + i + 3) - base)));
+                    const float2 low = unpack_bf16(p.x), high = unpack_bf16(p.y);
+                    sum += (low.x + low.y) + (high.x + high.y);
+                    if (k + i < c.columns) *reinterpret_cast<uint2*>(to + k + i) = p;
+                }
+#pragma unroll
+            for (int m = 1; m < 16; m <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
+            if (part == 0) b.stats[r] = make_float2(top, sum);
+        }
     }
 
     // o += weights · values for 16·STEPS keys and this warp's 32 dimensions.
@@ -376,114 +404,112 @@ struct Compute {
 #pragma unroll 1
         for (int row0 = c.first_row; row0 < c.last_row; row0 += c.group, groups++) {
             const uint32_t parity = groups & 1;
-            const int here = min(c.group, c.last_row - row0), tiles = here > 16 ? 2 : 1, each = tiles * 4;  // each: rows a rank joins
-            if (all == 0) barrier_expect(&s.parts_received, kRanks * each * (kHead * 4 + 8));
+            const int here = min(c.group, c.last_row - row0), tiles = here > 16 ? 2 : 1;
+            if (all == 0) barrier_expect(&s.parts_received, kRanks * here * (64 * 4 + 8));
             barrier_wait(&s.queries_full, parity);
             const int stride = c.columns + 4, end = c.pieces * kKeys;
             {
-                // 16 rows stay in registers, more are read anew for each piece.
+                // 16 rows stay in registers, more are read anew for each piece. Behind the pieces of the prefix comes the suffix.
                 Queries q;
-                if (tiles == 1) q.load(b.queries, lane);
 #pragma unroll 1
-                for (int p = 0; p < c.pieces; p++, ring.next()) {
-                    if (p % 2 != wg) continue;
-                    barrier_wait(&s.full[ring.slot], ring.parity);
+                for (int p = wg; p < (c.pieces / 4 + 1) * 4; p += 2) {
+                    // Neither warpgroup gets a round of the ring ahead of the other: it would take the round before for its own.
+                    if (p >= 4 && p % 4 == wg) meet(1, kComputing);
+                    const bool prefix = p < c.pieces;
+                    if (p > c.pieces || (p == c.pieces && warp >= 2)) continue;
+                    const Ring at = ring.ahead(p);
+                    if (prefix) barrier_wait(&s.full[at.slot], at.parity);
 #pragma unroll 1
                     for (int m = 0; m < tiles; m++) {
-                        if (tiles > 1) q.load(b.queries + m * 16 * kRow, lane);
-                        scores(q, s.ring[ring.slot] + warp * 8 * kRow, b.scores + m * 16 * stride + p * kKeys + warp * 8, stride);
+                        if (tiles > 1 || p == wg) q.load(b.queries + m * 16 * kRow, lane);
+                        scores(q, (prefix ? s.ring[at.slot] : b.keys) + warp * 8 * kRow, b.scores + m * 16 * stride + p * kKeys + warp * 8, stride);
                     }
                     __syncwarp();
-                    if (lane == 0) barrier_arrive(&s.empty[ring.slot], 2);
+                    if (prefix && lane == 0) barrier_arrive(&s.empty[at.slot], 2);
                 }
-                // The suffix: the warpgroup that had fewer pieces takes it.
-                if (wg == 1 && warp / 2 < tiles) {
-                    if (tiles > 1) q.load(b.queries + warp / 2 * 16 * kRow, lane);
-                    scores(q, b.keys + warp % 2 * 8 * kRow, b.scores + warp / 2 * 16 * stride + end + warp % 2 * 8, stride);
-                }
+                ring.skip(c.pieces);
             }
             meet(1, kComputing);
             if (all == 0) barrier_arrive(&s.queries_free, 1);
-            if (tiles == 1)
-                softmax<16>(b, c, row0);
-            else
-                softmax<8>(b, c, row0);
+            softmax(b, c, row0, tiles);
             meet(1, kComputing);
             float o[2][4][4] = {};
 #pragma unroll 1
             for (int p = 0; p < c.pieces; p++, ring.next()) {
                 barrier_wait(&s.full[ring.slot], ring.parity);
-                if (p * kKeys + 16 < c.keys)
-                    weigh<2>(o, b, c, s.ring[ring.slot], p * kKeys, tiles, w8 * 32);
-                else
-                    weigh<1>(o, b, c, s.ring[ring.slot], p * kKeys, tiles, w8 * 32);
+                weigh<2>(o, b, c, s.ring[ring.slot], p * kKeys, tiles, w8 * 32);
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&s.empty[ring.slot], 1);
             }
             weigh<1>(o, b, c, b.values, end, tiles, w8 * 32);
-            // The ranks have joined the group before.
+            // The ranks have joined the group before. Each joins 64 dimensions of all rows: those of two warps.
             barrier_wait(&s.parts_free, parity ^ 1);
+            const uint32_t parts = remote_address(&s.parts_received, w8 / 2);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 if (m >= tiles) break;
                 const int row = m * 16 + g + 8 * odd;
-                const uint32_t to = remote_address(b.inbox + ((rank * (kHead / 8) + w8 * 4) * each + row % each) * 8 + (t / 2) * 4, row / each);
-                const uint32_t barrier = remote_address(&s.parts_received, row / each);
+                const uint32_t to = remote_address(b.inbox + ((rank * 8 + w8 % 2 * 4) * c.group + row) * 8 + (t / 2) * 4, w8 / 2);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float* d = o[m][j];
                     const float x = __shfl_xor_sync(0xffffffffu, odd ? d[0] : d[2], 1), y = __shfl_xor_sync(0xffffffffu, odd ? d[1] : d[3], 1);
-                    send(to + j * each * 32, odd ? make_float4(x, y, d[2], d[3]) : make_float4(d[0], d[1], x, y), barrier);
+                    if (row < here) send(to + j * c.group * 32, odd ? make_float4(x, y, d[2], d[3]) : make_float4(d[0], d[1], x, y), parts);
                 }
             }
-            if (all < 16 * tiles)
-                send(remote_address(b.inbox_stats + rank * each + all % each, all / each), b.stats[all], remote_address(&s.parts_received, all / each));
+            if (all < here * kRanks)
+                send(remote_address(b.inbox_stats + rank * c.group + all / kRanks, all % kRanks), b.stats[all / kRanks],
+                     remote_address(&s.parts_received, all % kRanks));
             barrier_wait(&s.parts_received, parity);
-            for (int i = all; i < each * (kHead / 4); i += kComputing) {
-                const int r = i / (kHead / 4), d = i % (kHead / 4) * 4, row = row0 + rank * each + r;
-                if (rank * each + r >= here) continue;
+            // Neighbouring threads write rows of neighbouring tokens, which lie together.
+#pragma unroll 1
+            for (int i = all; i < tiles * 256; i += kComputing) {
+                const int r = i / 2 % (tiles * 16), d8 = i / 2 / (tiles * 16), half = i % 2, row = row0 + r;
+                if (r >= here) continue;
                 float top = -INFINITY;
 #pragma unroll
-                for (int k = 0; k < kRanks; k++) top = fmaxf(top, b.inbox_stats[k * each + r].x);
+                for (int k = 0; k < kRanks; k++) top = fmaxf(top, b.inbox_stats[k * c.group + r].x);
                 float4 v = {};
                 float sum = 0.0f;
 #pragma unroll
                 for (int k = 0; k < kRanks; k++) {
-                    const float2 part = b.inbox_stats[k * each + r];
-                    const float4 p = load4(b.inbox + ((k * (kHead / 8) + d / 8) * each + r) * 8 + d % 8);
+                    const float2 part = b.inbox_stats[k * c.group + r];
+                    const float4 p = load4(b.inbox + ((k * 8 + d8) * c.group + r) * 8 + half * 4);
                     const float f = part.x == -INFINITY ? 0.0f : exp2_fast(part.x - top);
                     sum += f * part.y;
                     if (f != 0.0f) v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
                 }
                 const float inv = 1.0f / sum;
-                *reinterpret_cast<uint2*>(a.attended + panel(row / kHeads, row % kHeads * kHead + d, kPanelRows)) =
+                *reinterpret_cast<uint2*>(a.attended + panel(row % a.rows, row / a.rows * kHead + rank * 64 + d8 * 8 + half * 4, kPanelRows)) =
                     pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
             }
             meet(1, kComputing);
             if (all < kRanks) barrier_arrive_remote(remote_address(&s.parts_free, all));
         }
         // Copies of the next phase overwrite what was written here.
-        fence_async();
+        fence_async_shared();
     }
 
+    // Each half of a layer ends with a product added to the residual: the attention's, and the MLP's. Before the first comes,
+    // where there is one, the product that makes the residual.
     __device__ __forceinline__ void run() {
-        if (a.time_w) {
-            residual<kWidth / kRanks>(a.first_scale, a.time_bias, true);
-            done();
-        }
+        const int halves = 2 * a.layer_count;
 #pragma unroll 1
-        for (int l = 0; l < a.layer_count; l++) {
-            const LayerArgs& w = s.layers[l];
-            qkv(w, l);
-            done();
-            attention();
-            done();
-            residual<kAttention / kRanks>(w.mid_scale, w.mid_gate, false);
-            done();
-            gate_up(w);
-            done();
-            residual<kMlp / kRanks>(w.end_scale, w.end_gate, false);
-            if (l + 1 < a.layer_count) done();
+        for (int i = a.time_w ? -1 : 0; i < halves; i++) {
+            const bool init = i < 0, mlp = i & 1;
+            const LayerArgs& w = s.layers[init ? 0 : i / 2];
+            if (!init && !mlp) {
+                qkv(w, i / 2);
+                done();
+                attention();
+                done();
+            } else if (!init) {
+                gate_up(w);
+                done();
+            }
+            residual(init ? a.first_scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
+                     init ? 1 : mlp ? 4 : 2, init);
+            if (i + 1 < halves) done();
         }
     }
 };

@@ -5,11 +5,12 @@ constexpr int kThreads = 256;
 
 struct NormArgs {
     const float* x;      // [rows, width]
-    bf16* y;             // [rows, width]
+    bf16* y;             // [rows, width], or packed for geglu_wide.cu
     const float* scale;  // [width]: the weight, or 1 + weight for RMSNorm
     const float* shift;  // [width], or null: RMSNorm, no mean
     int32_t width;       // a multiple of 4, at most 4096
     float inv_width, eps;
+    int32_t octets;      // of the packed form: groups of 8 rows from 64 columns to the next; 0: not packed
 };
 
 // LayerNorm, or RMSNorm when `shift` is null; statistics in float32, two passes over registers. One block a row.
@@ -38,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) row_norm(const __grid_con
     }
     const float inv = rsqrtf(block_sum(squares, scratch) * a.inv_width + a.eps);
     uint2* y = reinterpret_cast<uint2*>(a.y + static_cast<size_t>(blockIdx.x) * a.width);
+    const int row = blockIdx.x;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int c = threadIdx.x + i * kThreads;
@@ -48,7 +50,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) row_norm(const __grid_con
             const float4 b = reinterpret_cast<const float4*>(a.shift)[c];
             o.x += b.x, o.y += b.y, o.z += b.z, o.w += b.w;
         }
-        y[c] = pack_bf16x4(o);
+        if (a.octets == 0)
+            y[c] = pack_bf16x4(o);
+        else
+            reinterpret_cast<uint2*>(a.y)[(c / 16 * a.octets + row / 8) * 128 + row % 8 * 16 + (c / 2 ^ row) % 8 * 2 + c % 2] = pack_bf16x4(o);
     }
 }
 

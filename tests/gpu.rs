@@ -16,7 +16,7 @@ use golden::{CASES, Golden, relative_l2};
 use half::bf16;
 use kernels::tuning;
 use pi0_mps::engine::cpu::CpuEngine;
-use pi0_mps::engine::cuda::{CudaCache, CudaDecoder, CudaEncoder, CudaEngine, DecoderPath};
+use pi0_mps::engine::cuda::{CudaCache, CudaDecoder, CudaEncoder, CudaEngine, Packing};
 use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, Guidance, GuidanceSchedule, KvCache, View,
 };
@@ -173,7 +173,7 @@ impl Pair {
     }
 
     /// The same checkpoint once more, with the decoder on this path.
-    fn on(&self, path: DecoderPath) -> CudaEngine {
+    fn on(&self, path: Packing) -> CudaEngine {
         let checkpoint = Checkpoint::open(self.dir.path()).unwrap();
         CudaEngine::load_for(path, &checkpoint, Resampler::LeRobot, 0).unwrap().tuned(tuning())
     }
@@ -232,7 +232,7 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
         );
 
         // By launches: as near, and without dependent launch the same bits.
-        let engine = pair.on(DecoderPath::Launches);
+        let engine = pair.on(Packing::General);
         pair.gpu = Gpu::new(&engine, views, tokens);
         pair.encode();
         pair.gpu.decoder.poison().unwrap();
@@ -258,7 +258,7 @@ fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
         if kernels::portable() {
             return;
         }
-        let Ok(mut engine) = CudaEngine::random_for(DecoderPath::Persistent, &dims, Resampler::LeRobot, 0, 41) else {
+        let Ok(mut engine) = CudaEngine::random_for(Packing::Published, &dims, Resampler::LeRobot, 0, 41) else {
             println!("bits: no persistent decoder on this GPU");
             return;
         };

@@ -9,7 +9,7 @@ mod kernels;
 mod seeded;
 
 use kernels::{portable, tuning};
-use pi0_mps::engine::cuda::{CudaCache, CudaEngine, DecoderPath, Stage, Tuning};
+use pi0_mps::engine::cuda::{CudaCache, CudaEngine, Packing, Stage, Tuning};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
 use pi0_mps::model::{Dims, Family, Frame, Resampler};
 use seeded::{full_width, normals};
@@ -27,7 +27,7 @@ fn dims() -> Dims {
 }
 
 /// The full-size engine, and the library's log where RUST_LOG asks for it.
-fn engine(path: Option<DecoderPath>) -> CudaEngine {
+fn engine(path: Option<Packing>) -> CudaEngine {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stdout).try_init();
     let start = std::time::Instant::now();
@@ -90,7 +90,7 @@ struct Timed {
 }
 
 impl Timed {
-    fn new(path: Option<DecoderPath>) -> Self {
+    fn new(path: Option<Packing>) -> Self {
         let engine = engine(path);
         let (frame, tokens) = (frame(), tokens());
         let mut cache = engine.cache(3, 48).unwrap();
@@ -141,7 +141,7 @@ fn decode_times() {
 #[ignore = "needs a GPU"]
 fn launch_times() {
     use Stage::{Attention, Down, GateUp, Out, Qkv};
-    let mut timed = Timed::new(Some(DecoderPath::Launches));
+    let mut timed = Timed::new(Some(Packing::General));
     let prefetches: [&[(Stage, Stage)]; 2] =
         [&[(Attention, GateUp)], &[(Qkv, Out), (Attention, GateUp), (Out, Down), (GateUp, Qkv)]];
     let slices = [[512, 256, 512, 512], [512, 512, 512, 512], [256, 256, 1024, 512]];

@@ -1,7 +1,7 @@
 //! Which kernels the GPU tests run: the chip's own, or the portable ones where PI0_TEST_KERNELS=portable asks for them.
 
 use pi0_mps::engine::Engine;
-use pi0_mps::engine::cuda::{CudaEngine, DecoderPath, Tuning};
+use pi0_mps::engine::cuda::{CudaEngine, Packing, Tuning};
 use pi0_mps::model::{Checkpoint, Dims, Resampler};
 
 /// Whether the portable kernels are asked for.
@@ -21,7 +21,7 @@ pub fn tuning() -> Tuning {
 /// `checkpoint` on the first GPU, with the kernels asked for.
 pub fn load(checkpoint: &Checkpoint, resampler: Resampler) -> CudaEngine {
     asked(if portable() {
-        CudaEngine::load_for(DecoderPath::Launches, checkpoint, resampler, 0).unwrap()
+        CudaEngine::load_for(Packing::General, checkpoint, resampler, 0).unwrap()
     } else {
         CudaEngine::load(checkpoint, resampler, 0).unwrap()
     })
@@ -30,7 +30,7 @@ pub fn load(checkpoint: &Checkpoint, resampler: Resampler) -> CudaEngine {
 /// A model drawn from `seed`, likewise.
 pub fn random(dims: &Dims, resampler: Resampler, seed: u64) -> CudaEngine {
     asked(if portable() {
-        CudaEngine::random_for(DecoderPath::Launches, dims, resampler, 0, seed).unwrap()
+        CudaEngine::random_for(Packing::General, dims, resampler, 0, seed).unwrap()
     } else {
         CudaEngine::random(dims, resampler, 0, seed).unwrap()
     })

@@ -13,8 +13,8 @@ use super::kernels::{DecodeAttentionArgs, FlowArgs, Hopper, Kernels, PersistentA
 use super::lane::Lane;
 use super::persistent::Persistent;
 use super::plan::{
-    self, CLUSTERS, DecoderPath, EXCLUSIVE_SHARED, KEY_SPLITS, PARTS, PORTABLE_ROWS, Path, QUERY_ROWS, SkinnyPlan,
-    Stage, TILE, TOKEN_TILES,
+    self, CLUSTERS, EXCLUSIVE_SHARED, KEY_SPLITS, PARTS, PORTABLE_ROWS, Packing, Path, QUERY_ROWS, SkinnyPlan, Stage,
+    TILE, TOKEN_TILES,
 };
 use super::portable::{PortableAttentionArgs, Product};
 use super::stream::{Event, Graph, Stream};
@@ -142,19 +142,11 @@ impl CudaDecoder {
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride.max(plan::PANEL_ROWS) * 8);
         let parts = if path == Path::Portable { PARTS * suffix * e.heads } else { 0 };
         let stream = Stream::of(&lane, path)?;
-        let persistent = match (weights.path, path) {
-            (DecoderPath::Launches, _) => None,
-            (DecoderPath::Persistent, Path::Hopper) => {
-                Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?)
-            }
-            (DecoderPath::Persistent, Path::Portable) => {
-                return Err(EngineError::Device {
-                    what: "choosing kernels",
-                    reason:
-                        "the weights were packed for the persistent decoder, which the portable kernels cannot read"
-                            .into(),
-                    remedy: "Load with DecoderPath::Launches".into(),
-                });
+        let persistent = match (weights.packing, path) {
+            (Packing::General, _) => None,
+            (Packing::Published, Path::Hopper) => Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?),
+            (Packing::Published, Path::Portable) => {
+                return Err(plan::packed_for_hopper());
             }
         };
         Ok(Self {
@@ -175,9 +167,9 @@ impl CudaDecoder {
             u: panel(sizes.width)?,
             attended: panel(sizes.attention)?,
             gated: panel(sizes.mlp)?,
-            q: Buffer::zeroed(&device, 64 * e.heads * e.head_dim)?,
-            suffix_keys: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
-            suffix_values: Buffer::zeroed(&device, e.layers * suffix * e.head_dim)?,
+            q: Buffer::zeroed(&device, 64 * e.heads * model.cache_row)?,
+            suffix_keys: Buffer::zeroed(&device, e.layers * suffix * model.cache_row)?,
+            suffix_values: Buffer::zeroed(&device, e.layers * suffix * model.cache_row)?,
             squares: Buffer::zeroed(&device, plan::SQUARES.max(square_tiles(&sizes, path)) * 64)?,
             parts: Buffer::zeroed(&device, parts * e.head_dim)?,
             tops: Buffer::zeroed(&device, parts * 2)?,
@@ -217,8 +209,13 @@ impl CudaDecoder {
     /// Keys and values that the last step left in a layer, `[suffix, head_dim]` each, the state row first: for
     /// comparison with an oracle.
     pub fn suffix_layer(&self, layer: usize) -> Result<[Vec<f32>; 2], EngineError> {
-        let len = plan::suffix_rows(&self.model.dims) * self.model.dims.expert.head_dim;
-        Ok([self.suffix_keys.read_bf16(layer * len, len)?, self.suffix_values.read_bf16(layer * len, len)?])
+        let (row, used) = (self.model.cache_row, self.model.dims.expert.head_dim);
+        let len = plan::suffix_rows(&self.model.dims) * row;
+        let rows = |buffer: &Buffer<u16>| {
+            let padded = buffer.read_bf16(layer * len, len)?;
+            Ok::<_, EngineError>(padded.chunks_exact(row).flat_map(|r| &r[..used]).copied().collect())
+        };
+        Ok([rows(&self.suffix_keys)?, rows(&self.suffix_values)?])
     }
 
     fn has_state(&self) -> usize {
@@ -347,11 +344,12 @@ impl CudaDecoder {
         square_tiles(&self.sizes, self.path) as i32
     }
 
-    /// Partial sums of squares of a token row, and elements from row to row and from one to the next.
-    fn squares_layout(&self) -> [i32; 3] {
+    /// Partial sums of squares of a token row, rows that lie together, elements from such a group of rows to the next, and
+    /// from one partial sum to the next.
+    fn squares_layout(&self) -> [i32; 4] {
         match self.persistent {
-            Some(_) => [plan::SQUARES, plan::SQUARES, 1].map(|n| n as i32),
-            None => [self.square_tiles(), 1, 64],
+            Some(_) => [plan::SQUARES, plan::RANK_ROWS, plan::SQUARES * 16, 16].map(|n| n as i32),
+            None => [self.square_tiles(), 64, 0, 64],
         }
     }
 
@@ -395,7 +393,7 @@ impl CudaDecoder {
         let e = &self.model.dims.expert;
         let suffix = plan::suffix_rows(&self.model.dims);
         let (qkv_bias, gate_up_bias) = tables.biases(step, l);
-        let suffix_at = l * suffix * e.head_dim;
+        let suffix_at = l * suffix * self.model.cache_row;
         let (suffix_keys, suffix_values) = (self.suffix_keys.at(suffix_at), self.suffix_values.at(suffix_at));
         let params = self.inputs.pointer();
         let horizon = self.model.dims.horizon as i32;
@@ -477,7 +475,7 @@ impl CudaDecoder {
     fn attention(&self, key: Key, rows: usize, l: usize) -> Result<(), EngineError> {
         let e = &self.model.dims.expert;
         let suffix = plan::suffix_rows(&self.model.dims);
-        let suffix_at = l * suffix * e.head_dim;
+        let suffix_at = l * suffix * self.model.cache_row;
         let (q, params, out) = (self.q.pointer(), self.inputs.pointer(), self.attended.pointer());
         let (suffix_keys, suffix_values) = (self.suffix_keys.at(suffix_at), self.suffix_values.at(suffix_at));
         let scale = std::f32::consts::LOG2_E / (e.head_dim as f32).sqrt();
@@ -545,7 +543,7 @@ impl CudaDecoder {
         let step = done.unwrap_or(0);
         let at = |offset: usize| self.inputs.at(offset);
         let final_index = 2 * self.weights.layers.len();
-        let [square_tiles, square_row, square_tile] = self.squares_layout();
+        let [square_tiles, square_rows, square_group, square_tile] = self.squares_layout();
         let mut args = FlowArgs {
             x: self.x.pointer(),
             velocities: self.velocities.at(step * dims.horizon * dims.action_dim),
@@ -571,7 +569,8 @@ impl CudaDecoder {
             state_dim: dims.state_dim as i32,
             stride: self.stride(),
             square_tiles,
-            square_row,
+            square_rows,
+            square_group,
             square_tile,
             step: done.map_or(-1, |s| s as i32),
             last: i32::from(next == steps),

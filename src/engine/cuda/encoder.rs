@@ -1,6 +1,6 @@
 //! Images and prompt to keys and values: SigLIP over all views at once, then the prefix trunk.
 //!
-//! Large products go to cuBLASLt, the rest is attention.cu and pointwise.cu. The residual streams stay in float32.
+//! Large products go to cuBLASLt or geglu_wide.cu, the rest is attention.cu and pointwise.cu. The residual streams stay in float32.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,12 +8,12 @@ use std::sync::Arc;
 use super::Model;
 use super::device::{Buffer, Device, Pinned};
 use super::images::Images;
-use super::kernels::{AttentionArgs, GegluArgs, Kernels, NormArgs, RopeArgs, Shape};
+use super::kernels::{AttentionArgs, GegluArgs, GegluWideArgs, Kernels, NormArgs, RopeArgs, Shape};
 use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands};
 use super::plan::{self, HEAD_DIMS, Path};
 use super::stream::{Event, Graph, Stream};
-use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS};
+use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS, TrunkRest};
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
 use crate::model::Dims;
 
@@ -116,7 +116,13 @@ struct Workspace {
 }
 
 impl Workspace {
-    fn new(device: &Arc<Device>, dims: &Dims, views: usize, rows: usize) -> Result<Self, EngineError> {
+    fn new(
+        device: &Arc<Device>,
+        dims: &Dims,
+        wide_geglu: bool,
+        views: usize,
+        rows: usize,
+    ) -> Result<Self, EngineError> {
         let (v, t) = (&dims.vision, &dims.trunk);
         let tokens = views * v.tokens();
         let half = |n: usize| Buffer::<u16>::zeroed(device, n);
@@ -130,10 +136,10 @@ impl Workspace {
             vision_attended: half(tokens * v.width)?,
             vision_mlp: half(tokens * v.mlp)?,
             x: Buffer::zeroed(device, rows * t.width)?,
-            normed: half(rows * t.width)?,
+            normed: half(rows.next_multiple_of(8) * t.width)?,
             qkv: half(rows * (t.heads + 2) * t.head_dim)?,
             attended: half(rows * t.heads * t.head_dim)?,
-            gate_up: half(rows * 2 * t.mlp)?,
+            gate_up: half(if wide_geglu { 0 } else { rows * 2 * t.mlp })?,
             mlp: half(rows * t.mlp)?,
         })
     }
@@ -184,6 +190,9 @@ impl CudaEncoder {
         lane: Arc<Lane>,
         path: Path,
     ) -> Result<Self, EngineError> {
+        if weights.wide_geglu && path == Path::Portable {
+            return Err(plan::packed_for_hopper());
+        }
         let device = Arc::clone(&model.device);
         let v = &model.dims.vision;
         let images = Images::new(&device, v.image, v.patch, plan::patch_stride(&model.dims), model.resampler);
@@ -280,7 +289,8 @@ impl CudaEncoder {
         self.trunk_graphs.clear();
         let (views, rows) = self.workspace.as_ref().map_or((views, rows), |w| (w.views.max(views), w.rows.max(rows)));
         self.workspace = None;
-        self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, views, rows)?);
+        let wide_geglu = self.weights.wide_geglu;
+        self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, wide_geglu, views, rows)?);
         Ok(())
     }
 
@@ -316,13 +326,13 @@ impl CudaEncoder {
         let model = Arc::clone(&self.model);
         let weights = Arc::clone(&self.weights);
         let lane = Arc::clone(&self.lane);
-        let (kernels, path) = (lane.kernels(), self.path);
+        let (kernels, path, sms) = (lane.kernels(), self.path, lane.sms());
         if !self.vision_graphs.contains_key(&views)
             && let Some(w) = &self.workspace
         {
             let (stream, lt) = (&self.stream, &mut self.lt);
             let mut queue =
-                Queue { model: &model, weights: &weights, path, stream, kernels, lt, w, params: 0, taps: None };
+                Queue { model: &model, weights: &weights, path, sms, stream, kernels, lt, w, params: 0, taps: None };
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
@@ -333,7 +343,7 @@ impl CudaEncoder {
             let params = self.params.1.pointer();
             let (stream, lt) = (&self.stream, &mut self.lt);
             let mut queue =
-                Queue { model: &model, weights: &weights, path, stream, kernels, lt, w, params, taps: None };
+                Queue { model: &model, weights: &weights, path, sms, stream, kernels, lt, w, params, taps: None };
             let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
             let prompt = &self.prompt_rows.1;
@@ -379,14 +389,14 @@ impl CudaEncoder {
     ) -> Result<EncodeTaps, EngineError> {
         let lane = Arc::clone(&self.lane);
         let _current = lane.enter()?;
-        let (kernels, path) = (lane.kernels(), self.path);
+        let (kernels, path, sms) = (lane.kernels(), self.path, lane.sms());
         let rows = self.begin(input, cache)?;
         let mut taps = EncodeTaps::default();
         let (model, weights, params) = (&*self.model, &*self.weights, self.params.1.pointer());
         if let Some(w) = &self.workspace {
             let (stream, lt) = (&self.stream, &mut self.lt);
             let mut queue =
-                Queue { model, weights, path, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
+                Queue { model, weights, path, sms, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
             queue.vision(input.views.len())?;
             queue.taps = Some(&mut taps.trunk);
             queue.prompt(&self.prompt_rows.1, rows, input.tokens.len())?;
@@ -456,6 +466,8 @@ struct Queue<'a> {
     model: &'a Model,
     weights: &'a EncoderWeights,
     path: Path,
+    /// Multiprocessors of the stage's share.
+    sms: usize,
     stream: &'a Stream,
     kernels: &'a Kernels,
     lt: &'a mut Lt,
@@ -508,10 +520,12 @@ impl Queue<'_> {
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
             (t.width, attention, Epilogue::Add),
-            (2 * t.mlp, t.width, Epilogue::Store),
             (t.width, t.mlp, Epilogue::Add),
-        ];
-        self.lt.prepare(self.stream, &keys.map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue }))
+            (2 * t.mlp, t.width, Epilogue::Store),
+        ]
+        .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
+        let own = usize::from(self.weights.wide_geglu);
+        self.lt.prepare(self.stream, &keys[..keys.len() - own])
     }
 
     fn layer_norm(
@@ -530,11 +544,13 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
+            octets: 0,
         };
         self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
-    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
+    /// The trunk's norm; `octets` groups of 8 rows where the result is wanted packed.
+    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize, octets: usize) -> Result<(), EngineError> {
         let width = self.model.dims.trunk.width;
         let args = NormArgs {
             x: self.w.x.pointer(),
@@ -544,8 +560,41 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: 1e-6,
+            octets: octets as i32,
         };
         self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+    }
+
+    /// mlp = gelu(gate) ⊙ up of `rows` rows of x behind its norm.
+    fn gated(&mut self, rest: &TrunkRest, rows: usize) -> Result<(), EngineError> {
+        let (t, w) = (self.model.dims.trunk, self.w);
+        let wide = plan::geglu_wide(rows, t.mlp, t.width, self.sms);
+        if let (true, Some(plan), Some(hopper)) = (self.weights.wide_geglu, wide, self.kernels.hopper()) {
+            let octets = rows.div_ceil(8);
+            self.rms_norm(&rest.norm2, rows, octets)?;
+            let [tokens, octets, token_tiles, weight_tiles, k_blocks, lead] =
+                [rows, octets, plan.token_tiles, plan.weight_tiles, plan.k_blocks, plan.lead].map(|n| n as i32);
+            let args = GegluWideArgs {
+                w: rest.gate_up.pointer(),
+                x: w.normed.pointer(),
+                y: w.mlp.pointer(),
+                inverse_rms: 0,
+                tokens,
+                octets,
+                token_tiles,
+                weight_tiles,
+                k_blocks,
+                lead,
+            };
+            let shape = Shape { shared: plan.shared as u32, dependent: true, ..Shape::blocks(plan.blocks, 384) };
+            return hopper.geglu_wide[plan.variant].launch(self.stream, shape, &args);
+        }
+        self.rms_norm(&rest.norm2, rows, 0)?;
+        let gate_up = w.gate_up.pointer();
+        let o = Operands { w: rest.gate_up.pointer(), x: w.normed.pointer(), bias: 0, c: gate_up, d: gate_up };
+        self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
+        let geglu = GegluArgs { gate_up, y: w.mlp.pointer(), rows: rows as i32, mlp: t.mlp as i32 };
+        self.kernels.geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)
     }
 
     fn attention(
@@ -655,7 +704,7 @@ impl Queue<'_> {
         let (x, normed, qkv) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer());
         let attention = t.heads * t.head_dim;
         for (l, layer) in weights.trunk.iter().enumerate() {
-            self.rms_norm(&layer.norm1, rows)?;
+            self.rms_norm(&layer.norm1, rows, 0)?;
             let heads = if layer.rest.is_some() { t.heads } else { 0 };
             let o = Operands { w: layer.qkv.pointer(), x: normed, bias: 0, c: qkv, d: qkv };
             self.product(rows, (heads + 2) * t.head_dim, t.width, Epilogue::Store, o)?;
@@ -689,12 +738,7 @@ impl Queue<'_> {
             self.attention(t.heads, 1, self.model.trunk_head, &args)?;
             let o = Operands { w: rest.out.pointer(), x: w.attended.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, attention, Epilogue::Add, o)?;
-            self.rms_norm(&rest.norm2, rows)?;
-            let gate_up = w.gate_up.pointer();
-            let o = Operands { w: rest.gate_up.pointer(), x: normed, bias: 0, c: gate_up, d: gate_up };
-            self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
-            let geglu = GegluArgs { gate_up, y: w.mlp.pointer(), rows: rows as i32, mlp: t.mlp as i32 };
-            self.kernels.geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)?;
+            self.gated(rest, rows)?;
             let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
             self.tap(&w.x, rows * t.width)?;

@@ -107,7 +107,8 @@ pub(super) struct FlowArgs {
     pub state_dim: i32,
     pub stride: i32,
     pub square_tiles: i32,
-    pub square_row: i32,
+    pub square_rows: i32,
+    pub square_group: i32,
     pub square_tile: i32,
     pub step: i32,
     pub last: i32,
@@ -180,6 +181,7 @@ pub(super) struct NormArgs {
     pub width: i32,
     pub inv_width: f32,
     pub eps: f32,
+    pub octets: i32,
 }
 
 /// `RopeArgs` of pointwise.cu.
@@ -194,6 +196,22 @@ pub(super) struct RopeArgs {
     pub head_dim: i32,
     pub layer: i32,
     pub cache_row: i32,
+}
+
+/// `GegluWideArgs` of geglu_wide.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct GegluWideArgs {
+    pub w: u64,
+    pub x: u64,
+    pub inverse_rms: u64,
+    pub y: u64,
+    pub tokens: i32,
+    pub octets: i32,
+    pub token_tiles: i32,
+    pub weight_tiles: i32,
+    pub k_blocks: i32,
+    pub lead: i32,
 }
 
 /// `GegluArgs` of pointwise.cu.
@@ -495,9 +513,11 @@ pub(super) struct Hopper {
     pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
     /// For heads of [`plan::WIDE_HEAD`].
     pub attention_wide: Kernel<AttentionArgs>,
+    /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
+    pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert.
     pub persistent: Kernel<PersistentArgs>,
-    _modules: [Module; 4],
+    _modules: [Module; 5],
 }
 
 impl Hopper {
@@ -505,7 +525,7 @@ impl Hopper {
     fn load() -> Result<Option<Self>, EngineError> {
         let Some(skinny) = Module::load_if_there("skinny")? else { return Ok(None) };
         let (decode, wide) = (Module::load("decode_attention")?, Module::load("attention_wide")?);
-        let persistent = Module::load("persistent")?;
+        let (geglu, persistent) = (Module::load("geglu_wide")?, Module::load("persistent")?);
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| {
                 by(CLUSTERS, |c| skinny.kernel::<SkinnyArgs>(&format!("skinny_{kind}_{tiles}_{c}"), HOPPER_SHARED))
@@ -516,8 +536,12 @@ impl Hopper {
             skinny: by(TOKEN_TILES, family)?,
             decode_attention: by(DECODE_HEAD_DIMS, |d| decode.kernel(&format!("decode_attention_{d}"), HOPPER_SHARED))?,
             attention_wide: wide.kernel("attention_wide", HOPPER_SHARED)?,
+            geglu_wide: plan::GEGLU_TOKENS
+                .iter()
+                .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
+                .collect::<Result<_, _>>()?,
             persistent: persistent.kernel("persistent_step", plan::PERSISTENT_SHARED)?,
-            _modules: [skinny, decode, wide, persistent],
+            _modules: [skinny, decode, wide, geglu, persistent],
         }))
     }
 }

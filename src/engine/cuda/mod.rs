@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use decoder::CudaDecoder;
 pub use device::{Capability, Device as Gpu};
 pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
-pub use plan::{DecoderPath, Stage};
+pub use plan::{Packing, Stage};
 
 use super::partition::{Grant, Kind, Offer};
 use super::{Engine, EngineError};
@@ -211,14 +211,14 @@ impl CudaEngine {
         Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal, None)
     }
 
-    /// As [`load`](Self::load), with the decoder's path chosen by the caller.
+    /// As [`load`](Self::load), with the packing chosen by the caller.
     pub fn load_for(
-        path: DecoderPath,
+        packing: Packing,
         checkpoint: &Checkpoint,
         resampler: Resampler,
         ordinal: usize,
     ) -> Result<Self, EngineError> {
-        Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal, Some(path))
+        Self::new(*checkpoint.dims(), Source::Checkpoint(checkpoint), resampler, ordinal, Some(packing))
     }
 
     /// A model of these dimensions with weights drawn from `seed` on the GPU: for benchmarks.
@@ -226,15 +226,15 @@ impl CudaEngine {
         Self::new(*dims, Source::Random(seed), resampler, ordinal, None)
     }
 
-    /// As [`random`](Self::random), with the decoder's path chosen by the caller.
+    /// As [`random`](Self::random), with the packing chosen by the caller.
     pub fn random_for(
-        path: DecoderPath,
+        packing: Packing,
         dims: &Dims,
         resampler: Resampler,
         ordinal: usize,
         seed: u64,
     ) -> Result<Self, EngineError> {
-        Self::new(*dims, Source::Random(seed), resampler, ordinal, Some(path))
+        Self::new(*dims, Source::Random(seed), resampler, ordinal, Some(packing))
     }
 
     fn new(
@@ -242,7 +242,7 @@ impl CudaEngine {
         source: Source<'_>,
         resampler: Resampler,
         ordinal: usize,
-        path: Option<DecoderPath>,
+        packing: Option<Packing>,
     ) -> Result<Self, EngineError> {
         plan::check(&dims)?;
         let device = Gpu::open(ordinal)?;
@@ -256,15 +256,15 @@ impl CudaEngine {
         let vision_head = dims.vision.width / dims.vision.heads;
         let head = dims.trunk.head_dim;
         let positions = MAX_VIEWS * dims.vision.tokens() + dims.max_tokens.max(256) + 64;
-        let path = plan::decoder_path(&dims, device.kernels().hopper().is_some(), path)?;
-        let (encoder, decoder) = weights::load(&device, &dims, source, path)?;
+        let packing = plan::packing(&dims, device.kernels().hopper().is_some(), packing)?;
+        let (encoder, decoder) = weights::load(&device, &dims, source, packing)?;
         let model = Model {
             dims,
             resampler,
             vision_head: variant(encoder::head_variant(vision_head), vision_head)?,
             trunk_head: variant(encoder::head_variant(head), head)?,
             decode_head: variant(plan::head_dim(&plan::DECODE_HEAD_DIMS, head), head)?,
-            cache_row: path.cache_row(head),
+            cache_row: packing.cache_row(head),
             positions,
             rope: rope::table(&device, positions, head)?,
             algorithms: Arc::default(),

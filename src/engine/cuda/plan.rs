@@ -1,7 +1,7 @@
 //! Which kernel, how many blocks and how much shared memory: pure functions of the dimensions, tested without a GPU.
 //!
-//! Nothing here depends on the number of SMs: slices of K and the order of their sums are fixed by the shape, so
-//! results are bitwise equal whatever share of the GPU runs them.
+//! No sum here depends on the number of SMs: slices of K and the order of their sums are fixed by the shape, so results
+//! are bitwise equal whatever share of the GPU runs them.
 
 use super::device::Capability;
 use crate::engine::EngineError;
@@ -160,6 +160,60 @@ pub(super) const WIDE_HEAD: usize = 256;
 /// Its shared memory: queries, keys and values of two groups of warps, each aligned to 1024 bytes.
 pub(super) const WIDE_SHARED: usize = 5 * 64 * WIDE_HEAD * 2 + 1024;
 
+/// Tokens of a tile that geglu_wide.cu is compiled for.
+pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
+/// Hidden units of a tile of it: as many rows of the gate and as many of the up projection.
+const GEGLU_UNITS: usize = 128;
+/// K of one stage of its ring.
+const GEGLU_K: usize = 64;
+/// What starting and finishing a tile costs, in tokens.
+const GEGLU_TILE_COST: usize = 4;
+
+/// Stages of its ring at most.
+const GEGLU_STAGES: usize = 5;
+
+/// Shared memory of a block for tiles of `tokens`: the ring, and what aligns it.
+pub(super) fn geglu_shared(tokens: usize) -> usize {
+    let stage = (2 * GEGLU_UNITS + tokens) * GEGLU_K * 2;
+    HOPPER_SHARED / stage * stage + 1024
+}
+
+/// One launch of geglu_wide.cu, of 384 threads a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct GegluPlan {
+    /// Index into [`GEGLU_TOKENS`].
+    pub variant: usize,
+    pub token_tiles: usize,
+    pub weight_tiles: usize,
+    pub k_blocks: usize,
+    pub blocks: usize,
+    pub shared: usize,
+    /// K blocks that one group of warps is ahead of the other.
+    pub lead: usize,
+}
+
+/// The plan of the gated product of `tokens` with `mlp` hidden units over `k`, on `sms` SMs; none where it does not
+/// cover the shape. Only the cut into tiles follows the SMs: what a sum adds, and in which order, is the same for all.
+pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Option<GegluPlan> {
+    if tokens == 0 || sms == 0 || !mlp.is_multiple_of(GEGLU_UNITS) || !k.is_multiple_of(GEGLU_K) {
+        return None;
+    }
+    let weight_tiles = mlp / GEGLU_UNITS;
+    let rounds = |n: usize| (weight_tiles * tokens.div_ceil(n)).div_ceil(sms);
+    let cost = |n: usize| rounds(n) * (n + GEGLU_TILE_COST);
+    let (variant, &n) = GEGLU_TOKENS.iter().enumerate().min_by_key(|(_, n)| cost(**n))?;
+    let plan = GegluPlan {
+        variant,
+        token_tiles: tokens.div_ceil(n),
+        weight_tiles,
+        k_blocks: k / GEGLU_K,
+        blocks: sms,
+        shared: geglu_shared(n),
+        lead: 2,
+    };
+    (plan.k_blocks >= GEGLU_STAGES).then_some(plan)
+}
+
 /// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
 pub(super) fn head_dim(compiled: &[usize], head_dim: usize) -> Option<(usize, usize)> {
     compiled.iter().position(|d| *d >= head_dim).map(|i| (i, compiled[i]))
@@ -207,30 +261,36 @@ pub(super) const EXCLUSIVE: [bool; 5] = [false, true, false, false, false];
 /// More than half of what an SM has.
 pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 
-/// How the decoder runs; its weights are packed for it.
+/// What weights are packed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DecoderPath {
-    /// One cooperative kernel a step (persistent.cu), for the published action expert on sm_90a.
-    Persistent,
-    /// Five kernels a layer, for any dimensions.
-    Launches,
+pub enum Packing {
+    /// The published model on sm_90a: one cooperative kernel a decoding step (persistent.cu), and the trunk's gated product
+    /// (geglu_wide.cu).
+    Published,
+    /// Any dimensions and chip: five kernels a layer of the decoder, and GEMMs of cuBLASLt.
+    General,
 }
 
-impl DecoderPath {
+impl Packing {
     /// Layout of packed weights, as load.cu numbers them.
     pub(super) fn layout(self) -> i32 {
         match self {
-            Self::Launches => 0,
-            Self::Persistent => 1,
+            Self::General => 0,
+            Self::Published => 1,
         }
+    }
+
+    /// Whether the trunk's gate and up projections are packed for geglu_wide.cu.
+    pub(super) fn wide_geglu(self, trunk: &StackDims) -> bool {
+        self == Self::Published && geglu_wide(1, trunk.mlp, trunk.width, 1).is_some()
     }
 
     /// Elements from one row of keys or values in the cache to the next: padded where the decoder takes many at once into
     /// shared memory.
     pub(super) fn cache_row(self, head_dim: usize) -> usize {
         match self {
-            Self::Launches => head_dim,
-            Self::Persistent => head_dim + 8,
+            Self::General => head_dim,
+            Self::Published => head_dim + 8,
         }
     }
 }
@@ -239,14 +299,16 @@ impl DecoderPath {
 pub(super) const PERSISTENT_SHARED: usize = 227 * 1024;
 /// Blocks of one of its clusters.
 pub(super) const RANKS: usize = 4;
+/// Token rows that each block of a cluster finishes.
+pub(super) const RANK_ROWS: usize = 13;
 /// Token rows of one of its activation panels.
 pub(super) const PANEL_ROWS: usize = 52;
 /// Partial sums of squares of a token row: one for eight columns.
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
-/// Token rows at most: each rank finishes 13.
-const PERSISTENT_ROWS: usize = 13 * RANKS;
+/// Token rows at most.
+const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
 /// Layers it has room to describe.
-const PERSISTENT_LAYERS: usize = 32;
+const PERSISTENT_LAYERS: usize = 24;
 /// The action expert it is compiled for.
 const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
 
@@ -255,25 +317,30 @@ pub(super) fn barriers(dims: &Dims) -> usize {
     5 * dims.expert.layers - usize::from(dims.family == Family::Pi05)
 }
 
-/// The path for these dimensions, on a chip that has the persistent kernel or not; `asked` overrides the choice.
-pub(super) fn decoder_path(
-    dims: &Dims,
-    persistent: bool,
-    asked: Option<DecoderPath>,
-) -> Result<DecoderPath, EngineError> {
+/// The packing for these dimensions, on a chip that has the kernels of sm_90a or not; `asked` overrides the choice.
+pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Result<Packing, EngineError> {
     let e = &dims.expert;
     let fits = *e == StackDims { layers: e.layers, ..PUBLISHED }
         && (1..=PERSISTENT_LAYERS).contains(&e.layers)
         && suffix_rows(dims) <= PERSISTENT_ROWS;
     match asked {
-        Some(DecoderPath::Persistent) if !(fits && persistent) => Err(EngineError::Shape {
+        Some(Packing::Published) if !(fits && hopper) => Err(EngineError::Shape {
             what: "action expert",
             expected: "the published one, at most 51 actions, on sm_90a".into(),
             found: format!("{e:?}, {} actions", dims.horizon),
         }),
-        Some(path) => Ok(path),
-        None if fits && persistent => Ok(DecoderPath::Persistent),
-        None => Ok(DecoderPath::Launches),
+        Some(packing) => Ok(packing),
+        None if fits && hopper => Ok(Packing::Published),
+        None => Ok(Packing::General),
+    }
+}
+
+/// What the portable kernels say to weights that are not for them.
+pub(super) fn packed_for_hopper() -> EngineError {
+    EngineError::Device {
+        what: "choosing kernels",
+        reason: "the weights were packed for sm_90a, which the portable kernels cannot read".into(),
+        remedy: "Load with Packing::General".into(),
     }
 }
 
@@ -382,22 +449,22 @@ mod tests {
             min_period: 0.004,
             max_period: 4.0,
         };
-        let path = |d: &Dims, persistent, asked| decoder_path(d, persistent, asked).ok();
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Persistent));
-        assert_eq!(path(&dims, false, None), Some(DecoderPath::Launches), "another chip");
-        assert_eq!(path(&dims, true, Some(DecoderPath::Launches)), Some(DecoderPath::Launches));
-        assert_eq!(path(&dims, false, Some(DecoderPath::Persistent)), None);
+        let path = |d: &Dims, persistent, asked| packing(d, persistent, asked).ok();
+        assert_eq!(path(&dims, true, None), Some(Packing::Published));
+        assert_eq!(path(&dims, false, None), Some(Packing::General), "another chip");
+        assert_eq!(path(&dims, true, Some(Packing::General)), Some(Packing::General));
+        assert_eq!(path(&dims, false, Some(Packing::Published)), None);
         // One barrier after each phase but the last, and one after the time layer.
         assert_eq!(barriers(&dims), 90);
         dims.horizon = 52;
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Launches), "53 rows with the state");
+        assert_eq!(path(&dims, true, None), Some(Packing::General), "53 rows with the state");
         dims.family = Family::Pi05;
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Persistent), "52 rows");
+        assert_eq!(path(&dims, true, None), Some(Packing::Published), "52 rows");
         assert_eq!(barriers(&dims), 89);
         dims.expert.mlp = 2048;
-        assert_eq!(path(&dims, true, None), Some(DecoderPath::Launches));
+        assert_eq!(path(&dims, true, None), Some(Packing::General));
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
-        assert_eq!(DecoderPath::Persistent.cache_row(256) * 2 % 128, 16);
+        assert_eq!(Packing::Published.cache_row(256) * 2 % 128, 16);
     }
 
     #[test]
@@ -432,6 +499,36 @@ mod tests {
         }
         assert_eq!(attention_shared(256), PORTABLE_SHARED, "64 queries and 2 × 32 keys and values of 264");
         assert_eq!(attention_shared(80), 5 * 64 * 88 * 2, "tiles of 64 keys");
+    }
+
+    #[test]
+    fn gated_products_keep_their_rounds_full() {
+        let cut = |tokens, sms| {
+            let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
+            (GEGLU_TOKENS[p.variant], p.token_tiles, p.blocks)
+        };
+        assert_eq!(cut(532, 132), (184, 3, 132));
+        assert_eq!(cut(276, 132), (144, 2, 132));
+        assert_eq!(cut(788, 132), (160, 5, 132));
+        assert_eq!(cut(20, 132), (96, 1, 132));
+        assert_eq!(cut(532, 64), (184, 3, 64));
+    }
+
+    #[test]
+    fn gated_products_cover_every_token_and_fit() {
+        for tokens in 1..2100 {
+            for sms in [17, 64, 132] {
+                let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
+                let n = GEGLU_TOKENS[p.variant];
+                assert!((p.token_tiles - 1) * n < tokens && tokens <= p.token_tiles * n, "{tokens} on {sms}");
+                // 227 KB, less the barriers that the kernel declares.
+                assert!(p.shared + 1024 <= 227 * 1024, "{tokens} on {sms}");
+            }
+        }
+        for (tokens, mlp, k, sms) in [(0, 256, 256, 8), (1, 200, 256, 8), (1, 256, 100, 8), (1, 256, 128, 8)] {
+            assert_eq!(geglu_wide(tokens, mlp, k, sms), None);
+        }
+        assert_eq!(geglu_wide(1, 256, 256, 0), None);
     }
 
     #[test]

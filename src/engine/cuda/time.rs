@@ -163,7 +163,7 @@ impl Tables {
                     rows: rows as i64,
                     k: row as i64,
                     padded_k: pad(width, STEP_K) as i64,
-                    layout: weights.path.layout(),
+                    layout: weights.packing.layout(),
                     x_stride: row as i64,
                     y_stride: rows as i64,
                     ..ProductArgs::default()

@@ -6,7 +6,7 @@ use super::device::{Buffer, Device};
 use super::faults;
 use super::kernels::{CopyArgs, PackArgs};
 use super::load::{Loader, Source};
-use super::plan::{self, DecoderPath, STEP_K, TILE, pad};
+use super::plan::{self, Packing, STEP_K, TILE, pad};
 use crate::engine::EngineError;
 use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
 
@@ -37,6 +37,7 @@ pub(super) struct VisionLayer {
 pub(super) struct TrunkRest {
     pub out: Buffer<u16>,
     pub norm2: Buffer<f32>,
+    /// Packed where [`EncoderWeights::wide_geglu`] says so.
     pub gate_up: Buffer<u16>,
     pub down: Buffer<u16>,
 }
@@ -60,6 +61,8 @@ pub(super) struct EncoderWeights {
     pub projector: Buffer<u16>,
     pub projector_bias: Buffer<f32>,
     pub trunk: Vec<TrunkLayer>,
+    /// Gate and up projections are packed for geglu_wide.cu, or one above the other.
+    pub wide_geglu: bool,
     pub tokens: TokenTable,
 }
 
@@ -128,7 +131,7 @@ pub(super) enum Suffix {
 /// Everything the decoder reads.
 pub(super) struct DecoderWeights {
     /// What the matrices are packed for.
-    pub path: DecoderPath,
+    pub packing: Packing,
     pub layers: Vec<ExpertLayer>,
     pub final_norm: ExpertNorm,
     pub suffix: Suffix,
@@ -197,11 +200,14 @@ enum Order {
     Up,
 }
 
+/// Layout of the trunk's gate and up projections where they are packed, as load.cu numbers it.
+const WIDE: i32 = 2;
+
 /// Reads tensors through the loader into buffers.
 struct Reader<'a, 'b> {
     loader: &'a mut Loader<'b>,
     device: Arc<Device>,
-    path: DecoderPath,
+    packing: Packing,
 }
 
 impl Reader<'_, '_> {
@@ -278,6 +284,20 @@ impl Reader<'_, '_> {
         head_dim: usize,
         to: &Buffer<u16>,
     ) -> Result<(), EngineError> {
+        self.pack_as(self.packing.layout(), name, rows, cols, order, head_dim, to)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn pack_as(
+        &mut self,
+        layout: i32,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        order: Order,
+        head_dim: usize,
+        to: &Buffer<u16>,
+    ) -> Result<(), EngineError> {
         let (from, dtype) = self.loader.stage(name, &[rows, cols])?;
         let (order, first) = match order {
             Order::Natural => (0, 0),
@@ -296,7 +316,7 @@ impl Reader<'_, '_> {
             order,
             first: first as i32,
             head_dim: head_dim as i32,
-            layout: self.path.layout(),
+            layout,
         };
         self.loader.convert(&self.device.kernels().pack, rows * cols, &args)
     }
@@ -432,6 +452,16 @@ impl Reader<'_, '_> {
         })
     }
 
+    fn gate_up(&mut self, gate: &str, up: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
+        if !self.packing.wide_geglu(t) {
+            return self.stacked(&[(gate.into(), t.mlp), (up.into(), t.mlp)], t.width);
+        }
+        let to = Buffer::zeroed(&self.device, 2 * t.mlp * t.width)?;
+        self.pack_as(WIDE, gate, t.mlp, t.width, Order::Gate, 2, &to)?;
+        self.pack_as(WIDE, up, t.mlp, t.width, Order::Up, 2, &to)?;
+        Ok(to)
+    }
+
     fn trunk_layer(&mut self, i: usize, dims: &Dims) -> Result<TrunkLayer, EngineError> {
         let t = &dims.trunk;
         let layer = format!("{TRUNK}.layers.{i}");
@@ -449,7 +479,7 @@ impl Reader<'_, '_> {
             Some(TrunkRest {
                 out: self.matrix(&name("self_attn.o"), t.width, t.heads * t.head_dim)?,
                 norm2: self.vector(&format!("{layer}.post_attention_layernorm.weight"), t.width, t.width, 1.0)?,
-                gate_up: self.stacked(&[(name("mlp.gate"), t.mlp), (name("mlp.up"), t.mlp)], t.width)?,
+                gate_up: self.gate_up(&name("mlp.gate"), &name("mlp.up"), t)?,
                 down: self.matrix(&name("mlp.down"), t.width, t.mlp)?,
             })
         };
@@ -476,6 +506,7 @@ impl Reader<'_, '_> {
             projector: self.matrix(&format!("{PROJECTOR}.weight"), dims.trunk.width, v.width)?,
             projector_bias: self.vector(&format!("{PROJECTOR}.bias"), dims.trunk.width, dims.trunk.width, 0.0)?,
             trunk: (0..dims.trunk.layers).map(|i| self.trunk_layer(i, dims)).collect::<Result<_, _>>()?,
+            wide_geglu: self.packing.wide_geglu(&dims.trunk),
             tokens: self.loader.token_table()?,
         })
     }
@@ -485,7 +516,7 @@ impl Reader<'_, '_> {
         let to = Buffer::zeroed(&self.device, dims.action_dim * padded)?;
         self.place("action_out_proj.weight", &[dims.action_dim, dims.expert.width], &to, 0, padded, 0.0)?;
         Ok(DecoderWeights {
-            path: self.path,
+            packing: self.packing,
             layers: (0..dims.expert.layers).map(|i| self.expert_layer(i, dims)).collect::<Result<_, _>>()?,
             final_norm: self.expert_norm(&format!("{EXPERT}.norm"), dims)?,
             suffix: self.suffix(dims)?,
@@ -495,17 +526,17 @@ impl Reader<'_, '_> {
     }
 }
 
-/// Brings all weights of `source` to `device`, the decoder's in the layout of `path`.
+/// Brings all weights of `source` to `device`, packed for `packing`.
 pub(super) fn load(
     device: &Arc<Device>,
     dims: &Dims,
     source: Source<'_>,
-    path: DecoderPath,
+    packing: Packing,
 ) -> Result<(EncoderWeights, DecoderWeights), EngineError> {
     let (free, _) = device.memory()?;
     faults::room(device.name(), device_bytes(dims), free)?;
     let mut loader = Loader::new(device, source, elements(dims))?;
-    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device), path };
+    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device), packing };
     let weights = (reader.encoder(dims)?, reader.decoder(dims)?);
     loader.finish()?;
     Ok(weights)

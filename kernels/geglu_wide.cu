@@ -1,0 +1,296 @@
+// Gate and up projections of the prefix trunk with their gated GELU on sm_90a: y = gelu_tanh(x·gateᵀ) ⊙ (x·upᵀ).
+//
+// Weights are the rows of the matrix instructions and tokens their columns, so that any number of tokens is cut into
+// equal tiles almost without waste. A block multiplies 256 weight rows (128 hidden units) by N tokens: one warp fetches,
+// two groups of four warps multiply 128 rows each and finish in registers. Units of work go over token tiles first, so
+// weights come from memory once and from L2 after.
+//
+// One tile sums K in order, so results do not depend on the number of blocks or on N.
+//
+// Packed weights: [mlp/128][K/64][256 rows][64], rows in the 128-byte swizzle. Hidden unit 64·i + 16·w + 4·t + 2·b + e
+// of a tile is row 128·i + 64·b + 16·w + 2·t + e, its up row lies 8 further: a thread then has the gate and the up of the
+// same unit and token, and four threads have 16 units of a token, side by side.
+// Packed activations: [K/64][octets][8 tokens][64], the same swizzle. What tokens past the last hold is of no meaning.
+#include "wgmma.cuh"
+
+constexpr int kGroup = 128;  // threads of one group
+
+struct GegluWideArgs {
+    const bf16* w;             // packed
+    const bf16* x;             // packed
+    const float* inverse_rms;  // [tokens], a factor of the sums before the GELU, or null
+    bf16* y;                   // [tokens, mlp]
+    int32_t tokens, octets;    // octets: groups of 8 tokens from one K to the next, at least tokens/8
+    int32_t token_tiles;       // tiles of N tokens
+    int32_t weight_tiles;      // mlp/128
+    int32_t k_blocks;          // K/64, at least the stages of the ring
+    int32_t lead;              // K blocks that the first group is ahead of the second, fewer than the stages
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Operand lists of a matrix instruction with so many floats a thread.
+#define GW_FLOATS_48 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
+    "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define GW_FLOATS_64 GW_FLOATS_48 \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define GW_FLOATS_72 GW_FLOATS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define GW_FLOATS_80 GW_FLOATS_72 \
+    ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define GW_FLOATS_88 GW_FLOATS_80 \
+    ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define GW_FLOATS_92 GW_FLOATS_88 \
+    ", %88, %89, %90, %91"
+#define GW_FLOATS_96 GW_FLOATS_92 \
+    ", %92, %93, %94, %95"
+#define GW_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define GW_OUT_8(i) GW_OUT_4(i), GW_OUT_4(i + 4)
+#define GW_OUT_16(i) GW_OUT_8(i), GW_OUT_8(i + 8)
+#define GW_OUTS_48 GW_OUT_16(0), GW_OUT_16(16), GW_OUT_16(32)
+#define GW_OUTS_64 GW_OUTS_48, GW_OUT_16(48)
+#define GW_OUTS_72 GW_OUTS_64, GW_OUT_8(64)
+#define GW_OUTS_80 GW_OUTS_72, GW_OUT_8(72)
+#define GW_OUTS_88 GW_OUTS_80, GW_OUT_8(80)
+#define GW_OUTS_92 GW_OUTS_88, GW_OUT_4(88)
+#define GW_OUTS_96 GW_OUTS_92, GW_OUT_4(92)
+
+// d = a·bᵀ (+ d): a 64×16 and b N×16, both with K contiguous. A, B, ADD: the operand numbers behind the floats.
+#define GW_WGMMA(N, FLOATS, A, B, ADD)                                                                       \
+    __device__ __forceinline__ void wgmma(float (&d)[FLOATS], uint64_t a, uint64_t b, int add) {             \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                        \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" GW_FLOATS_##FLOATS "}, "   \
+                     "%" #A ", %" #B ", p, 1, 1, 0, 0; }"                                                    \
+                     : GW_OUTS_##FLOATS                                                                      \
+                     : "l"(a), "l"(b), "r"(add));                                                            \
+    }
+GW_WGMMA(96, 48, 48, 49, 50)
+GW_WGMMA(128, 64, 64, 65, 66)
+GW_WGMMA(144, 72, 72, 73, 74)
+GW_WGMMA(160, 80, 80, 81, 82)
+GW_WGMMA(176, 88, 88, 89, 90)
+GW_WGMMA(184, 92, 92, 93, 94)
+GW_WGMMA(192, 96, 96, 97, 98)
+
+// As barrier_init, for `count` arrivals.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// A store without a branch, so that the code around it is one piece to schedule.
+__device__ __forceinline__ void store_if(bool wanted, void* global, uint32_t x, uint32_t y) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3}; }" ::"r"(static_cast<int>(wanted)),
+                 "l"(global), "r"(x), "r"(y)
+                 : "memory");
+}
+
+// A descriptor whose lower half has been moved on: addresses of shared memory do not carry into the upper one.
+__device__ __forceinline__ uint64_t with_upper(uint32_t lower, uint64_t descriptor) {
+    return (descriptor >> 32 << 32) | lower;
+}
+
+// Exchanges rows and columns of an 8×8 matrix of bf16 that a warp holds, row lane/4 and two columns a thread.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+// gelu_tanh(gate)·up. As gelu_tanh, with its constants folded; the reciprocal of infinity is the 0 that is wanted.
+__device__ __forceinline__ float gated(float gate, float up) {
+    constexpr float kLinear = -2.0f * 1.4426950408889634f * 0.7978845608028654f, kCubic = kLinear * 0.044715f;
+    float inv;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inv) : "f"(1.0f + exp2_fast(gate * fmaf(kCubic, gate * gate, kLinear))));
+    return gate * inv * up;
+}
+
+// A slot of the ring and the parity of its barriers.
+template <int kStages>
+struct Slot {
+    int index = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++index == kStages) index = 0, parity ^= 1;
+    }
+};
+
+// One block's part for tiles of kN tokens.
+template <int kN>
+struct Wide {
+    static constexpr int kHalf = 128 * 128;  // bytes of the weights of one group
+    static constexpr int kStage = 2 * kHalf + kN * 128;
+    static constexpr int kStages = 224 * 1024 / kStage;
+    static_assert(kN % 8 == 0 && kStages >= 4, "tokens of a tile");
+
+    const GegluWideArgs& a;
+    uint8_t* ring;  // stages of weights, then activations
+    uint64_t *full, *empty;
+    int first, step, units;
+
+    __device__ __forceinline__ int weight_tile(int unit) const { return unit / a.token_tiles; }
+    __device__ __forceinline__ int token(int unit) const { return unit % a.token_tiles * kN; }
+
+    // One thread keeps the ring filled. Weights do not wait for the kernel before this one.
+    __device__ __forceinline__ void produce() const {
+        Slot<kStages> slot;
+        for (int unit = first; unit < units; unit += step) {
+            const int octets = min(kN / 8, (a.tokens + 7 - token(unit)) / 8);
+            const bf16* w = a.w + static_cast<size_t>(weight_tile(unit)) * a.k_blocks * (256 * 64);
+            const bf16* x = a.x + token(unit) / 8 * 512;
+            auto weights = [&](int s) {
+                barrier_expect(&full[s], 2 * kHalf + octets * 1024);
+                copy_bulk(ring + s * kStage, w, 2 * kHalf, &full[s]);
+                w += 256 * 64;
+            };
+            int begun = 0;
+            if (unit == first) {
+                for (; begun < kStages; begun++) weights(begun);
+                grid_wait();
+            }
+            for (int k = 0; k < a.k_blocks; k++, slot.next()) {
+                if (k >= begun) {
+                    barrier_wait(&empty[slot.index], slot.parity ^ 1);
+                    weights(slot.index);
+                }
+                copy_bulk(ring + slot.index * kStage + 2 * kHalf, x, octets * 1024, &full[slot.index]);
+                x += a.octets * 512;
+            }
+        }
+        grid_wait();
+    }
+
+    // GELU of a group's sums, and a transposition 8×8 by 8×8: a thread stores four hidden units of a token.
+    template <bool kScaled>
+    __device__ __forceinline__ void finish(const float (&d)[2][kN / 2], const float (&scale)[(kN + 31) / 32], int unit,
+                                           int group) const {
+        const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        const int mlp = a.weight_tiles * 128, row = token(unit) + g;
+        bf16* to = a.y + static_cast<size_t>(row) * mlp + weight_tile(unit) * 128 + group * 64 + warp * 16 + t * 4;
+#pragma unroll
+        for (int i = 0; i < kN / 8; i++) {
+            float s0 = 1.0f, s1 = 1.0f;
+            if (kScaled) {
+                s0 = __shfl_sync(0xffffffffu, scale[i / 4], i % 4 * 8 + t * 2);
+                s1 = __shfl_sync(0xffffffffu, scale[i / 4], i % 4 * 8 + t * 2 + 1);
+            }
+            uint32_t v[2];
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                const float* s = &d[b][4 * i];
+                v[b] = transpose_8x8(kScaled ? pack_bf16(gated(s[0] * s0, s[2] * s0), gated(s[1] * s1, s[3] * s1))
+                                             : pack_bf16(gated(s[0], s[2]), gated(s[1], s[3])));
+            }
+            store_if(row + i * 8 < a.tokens, to, v[0], v[1]);
+            to += 8 * mlp;
+        }
+    }
+
+    // One group multiplies its rows of every tile and finishes them.
+    __device__ __forceinline__ void consume(int group) const {
+        const int lane = threadIdx.x % 32;
+        const uint64_t weights = tile_descriptor(ring, 16, 1024), tokens = tile_descriptor(ring + 2 * kHalf, 16, 1024);
+        auto leave = [&](int slot) {
+            if (lane == 0) barrier_arrive(&empty[slot]);
+        };
+        grid_wait();
+        // While one group is at its GELU the other multiplies: the first starts ahead and stays so.
+        int ahead = a.lead;
+        if (group == 1 && a.lead > 0 && first < units) asm volatile("bar.sync 1, 256;" ::: "memory");
+        Slot<kStages> slot;
+        for (int unit = first; unit < units; unit += step) {
+            float scale[(kN + 31) / 32];
+#pragma unroll
+            for (int i = 0; i < (kN + 31) / 32; i++) {
+                const int row = token(unit) + i * 32 + lane;
+                scale[i] = a.inverse_rms && row < a.tokens ? a.inverse_rms[row] : 1.0f;
+            }
+            float d[2][kN / 2];
+            int before = 0;
+            for (int k = 0; k < a.k_blocks; k++) {
+                barrier_wait(&full[slot.index], slot.parity);
+                wgmma_fence();
+                const uint32_t at = slot.index * (kStage / 16);
+                const uint32_t rows = static_cast<uint32_t>(weights) + at + group * (kHalf / 16);
+                const uint32_t columns = static_cast<uint32_t>(tokens) + at;
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++)
+#pragma unroll
+                    for (int b = 0; b < 2; b++)
+                        wgmma(d[b], with_upper(rows + b * (kHalf / 32) + kk * 2, weights),
+                              with_upper(columns + kk * 2, tokens), kk || k);
+                wgmma_commit();
+                // The matrices of the block before have been read.
+                wgmma_wait<1>();
+                if (k) leave(before);
+                if (group == 0 && --ahead == 0) asm volatile("bar.arrive 1, 256;" ::: "memory");
+                before = slot.index;
+                slot.next();
+            }
+            wgmma_wait<0>();
+            leave(before);
+            // No sum is looked at before this.
+#pragma unroll
+            for (int i = 0; i < kN / 2; i++) asm volatile("" : "+f"(d[0][i]), "+f"(d[1][i])::"memory");
+            if (a.inverse_rms)
+                finish<true>(d, scale, unit, group);
+            else
+                finish<false>(d, scale, unit, group);
+        }
+    }
+};
+
+#endif
+
+template <int kN>
+__device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ uint8_t raw[];
+    __shared__ uint64_t barriers[2 * Wide<kN>::kStages];
+    constexpr int kStages = Wide<kN>::kStages;
+    uint64_t *full = barriers, *empty = barriers + kStages;
+    // The compiler shall see that this is the same for a warp: descriptors made of it stay in uniform registers.
+    const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroup, 0);
+    grid_launch_dependents();
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; s++) {
+            barrier_init(&full[s], 1);
+            barrier_init(&empty[s], 8);  // the warps that multiply
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    uint8_t* ring = raw + (1024 - smem_address(raw) % 1024) % 1024;
+    const Wide<kN> wide{a, ring, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), a.weight_tiles * a.token_tiles};
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 2 * kGroup)
+            wide.produce();
+        else
+            grid_wait();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        wide.consume(group);
+    }
+#else
+    __trap();
+#endif
+}
+
+#define GEGLU_WIDE(N)                                                                \
+    extern "C" __global__ void __launch_bounds__(3 * kGroup, 1)                      \
+        geglu_wide_##N(const __grid_constant__ GegluWideArgs a) {                    \
+        geglu_wide<N>(a);                                                            \
+    }
+GEGLU_WIDE(96)
+GEGLU_WIDE(128)
+GEGLU_WIDE(144)
+GEGLU_WIDE(160)
+GEGLU_WIDE(176)
+GEGLU_WIDE(184)
+GEGLU_WIDE(192)
