@@ -12,7 +12,8 @@ fn hold(_: f64, _: usize) -> f64 {
 }
 
 fn names() -> Names {
-    Names { joints: vec!["shoulder".into(), "elbow".into()], cameras: vec!["base".into()], outputs: vec!["arm".into()] }
+    let arm = OutputNames { name: "arm".into(), topic: "/arm/joint_trajectory".into(), others: Vec::new() };
+    Names { joints: vec!["shoulder".into(), "elbow".into()], cameras: vec!["base".into()], outputs: vec![arm] }
 }
 
 /// Follows `f`, in seconds since `t0`, for `ticks`, with a chunk every 6 ticks that is `late` seconds old.
@@ -142,7 +143,7 @@ fn arming_is_refused_with_the_reason() {
         ),
         (
             |w| w.health = InputHealth::Bad(InputFault::OutputContested { output: 0 }),
-            "somebody else publishes on the topic of output 'arm'",
+            "somebody else publishes on /arm/joint_trajectory, the topic of output 'arm': stop the other node",
         ),
         (|w| w.wait(1.5), "no usable action chunk: observation 1560 ms old"),
     ];
@@ -491,7 +492,7 @@ fn what_is_not_safe_any_more_decelerates_disarms_and_says_why() {
         (|w| w.health = InputHealth::Bad(InputFault::CameraFrozen { camera: 0, age: 2.0 }), "same picture for 2.0 s"),
         (
             |w| w.health = InputHealth::Bad(InputFault::OutputUnconnected { output: 0 }),
-            "nobody listens to output 'arm'",
+            "nobody listens to /arm/joint_trajectory, the topic of output 'arm'",
         ),
         (|w| w.lifecycle = Lifecycle::Warmup, "deactivated"),
     ];
