@@ -238,6 +238,109 @@ mod tests {
         }
     }
 
+    /// Two joints on a line, the second twice as fast the other way; 25 ms to the second of `knots`, then 50 ms each.
+    fn line(knots: usize) -> Curve {
+        let mut curve = Curve::with_room(2, knots);
+        curve.begin(0.025, 0.05);
+        for k in 0..knots {
+            let t = if k == 0 { 0.0 } else { 0.025 + 0.05 * (k - 1) as f64 };
+            let (q, v) = curve.push().unwrap();
+            q.copy_from_slice(&[0.4 * t, -0.8 * t]);
+            v.copy_from_slice(&[0.4, -0.8]);
+        }
+        curve.plan_pace(&[BOUND; 2]);
+        curve
+    }
+
+    #[test]
+    fn a_curve_is_followed_to_its_last_knot_and_brakes_beyond_it() {
+        for knots in 1..6 {
+            let curve = line(knots);
+            let end = if knots == 1 { 0.0 } else { 0.025 + 0.05 * (knots - 2) as f64 };
+            assert!((curve.end() - end).abs() < 1e-12);
+            // At 5 rad/s² the joints need 80 and 160 ms to stop.
+            for (t, left, gone) in [(0.04, [0.2, -0.6], [0.012, -0.028]), (1.0, [0.0, 0.0], [0.016, -0.064])] {
+                let (mut q, mut v) = ([0.0; 2], [0.0; 2]);
+                curve.sample(end + t, &[BOUND; 2], &mut q, &mut v);
+                for j in 0..2 {
+                    let at = [0.4, -0.8][j] * end + gone[j];
+                    assert!((q[j] - at).abs() < 1e-9 && (v[j] - left[j]).abs() < 1e-9, "{knots} knots: {q:?} {v:?}");
+                }
+            }
+            let (mut q, mut v) = ([0.0; 2], [0.0; 2]);
+            for i in 0..=20 {
+                let x = end * f64::from(i) / 20.0;
+                curve.sample(x, &[BOUND; 2], &mut q, &mut v);
+                assert!(
+                    (q[0] - 0.4 * x).abs() < 1e-12 && (q[1] + 0.8 * x).abs() < 1e-12,
+                    "{knots} knots at {x}: {q:?}"
+                );
+                assert!((v[0] - 0.4).abs() < 1e-9 && (v[1] + 0.8).abs() < 1e-9);
+                assert_eq!(curve.pace(x), (1.0, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn each_segment_is_slowed_by_the_joint_that_needs_it_most_and_names_it() {
+        // Velocities of two joints at three knots; 1 rad/s is allowed, of which nine tenths are planned for.
+        let slow = Bound { acceleration: 1e6, ..BOUND };
+        for (speeds, paces) in [
+            ([[3.0, 2.0], [3.0, 2.0], [1.0, 2.0]], [(0.3, 0), (0.3, 0)]),
+            ([[3.0, 0.5], [0.5, 0.5], [0.5, 1.5]], [(0.3, 0), (0.6, 1)]),
+            ([[0.5, 0.5], [0.5, 0.5], [0.5, 1.5]], [(1.0, 0), (0.6, 1)]),
+            ([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [(1.0, 0), (1.0, 0)]),
+        ] {
+            let mut curve = Curve::with_room(2, 3);
+            curve.begin(0.1, 0.1);
+            let mut at = [0.0; 2];
+            for k in 0..3 {
+                for j in 0..2 {
+                    at[j] += if k == 0 { 0.0 } else { 0.05 * (speeds[k - 1][j] + speeds[k][j]) };
+                }
+                let (q, v) = curve.push().unwrap();
+                q.copy_from_slice(&at);
+                v.copy_from_slice(&speeds[k]);
+            }
+            curve.plan_pace(&[slow; 2]);
+            for (x, (pace, joint)) in [(1e-9, paces[0]), (0.2 - 1e-9, paces[1])] {
+                let (found, by) = curve.pace(x);
+                assert!((found - pace).abs() < 1e-3 && by == joint, "{speeds:?} at {x}: {found} by {by}");
+            }
+            assert_eq!(curve.pace(0.2), (1.0, 0), "it is over");
+        }
+        let mut two = Curve::with_room(1, 2);
+        two.begin(0.1, 0.1);
+        for k in 0..2 {
+            let (q, v) = two.push().unwrap();
+            (q[0], v[0]) = (0.3 * f64::from(k), 3.0);
+        }
+        assert!(two.push().is_none(), "no room");
+        two.plan_pace(&[slow]);
+        assert!((two.pace(0.05).0 - 0.3).abs() < 1e-9);
+        let mut none = Curve::with_room(1, 2);
+        none.plan_pace(&[slow]);
+        assert_eq!((none.pace(0.0), none.end()), ((1.0, 0), 0.0));
+    }
+
+    #[test]
+    fn between_two_knots_the_square_of_the_pace_is_between_theirs() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(6);
+        let mut slowed = [0; 4];
+        for _ in 0..200 {
+            let curve = random_curve(rng);
+            for k in 0..38 {
+                let pace = |part: f64| curve.pace((f64::from(k) + part) * 0.05).0;
+                // A knot is asked for from its own segment.
+                let (from, to) = (pace(1e-9), pace(1.0 - 1e-9));
+                let half = 0.5 * (from * from + to * to);
+                assert!((pace(0.5).powi(2) - half).abs() < 1e-6, "{from}, {}, {to}", pace(0.5));
+                slowed[usize::from(from < 0.999) + 2 * usize::from(to < 0.999)] += 1;
+            }
+        }
+        assert!(slowed.iter().all(|n| *n > 10), "{slowed:?}");
+    }
+
     #[test]
     fn from_rest_the_pace_rises_as_fast_as_the_acceleration_allows() {
         // A straight line at half a radian per second: with 5 rad/s² and periods of 20 ms that takes five of them.
