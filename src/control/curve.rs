@@ -148,7 +148,8 @@ impl Curve {
                 }
             }
             if next < 1.0 && next + rise < cap {
-                (cap, limiting) = (next + rise, self.limiting[k + 1] as usize);
+                // Slowed for what comes after it, by the joint that has to be slow there.
+                (cap, limiting) = (next + rise, self.limiting[k + 2] as usize);
             }
             // A knot belongs to two segments: both caps hold there.
             self.pace2[k] = cap;
@@ -236,6 +237,8 @@ mod tests {
             let (a, b) = coast(-0.5, -1.0, &BOUND, t);
             assert!((a + q).abs() < 1e-12 && (b + v).abs() < 1e-12, "{t}: {a} {b}");
         }
+        assert_eq!(coast(0.5, 1.0, &Bound { acceleration: 0.5, ..BOUND }, 1.0), (1.25, 0.5), "it takes two seconds");
+        assert_eq!(coast(0.5, 0.0, &Bound { acceleration: 0.0, ..BOUND }, 1.0), (0.5, 0.0), "no limit is known");
     }
 
     /// Two joints on a line, the second twice as fast the other way; 25 ms to the second of `knots`, then 50 ms each.
@@ -318,9 +321,54 @@ mod tests {
         assert!(two.push().is_none(), "no room");
         two.plan_pace(&[slow]);
         assert!((two.pace(0.05).0 - 0.3).abs() < 1e-9);
+        // Slow at both knots and 2 rad/s between them.
+        let mut fast_between = Curve::with_room(1, 2);
+        fast_between.begin(0.1, 0.1);
+        for k in 0..2 {
+            let (q, v) = fast_between.push().unwrap();
+            (q[0], v[0]) = (0.15 * f64::from(k), 0.5);
+        }
+        fast_between.plan_pace(&[slow]);
+        assert!((fast_between.pace(0.05).0 - 0.45).abs() < 1e-9, "{}", fast_between.pace(0.05).0);
         let mut none = Curve::with_room(1, 2);
         none.plan_pace(&[slow]);
         assert_eq!((none.pace(0.0), none.end()), ((1.0, 0), 0.0));
+    }
+
+    #[test]
+    fn towards_a_slow_segment_the_pace_falls_as_fast_as_braking_allows_and_no_faster() {
+        let (h, bound) = (0.1, Bound { velocity: 10.0, acceleration: 1.0, ..BOUND });
+        // On a line, and on a parabola that takes half of the acceleration by itself.
+        for bend in [0.0, 0.5] {
+            let mut curve = Curve::with_room(2, 9);
+            curve.begin(h, h);
+            let (mut at, mut before) = (0.0, 0.0);
+            for k in 0..9 {
+                // The last segment needs twenty times the acceleration that there is.
+                let speed = 0.8 + bend * h * f64::from(k) + if k == 8 { 2.0 } else { 0.0 };
+                at += if k == 0 { 0.0 } else { 0.5 * (before + speed) * h };
+                before = speed;
+                let (q, v) = curve.push().unwrap();
+                q.copy_from_slice(&[0.0, at]);
+                v.copy_from_slice(&[0.0, speed]);
+            }
+            curve.plan_pace(&[bound; 2]);
+            let mut braking = 0;
+            for k in 0..7 {
+                let (here, next) = (curve.pace2[k], curve.pace2[k + 1]);
+                assert!(here > next || here == 1.0, "{:?}", curve.pace2);
+                // Along the path: its own bend at this pace, and the pace's fall over the segment.
+                let needed = bend * here + 0.5 * curve.v[2 * k + 3] * (here - next) / h;
+                if here < 1.0 {
+                    assert!((needed - 0.9).abs() < 1e-9, "{needed} of 1 at knot {k}: {:?}", curve.pace2);
+                    assert_eq!(curve.limiting[k + 1], 1, "the joint that has to be slow there");
+                    braking += 1;
+                } else {
+                    assert!(needed <= 0.9 + 1e-9, "{needed} of 1 at knot {k}: {:?}", curve.pace2);
+                }
+            }
+            assert!(braking > 2, "{:?}", curve.pace2);
+        }
     }
 
     #[test]
