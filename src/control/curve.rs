@@ -220,6 +220,18 @@ mod tests {
         tangents(&q, 1, 0.5, &[BOUND], &mut v);
         // 1.5 lies beside the limit: 1.0/1.0 is below three times the slope of 1; 1.9 is held to three times -0.2.
         assert_eq!(v.map(|v| (v * 1e9).round() / 1e9), [0.0, 1.0, 1.5, 1.0, 0.0, 0.0, -0.6, -3.8]);
+        // Before a limit as after it, on both sides.
+        for side in [1.0, -1.0] {
+            let mut v = [f64::NAN; 4];
+            tangents(&[0.0, 1.9, 2.0, 2.0].map(|q| side * q), 1, 0.5, &[BOUND], &mut v);
+            assert_eq!(v.map(|v| (side * v * 1e9).round() / 1e9), [3.8, 0.6, 0.0, 0.0]);
+            // It turns on the limit, whatever is beside it; one action has no slope.
+            let mut v = [f64::NAN; 3];
+            tangents(&[0.0, 2.0, 1.0].map(|q| side * q), 1, 0.5, &[BOUND], &mut v);
+            assert_eq!(v.map(|v| side * v), [4.0, 0.0, -2.0]);
+            tangents(&[0.3], 1, 0.5, &[BOUND], &mut v[..1]);
+            assert_eq!(v[0], 0.0);
+        }
     }
 
     #[test]
