@@ -12,7 +12,8 @@ fn hold(_: f64, _: usize) -> f64 {
 }
 
 fn names() -> Names {
-    Names { joints: vec!["shoulder".into(), "elbow".into()], cameras: vec!["base".into()], outputs: vec!["arm".into()] }
+    let arm = OutputNames { name: "arm".into(), topic: "/arm/joint_trajectory".into(), others: Vec::new() };
+    Names { joints: vec!["shoulder".into(), "elbow".into()], cameras: vec!["base".into()], outputs: vec![arm] }
 }
 
 /// Follows `f`, in seconds since `t0`, for `ticks`, with a chunk every 6 ticks that is `late` seconds old.
@@ -89,22 +90,24 @@ fn one_nan_drops_the_whole_chunk_and_is_counted() {
 #[test]
 fn chunks_that_are_stale_foreign_or_out_of_order_are_refused_by_kind() {
     type Spoil = fn(&mut ActionChunk);
-    let cases: [(&str, Spoil); 11] = [
-        ("old_epoch", |c| c.epoch += 1),
-        ("sequence", |c| c.sequence -= 1),
-        ("old_prompt", |c| c.prompt_generation = 4),
-        ("joints", |c| c.joints = 3),
-        ("horizon", |c| c.horizon = 19),
-        ("horizon", |c| {
-            c.positions.pop();
-        }),
-        ("time_step", |c| c.dt = 0.04),
-        ("time_step", |c| c.dt = f64::NAN),
-        ("no_stamp", |c| c.state_stamp = RosTime(0)),
-        ("too_old", |c| c.state_stamp = c.state_stamp.plus_seconds(-1.2)),
-        ("from_future", |c| c.state_stamp = c.state_stamp.plus_seconds(0.2)),
+    let cases: [(&str, &str, Spoil); 14] = [
+        ("old_epoch", "chunk of epoch 1, current is 0", |c| c.epoch += 1),
+        ("sequence", "duplicate or out of order", |c| c.sequence -= 1),
+        ("old_prompt", "chunk for prompt 4, current is 5", |c| c.prompt_generation = 4),
+        ("joints", "chunk with 3 joints, expected 2", |c| c.joints = 3),
+        ("horizon", "chunk with 19 actions, expected 20", |c| c.horizon = 19),
+        ("horizon", "chunk with 18 actions, expected 20", |c| c.positions.truncate(37)),
+        ("time_step", "chunk with dt 0.04 s, expected 0.05 s", |c| c.dt = 0.04),
+        // A thousand of them are 1 ms apart from what they are taken for.
+        ("time_step", "chunk with dt 0.050001 s", |c| c.dt = 0.050_001),
+        ("time_step", "chunk with dt NaN s", |c| c.dt = f64::NAN),
+        ("no_stamp", "without a time", |c| c.state_stamp = RosTime(0)),
+        ("too_old", "observation 1220 ms old", |c| c.state_stamp = c.state_stamp.plus_seconds(-1.2)),
+        ("from_future", "observation 180 ms in the future", |c| c.state_stamp = c.state_stamp.plus_seconds(0.2)),
+        ("images_too_old", "images 1520 ms old", |c| c.oldest_image_stamp = c.state_stamp.plus_seconds(-1.5)),
+        ("non_finite", "action 2 of joint 'elbow' is not finite", |c| c.positions[5] = f64::INFINITY),
     ];
-    for (name, spoil) in cases {
+    for (name, says, spoil) in cases {
         let mut w = running(config());
         let mut good = w.observe(hold);
         good.prompt_generation = 5;
@@ -114,13 +117,40 @@ fn chunks_that_are_stale_foreign_or_out_of_order_are_refused_by_kind() {
         spoil(&mut bad);
         let Some(ChunkVerdict::Refused(why)) = w.step(Some(&bad)).chunk else { panic!("{name} was accepted") };
         assert_eq!(ChunkRefusal::NAMES[why.kind()], name);
-        assert!(!why.text(&names()).is_empty());
+        assert!(why.text(&names()).contains(says), "{}", why.text(&names()));
         assert_eq!(w.controller.status().counters.refused[why.kind()], 1);
         let next = w.observe(hold);
         let mut next = ActionChunk { prompt_generation: 5, ..next };
         next.sequence += 1;
         assert_eq!(w.step(Some(&next)).chunk, Some(ChunkVerdict::Accepted), "the next good one is taken");
     }
+}
+
+#[test]
+fn what_is_exactly_as_old_as_allowed_is_taken() {
+    for (state, image) in [(1.0, 1.0), (-0.05, 0.0), (0.0, 1.5)] {
+        let mut w = running(config());
+        w.wait(0.02);
+        w.controller.set_ages(1.0, 1.5);
+        let (state_stamp, oldest_image_stamp) = (w.now.plus_seconds(-state), w.now.plus_seconds(-image));
+        let c = ActionChunk { state_stamp, oldest_image_stamp, ..w.observe(hold) };
+        assert_eq!(w.tick(Some(&c)).chunk, Some(ChunkVerdict::Accepted), "{state} s, images {image} s");
+    }
+}
+
+#[test]
+fn after_a_stop_a_policy_may_number_its_chunks_from_anywhere() {
+    let mut w = running(config());
+    w.requests.stop = true;
+    w.step(None);
+    let chunk = |w: &mut World, sequence| {
+        let c = ActionChunk { sequence, ..w.observe(hold) };
+        w.step(Some(&c)).chunk.unwrap()
+    };
+    assert_eq!(chunk(&mut w, 1), ChunkVerdict::Accepted, "it was started again");
+    let again = ChunkRefusal::Sequence { chunk: 1, last: 1 };
+    assert_eq!(chunk(&mut w, 1), ChunkVerdict::Refused(again));
+    assert_eq!(chunk(&mut w, 2), ChunkVerdict::Accepted);
 }
 
 #[test]
@@ -142,7 +172,7 @@ fn arming_is_refused_with_the_reason() {
         ),
         (
             |w| w.health = InputHealth::Bad(InputFault::OutputContested { output: 0 }),
-            "somebody else publishes on the topic of output 'arm'",
+            "somebody else publishes on /arm/joint_trajectory, the topic of output 'arm': stop the other node",
         ),
         (|w| w.wait(1.5), "no usable action chunk: observation 1560 ms old"),
     ];
@@ -160,6 +190,24 @@ fn arming_is_refused_with_the_reason() {
         let text = report.refusal.expect(says).text(&names());
         assert!(text.contains(says), "{text}");
         assert!(!report.published && !report.mode.armed());
+    }
+    // A joint state of fewer joints, or of more.
+    for joints in [1, 3] {
+        let mut w = World::new(config());
+        w.step(None);
+        let c = w.observe(hold);
+        let input = TickInput {
+            ros_now: w.now.plus_seconds(0.02),
+            mono_now: w.mono,
+            skipped: 0,
+            measured: Measured { positions: JointVector::zeros(joints), ages: JointVector::zeros(joints) },
+            inputs: InputHealth::Ok,
+            lifecycle: Lifecycle::Ready,
+            chunk: Some(&c),
+            requests: Requests { enable: true, ..Requests::default() },
+        };
+        let report = w.controller.tick(&input, &mut w.window);
+        assert_eq!((report.refusal, report.published), (Some(Refusal::StateMissing { joint: 1 }), false), "{joints}");
     }
     // On a limit is inside it.
     let mut w = World::new(config());
@@ -194,17 +242,11 @@ fn a_late_chunk_loses_exactly_what_is_past() {
     let mut c = w.observe(|t, _| 0.1 * t);
     c.state_stamp = w.now.plus_seconds(-0.33);
     let stamp = c.state_stamp;
-    let mut adoption = w.step(Some(&c)).adoption;
-    for _ in 0..40 {
-        adoption = adoption.or(w.step(None).adoption);
-        if adoption.is_some() {
-            break;
-        }
-    }
+    let adoption = w.until_adopted(&c);
     let plan = w.controller.status().plan.unwrap();
     assert_eq!(plan.origin, stamp);
     let late = plan.adopted_at.seconds_since(stamp);
-    assert_eq!(adoption.unwrap().actions_skipped, (late / 0.05).ceil() as usize);
+    assert_eq!(adoption.actions_skipped, (late / 0.05).ceil() as usize);
     let next = plan.next_adoption.seconds_since(plan.adopted_at);
     assert!(next > 0.25 && next <= 0.3 + 1e-9, "6 steps from the action that is being executed: {next}");
 }
@@ -213,19 +255,21 @@ fn a_late_chunk_loses_exactly_what_is_past() {
 fn while_no_chunk_waits_the_adoption_moves_on_by_one_step_of_the_grid() {
     let mut w = running(config());
     let mut waited = 0;
-    while w.controller.mode() == Mode::Run {
+    for i in 0..200 {
+        // Some of the time a period is skipped, which may be more than a step of the grid.
+        (w.skipped, w.now) = if i % 7 == 6 { (5, w.now.plus_seconds(0.1)) } else { (0, w.now) };
         w.step(None);
         let Some(p) = w.controller.status().plan else { break };
         let left = p.next_adoption.seconds_since(w.now);
         let steps = p.next_adoption.seconds_since(p.origin) / 0.05;
-        assert!((steps - steps.round()).abs() < 1e-6 && left > 0.0);
+        // The seam is one period ahead of the tick, and the adoption after it: it has not come yet.
+        assert!((steps - steps.round()).abs() < 1e-6 && left > 0.02 + 1e-9, "{left}");
         if p.adopted_at.plus_seconds(0.3) < w.now {
-            // The seam is one period ahead of the tick.
             assert!(left <= 0.05 + 0.02 + 1e-9, "{left}");
             waited += 1;
         }
     }
-    assert!(waited > 20);
+    assert!(waited > 10, "{waited}");
 }
 
 #[test]
@@ -250,6 +294,16 @@ fn what_is_more_serious_is_said_even_while_stopping() {
     w.age = 0.2;
     assert_eq!(w.step(None).stop, None, "at rest an old joint state stops nothing");
 
+    // Of two that are as serious, what a person asked for is the reason; what is less serious is not.
+    let mut w = moving();
+    w.wait(-0.1);
+    assert!(matches!(w.tick(None).stop, Some(Reason::ClockJumpedBack { .. })));
+    w.requests.stop = true;
+    assert_eq!(w.step(None).stop, Some(Reason::StopRequested));
+    w.requests.disable = true;
+    assert_eq!(w.step(None).stop, None);
+    assert_eq!(w.controller.status().reason, Some(Reason::StopRequested));
+
     let mut w = World::new(config());
     w.step(None);
     w.requests.stop = true;
@@ -270,14 +324,11 @@ fn a_chunk_never_loses_more_than_was_consumed() {
     let armed = w.now;
     let mut c = w.observe(hold);
     c.state_stamp = observed;
-    let mut report = w.step(Some(&c));
-    while report.adoption.is_none() {
-        report = w.step(None);
-    }
+    let adoption = w.until_adopted(&c);
     let plan = w.controller.status().plan.unwrap();
     let consumed = plan.adopted_at.seconds_since(armed);
     assert!((plan.adopted_at.seconds_since(plan.origin) - consumed).abs() < 1e-9, "{plan:?}");
-    assert_eq!(report.adoption.unwrap().actions_skipped, (consumed / 0.05 - 1e-9).ceil() as usize);
+    assert_eq!(adoption.actions_skipped, (consumed / 0.05 - 1e-9).ceil() as usize);
 }
 
 #[test]
@@ -302,15 +353,31 @@ fn a_slowed_plan_is_consumed_slower_and_the_next_chunk_knows() {
     // A chunk observed before all that is dated by what was consumed.
     let mut c = w.observe(hold);
     c.state_stamp = t0.plus_seconds(0.02);
-    let mut report = w.step(Some(&c));
-    for _ in 0..30 {
-        if report.adoption.is_some() {
-            break;
-        }
-        report = w.step(None);
-    }
+    w.until_adopted(&c);
     let p = w.controller.status().plan.unwrap();
     assert!(p.origin.seconds_since(c.state_stamp) > 0.05, "{p:?}");
+}
+
+#[test]
+fn the_pace_said_is_that_of_the_moment_on_early_ticks_too() {
+    let mut w = running(config());
+    // 4 rad/s, there and back, is twice what is allowed: the pace falls and rises.
+    let c = w.observe(|t, _| 0.5 * (8.0 * t).sin());
+    w.until_adopted(&c);
+    let (mut before, mut changing) = (w.controller.status().plan.unwrap().pace, 0);
+    for _ in 0..25 {
+        // Half-way between two points of the window, and at the second.
+        let mut half = || {
+            w.wait(0.01);
+            w.tick(None);
+            w.controller.status().plan.unwrap().pace
+        };
+        let (between, after) = (half(), half());
+        assert!((between - 0.5 * (before + after)).abs() < 1e-9, "{before}, {between}, {after}");
+        changing += i32::from((after - before).abs() > 1e-4);
+        before = after;
+    }
+    assert!(changing > 3, "{changing}");
 }
 
 #[test]
@@ -343,16 +410,29 @@ fn a_chunk_is_adopted_every_replan_steps_on_the_grid_and_the_newest_wins() {
 }
 
 #[test]
+fn on_a_grid_that_ticks_meet_replan_steps_are_exact() {
+    let mut c = config();
+    c.dt = 0.04;
+    let mut w = running(c);
+    let mut adopted = Vec::new();
+    for _ in 0..100 {
+        let c = w.observe(hold);
+        if w.step(Some(&c)).adoption.is_some() {
+            adopted.push(w.controller.status().plan.unwrap().adopted_at);
+        }
+    }
+    for pair in adopted[1..].windows(2) {
+        assert_eq!(pair[1].0 - pair[0].0, 240_000_000, "6 steps of 40 ms");
+    }
+}
+
+#[test]
 fn the_jump_at_a_seam_is_measured_before_the_blend_and_named() {
     let mut w = running(config());
     let c = w.observe(|_, j| if j == 1 { 0.02 } else { 0.01 });
-    let mut adoption = w.step(Some(&c)).adoption;
-    while adoption.is_none() {
-        adoption = w.step(None).adoption;
-    }
-    let a = adoption.unwrap();
+    let a = w.until_adopted(&c);
     assert!((a.jump - 0.02).abs() < 1e-9 && a.joint == 1, "{a:?}");
-    assert!((w.controller.status().seam_jump_max - 0.02).abs() < 1e-9);
+    assert!((w.controller.status().seam_jump_max - 0.02).abs() < 1e-9, "and not the way to the plan after arming");
     // Blended over 3 steps of 50 ms: not there after one, there after four.
     let at = |w: &World| w.told().0[0];
     w.step(None);
@@ -362,6 +442,29 @@ fn the_jump_at_a_seam_is_measured_before_the_blend_and_named() {
         w.step(None);
     });
     assert!((at(&w) - 0.01).abs() < 1e-6, "{}", at(&w));
+}
+
+#[test]
+fn the_jump_is_between_two_moving_plans_at_the_same_moment() {
+    let line = |t: f64, j: usize| 0.1 * t * (1.0 + j as f64);
+    let mut w = World::new(config());
+    let t0 = w.now;
+    w.arm(|t, j| 0.3 + line(t, j));
+    assert_eq!(w.controller.status().seam_jump_max, 0.0, "the way to the plan is not a jump");
+    run(&mut w, t0, 80, 0.05, line);
+    // Late by a third of a second, and beside the running plan by as much as its joint says.
+    let stamp = w.now.plus_seconds(-0.33);
+    let mut c = w.observe(|t, j| line(stamp.seconds_since(t0) + t, j) + [0.003, 0.007][j]);
+    c.state_stamp = stamp;
+    let a = w.until_adopted(&c);
+    assert!((a.jump - 0.007).abs() < 1e-6 && a.joint == 1, "{a:?}");
+
+    let mut w = running(config());
+    w.until(Mode::Coast, 100);
+    let c = w.observe(|_, _| 0.4);
+    let a = w.until_adopted(&c);
+    assert!((a.jump - 0.4).abs() < 1e-9 && a.from_rest);
+    assert!((w.controller.status().seam_jump - 0.4).abs() < 1e-9, "after a coast it is one");
 }
 
 #[test]
@@ -375,6 +478,68 @@ fn the_tail_is_played_to_its_last_action() {
         w.until(Mode::Coast, 100);
         let reached = w.told().0[0];
         assert!(reached > 0.3 * 0.95 - 0.3 * 0.04, "{reached}");
+    }
+}
+
+#[test]
+fn an_action_due_on_a_tick_is_the_last_one_played() {
+    let mut c = config();
+    c.dt = 0.04;
+    let mut w = running(c);
+    let (chunk, stamp) = (w.observe(|t, _| 0.05 * t), w.now);
+    w.step(Some(&chunk));
+    w.until(Mode::Coast, 100);
+    // What is promised now is the last action, due one period from here; braking comes after it.
+    let left = stamp.plus_seconds(0.76).seconds_since(w.now);
+    assert!((left - 0.02).abs() < 1e-9, "{left} {:?}", w.window.positions(0));
+    assert!((w.window.positions(0)[0] - 0.05 * 0.76).abs() < 1e-9, "{:?}", w.window.positions(0));
+    assert!((w.window.velocities(0)[0] - 0.05).abs() < 1e-9);
+}
+
+/// A chunk of which `used` seconds are over when its turn comes in `w`, which follows a plan.
+fn used_at_its_turn(w: &mut World, used: f64) -> ActionChunk {
+    let (period, due) = (w.controller.config().period, w.controller.status().plan.unwrap().next_adoption);
+    // The seam is one period ahead of the first tick that has it in sight.
+    let mut seam = w.now.plus_seconds(2.0 * period);
+    while due.seconds_since(seam) > 1e-9 {
+        seam = seam.plus_seconds(period);
+    }
+    let mut c = w.observe(hold);
+    (c.state_stamp, c.oldest_image_stamp) = (seam.plus_seconds(-used), seam.plus_seconds(-used));
+    c
+}
+
+#[test]
+fn a_chunk_with_nothing_left_to_move_to_is_past() {
+    // 20 actions 50 ms apart: the last is due after 950 ms. It takes a period to get there, and a quarter of a step.
+    for (period, used, late) in [
+        (0.02, 0.5, None),
+        (0.02, 0.929, None),
+        (0.02, 0.935, Some(-0.015)),
+        (0.02, 1.05, Some(0.1)),
+        (0.002, 0.94, Some(-0.01)),
+    ] {
+        let mut c = config();
+        (c.period, c.stop_time) = (period, 0.5);
+        let mut w = World::new(c);
+        w.arm(hold);
+        let t0 = w.now;
+        run(&mut w, t0, (1.2 / period) as usize, 0.05, hold);
+        w.controller.set_ages(2.0, 2.0);
+        let c = used_at_its_turn(&mut w, used);
+        let mut report = w.step(Some(&c));
+        assert_eq!(report.chunk, Some(ChunkVerdict::Accepted));
+        for _ in 0..(0.4 / period) as usize {
+            if report.adoption.is_some() || report.dropped.is_some() {
+                break;
+            }
+            report = w.step(None);
+        }
+        match (report.dropped, late) {
+            (None, None) => assert_eq!(report.adoption.unwrap().sequence, c.sequence),
+            (Some(ChunkRefusal::Past { late: found }), Some(late)) => assert!((found - late).abs() < 1e-6, "{found}"),
+            other => panic!("{used} s: {other:?}"),
+        }
     }
 }
 
@@ -405,6 +570,8 @@ fn when_chunks_stop_the_tail_is_played_then_it_decelerates_and_holds() {
     let c = w.observe(|_, _| 0.3);
     let report = w.step(Some(&c));
     assert_eq!((report.mode, report.adoption.unwrap().from_rest), (Mode::Run, true));
+    let p = w.controller.status().plan.unwrap();
+    assert!((p.origin.seconds_since(p.adopted_at)).abs() < 1e-8 && p.adopted_at == w.now.plus_seconds(0.02), "{p:?}");
     assert_eq!(w.controller.status().level, Level::Ok);
     (0..15).for_each(|_| {
         w.step(None);
@@ -414,10 +581,13 @@ fn when_chunks_stop_the_tail_is_played_then_it_decelerates_and_holds() {
 
 #[test]
 fn after_a_coast_a_distant_plan_is_approached_by_a_ramp() {
-    let mut w = running(config());
-    w.until(Mode::Coast, 100);
-    let c = w.observe(|_, _| 1.2);
-    assert_eq!(w.step(Some(&c)).mode, Mode::Ramp);
+    // Blended over 3 steps of 50 ms if that is enough: a centimetre is near, a hand's breadth is not.
+    for (away, mode) in [(0.01, Mode::Run), (0.1, Mode::Ramp), (1.2, Mode::Ramp)] {
+        let mut w = running(config());
+        w.until(Mode::Coast, 100);
+        let c = w.observe(|_, _| away);
+        assert_eq!(w.step(Some(&c)).mode, mode, "{away} away");
+    }
 }
 
 #[test]
@@ -491,7 +661,7 @@ fn what_is_not_safe_any_more_decelerates_disarms_and_says_why() {
         (|w| w.health = InputHealth::Bad(InputFault::CameraFrozen { camera: 0, age: 2.0 }), "same picture for 2.0 s"),
         (
             |w| w.health = InputHealth::Bad(InputFault::OutputUnconnected { output: 0 }),
-            "nobody listens to output 'arm'",
+            "nobody listens to /arm/joint_trajectory, the topic of output 'arm'",
         ),
         (|w| w.lifecycle = Lifecycle::Warmup, "deactivated"),
     ];
@@ -635,7 +805,7 @@ fn a_window_has_points_one_period_apart_and_ends_at_rest() {
     w.step(None);
     let win = &w.window;
     assert_eq!(win.driven_points(), 10, "200 ms at 50 Hz");
-    assert_eq!(win.time_from_start(0).as_millis(), 20);
+    assert_eq!((win.time_from_start(0).as_millis(), win.period()), (20, 0.02));
     for i in 1..win.points() {
         let gap = win.time_from_start(i) - win.time_from_start(i - 1);
         assert_eq!(gap.as_nanos(), 20_000_000);
@@ -643,8 +813,12 @@ fn a_window_has_points_one_period_apart_and_ends_at_rest() {
     assert!(win.velocities(win.driven_points() - 1)[0] > 0.5, "driven");
     assert_eq!(win.velocities(win.points() - 1), [0.0, 0.0]);
     assert!(win.points() > win.driven_points());
+    assert!(win.velocities(win.points() - 2)[0] > 0.0, "at rest only at its end");
     let (q, _) = win.sample(0.02);
     assert_eq!(&q[..], win.positions(0));
+    let mut w = running(config());
+    w.step(None);
+    assert_eq!((w.window.points(), w.window.driven_points()), (10, 10), "who stands still needs no tail");
 }
 
 #[test]
@@ -688,6 +862,20 @@ fn a_plan_past_a_position_limit_ends_on_the_limit_without_bouncing() {
 }
 
 #[test]
+fn an_action_past_a_limit_counts_for_its_joint_as_soon_as_its_chunk_is_adopted() {
+    for (far, counted) in [(1.5, 0), (-1.5, 0), (1.51, 1), (-1.51, 1)] {
+        let mut w = running(config());
+        // One action, most of a second away.
+        let c = w.observe(|t, j| if j == 1 && (t - 0.85).abs() < 0.01 { far } else { 0.0 });
+        let before = w.controller.status().interventions;
+        w.until_adopted(&c);
+        let after = w.controller.status().interventions;
+        let position = |joint| after.of(joint, Rule::Position) - before.of(joint, Rule::Position);
+        assert_eq!((position(0), position(1)), (0, counted), "{far}");
+    }
+}
+
+#[test]
 fn the_ramp_is_bounded_and_starts_at_the_measured_pose() {
     let mut w = World::new(config());
     w.robot = Played::hold(w.now, &[-0.6, 0.2], 0.02);
@@ -696,7 +884,10 @@ fn the_ramp_is_bounded_and_starts_at_the_measured_pose() {
     assert_eq!(w.window.now().0, [-0.6, 0.2]);
     let t0 = w.now;
     let mut fastest = 0.0f64;
-    while w.controller.mode() == Mode::Ramp {
+    for _ in 0..200 {
+        if w.controller.mode() != Mode::Ramp {
+            break;
+        }
         run(&mut w, t0, 1, 0.05, |_, j| if j == 0 { 0.6 } else { 0.2 });
         fastest = fastest.max(w.told().1[0].abs());
     }

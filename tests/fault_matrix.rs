@@ -442,12 +442,24 @@ impl Rig {
     fn enable(&mut self, f: &Faults) -> Result<TickReport, String> {
         self.node.ask(Requests { enable: true, ..Requests::default() });
         let report = self.step(f).expect("a tick");
+        let topic = "~/arm/joint_trajectory".into();
         let names = Names {
             joints: self.names.clone(),
             cameras: vec!["base".into(), "wrist".into()],
-            outputs: vec!["arm".into()],
+            outputs: vec![OutputNames { name: "arm".into(), topic, others: Vec::new() }],
         };
         report.refusal.map_or(Ok(report), |r| Err(r.text(&names)))
+    }
+
+    /// Asks to arm as the service does; its answer.
+    fn call_enable(&mut self, f: &Faults) -> Result<String, String> {
+        let commands = self.node.commands();
+        let answer = std::thread::spawn(move || commands.enable(true));
+        while !answer.is_finished() {
+            self.step(f);
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        answer.join().unwrap()
     }
 
     /// Armed and following the policy.
@@ -568,6 +580,8 @@ const IMPOSSIBLE: [(Thing, Kind, &str); 1] =
 const OLD_CAMERA: &str = "ms old (limit 500 ms)";
 const OLD_JOINT: &str = "ms old (limit 200 ms)";
 const FOLLOWING: &str = "armed: following the policy";
+const NOBODY: &str = "nobody listens to ~/arm/joint_trajectory, the topic of output 'arm'";
+const CONTESTED: &str = "somebody else publishes on ~/arm/joint_trajectory, the topic of output 'arm': stop";
 const STARVED: &str = "no action chunk in time";
 const UNSENT: &str = "commands could not be sent in time and the robot braked by itself";
 
@@ -728,10 +742,10 @@ fn table() -> Vec<Row> {
             (Active, Stops, UNSENT), ("control", Error, UNSENT)),
         row(Publisher, Wrong, "nobody listens", DURING,
             |f, _, _| f.output = Some(InputFault::OutputUnconnected { output: 0 }),
-            (Active, Stops, "nobody listens to output 'arm'"), ("safety", Warn, "nobody listens to output 'arm'")),
+            (Active, Stops, NOBODY), ("safety", Warn, NOBODY)),
         row(Publisher, Wrong, "somebody else publishes on its topic", DURING,
             |f, _, _| f.output = Some(InputFault::OutputContested { output: 0 }),
-            (Active, Stops, "somebody else publishes on the topic of output 'arm'"), ("safety", Warn, "somebody else")),
+            (Active, Stops, CONTESTED), ("safety", Warn, CONTESTED)),
         row(Publisher, Slow, "one window in three periods", DURING, |f, _, n| f.blocked = n % 3 != 2,
             (Run, Continues, FOLLOWING), ("control", Fine, "windows_not_sent 100")),
         row(Publisher, Delayed, "blocked for 100 ms", 1.0, |f, _, n| f.blocked = n < 5,
@@ -895,16 +909,22 @@ fn a_hardware_stop_disarms_and_arming_again_ramps_from_the_measured_pose() {
 
 #[test]
 fn a_controller_that_does_not_listen_or_a_second_publisher_forbids_arming_by_name() {
-    for (fault, says) in [
-        (InputFault::OutputUnconnected { output: 0 }, "nobody listens to output 'arm'"),
-        (InputFault::OutputContested { output: 0 }, "somebody else publishes on the topic of output 'arm'"),
+    let (nobody, contested) = (InputFault::OutputUnconnected { output: 0 }, InputFault::OutputContested { output: 0 });
+    let alone = "nobody listens to /left/arm, the topic of output 'arm': activate its controller, or set outputs.arm.topic \
+                 to the one it listens to";
+    for (fault, others, says) in [
+        (nobody, vec![], alone),
+        (contested, vec![], "somebody else publishes on /left/arm, the topic of output 'arm': stop the other node"),
+        (contested, vec!["/a", "/b"], "somebody else publishes on /left/arm, the topic of output 'arm': stop /a, /b"),
     ] {
-        let mut rig = Rig::new("pick");
+        let mut rig = Rig::moving();
+        rig.inputs.output_topic(0, "/left/arm", others.into_iter().map(String::from).collect());
         let wrong = Faults { output: Some(fault), ..Faults::default() };
         rig.run(1.0, |f, _| *f = wrong.clone());
-        let refusal = rig.enable(&wrong).unwrap_err();
-        assert!(refusal.contains(says), "{refusal}");
-        rig.enable(&Faults::default()).unwrap();
+        assert_eq!(rig.call_enable(&wrong).unwrap_err(), says);
+        rig.run(1.0, |_, _| {});
+        assert_eq!(rig.node.status().message, says, "once it is over, it still says why it stopped");
+        assert!(rig.call_enable(&Faults::default()).unwrap().starts_with("armed: "));
     }
 }
 
@@ -912,16 +932,8 @@ fn a_controller_that_does_not_listen_or_a_second_publisher_forbids_arming_by_nam
 fn the_summary_at_arming_lists_each_camera_with_size_rate_and_age() {
     let mut rig = Rig::new("pick");
     rig.run(1.0, |f, _| f.cameras[1].size = Some(16));
-    let commands = rig.node.commands();
-    let answer = std::thread::spawn(move || commands.enable(true));
-    while !answer.is_finished() {
-        rig.step(&Faults {
-            cameras: [CameraFault::default(), CameraFault { size: Some(16), ..Default::default() }],
-            ..Default::default()
-        });
-        std::thread::sleep(Duration::from_micros(200));
-    }
-    let summary = answer.join().unwrap().unwrap();
+    let cameras = [CameraFault::default(), CameraFault { size: Some(16), ..Default::default() }];
+    let summary = rig.call_enable(&Faults { cameras, ..Default::default() }).unwrap();
     assert!(summary.contains("base 8x8 at 16.7 Hz, "), "{summary}");
     assert!(summary.contains("wrist 16x16 at 16.7 Hz, ") && summary.contains(" ms old"), "{summary}");
     assert!(summary.contains("prompt 'pick'"), "{summary}");

@@ -142,7 +142,8 @@ impl Controller {
             self.curve.sample(base.x, &self.bounds, &mut q0, &mut v0);
             v0.iter_mut().for_each(|v| *v *= base.pace);
         }
-        let i = ((used / dt).max(0.0) as usize).min(horizon - 2);
+        // There is an action after it: the first of the plan.
+        let i = (used / dt) as usize;
         let basis = Hermite::at((used - i as f64 * dt).clamp(0.0, dt), dt);
         let (mut jump, mut joint, mut span) = (0.0f64, 0, 0.0f64);
         for j in 0..n {
@@ -183,7 +184,7 @@ impl Controller {
                     }
                 }
             }
-            let (w, dw) = if fade > 0.0 { smooth(t, fade) } else { (1.0, 0.0) };
+            let (w, dw) = smooth(t, fade);
             if w < 1.0 {
                 self.curve.sample(base.x + t, &self.bounds, &mut old_q, &mut old_v);
                 for j in 0..n {

@@ -148,7 +148,8 @@ impl Curve {
                 }
             }
             if next < 1.0 && next + rise < cap {
-                (cap, limiting) = (next + rise, self.limiting[k + 1] as usize);
+                // Slowed for what comes after it, by the joint that has to be slow there.
+                (cap, limiting) = (next + rise, self.limiting[k + 2] as usize);
             }
             // A knot belongs to two segments: both caps hold there.
             self.pace2[k] = cap;
@@ -219,6 +220,18 @@ mod tests {
         tangents(&q, 1, 0.5, &[BOUND], &mut v);
         // 1.5 lies beside the limit: 1.0/1.0 is below three times the slope of 1; 1.9 is held to three times -0.2.
         assert_eq!(v.map(|v| (v * 1e9).round() / 1e9), [0.0, 1.0, 1.5, 1.0, 0.0, 0.0, -0.6, -3.8]);
+        // Before a limit as after it, on both sides.
+        for side in [1.0, -1.0] {
+            let mut v = [f64::NAN; 4];
+            tangents(&[0.0, 1.9, 2.0, 2.0].map(|q| side * q), 1, 0.5, &[BOUND], &mut v);
+            assert_eq!(v.map(|v| (side * v * 1e9).round() / 1e9), [3.8, 0.6, 0.0, 0.0]);
+            // It turns on the limit, whatever is beside it; one action has no slope.
+            let mut v = [f64::NAN; 3];
+            tangents(&[0.0, 2.0, 1.0].map(|q| side * q), 1, 0.5, &[BOUND], &mut v);
+            assert_eq!(v.map(|v| side * v), [4.0, 0.0, -2.0]);
+            tangents(&[0.3], 1, 0.5, &[BOUND], &mut v[..1]);
+            assert_eq!(v[0], 0.0);
+        }
     }
 
     #[test]
@@ -236,6 +249,156 @@ mod tests {
             let (a, b) = coast(-0.5, -1.0, &BOUND, t);
             assert!((a + q).abs() < 1e-12 && (b + v).abs() < 1e-12, "{t}: {a} {b}");
         }
+        assert_eq!(coast(0.5, 1.0, &Bound { acceleration: 0.5, ..BOUND }, 1.0), (1.25, 0.5), "it takes two seconds");
+        assert_eq!(coast(0.5, 0.0, &Bound { acceleration: 0.0, ..BOUND }, 1.0), (0.5, 0.0), "no limit is known");
+    }
+
+    /// Two joints on a line, the second twice as fast the other way; 25 ms to the second of `knots`, then 50 ms each.
+    fn line(knots: usize) -> Curve {
+        let mut curve = Curve::with_room(2, knots);
+        curve.begin(0.025, 0.05);
+        for k in 0..knots {
+            let t = if k == 0 { 0.0 } else { 0.025 + 0.05 * (k - 1) as f64 };
+            let (q, v) = curve.push().unwrap();
+            q.copy_from_slice(&[0.4 * t, -0.8 * t]);
+            v.copy_from_slice(&[0.4, -0.8]);
+        }
+        curve.plan_pace(&[BOUND; 2]);
+        curve
+    }
+
+    #[test]
+    fn a_curve_is_followed_to_its_last_knot_and_brakes_beyond_it() {
+        for knots in 1..6 {
+            let curve = line(knots);
+            let end = if knots == 1 { 0.0 } else { 0.025 + 0.05 * (knots - 2) as f64 };
+            assert!((curve.end() - end).abs() < 1e-12);
+            // At 5 rad/s² the joints need 80 and 160 ms to stop.
+            for (t, left, gone) in [(0.04, [0.2, -0.6], [0.012, -0.028]), (1.0, [0.0, 0.0], [0.016, -0.064])] {
+                let (mut q, mut v) = ([0.0; 2], [0.0; 2]);
+                curve.sample(end + t, &[BOUND; 2], &mut q, &mut v);
+                for j in 0..2 {
+                    let at = [0.4, -0.8][j] * end + gone[j];
+                    assert!((q[j] - at).abs() < 1e-9 && (v[j] - left[j]).abs() < 1e-9, "{knots} knots: {q:?} {v:?}");
+                }
+            }
+            let (mut q, mut v) = ([0.0; 2], [0.0; 2]);
+            for i in 0..=20 {
+                let x = end * f64::from(i) / 20.0;
+                curve.sample(x, &[BOUND; 2], &mut q, &mut v);
+                assert!(
+                    (q[0] - 0.4 * x).abs() < 1e-12 && (q[1] + 0.8 * x).abs() < 1e-12,
+                    "{knots} knots at {x}: {q:?}"
+                );
+                assert!((v[0] - 0.4).abs() < 1e-9 && (v[1] + 0.8).abs() < 1e-9);
+                assert_eq!(curve.pace(x), (1.0, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn each_segment_is_slowed_by_the_joint_that_needs_it_most_and_names_it() {
+        // Velocities of two joints at three knots; 1 rad/s is allowed, of which nine tenths are planned for.
+        let slow = Bound { acceleration: 1e6, ..BOUND };
+        for (speeds, paces) in [
+            ([[3.0, 2.0], [3.0, 2.0], [1.0, 2.0]], [(0.3, 0), (0.3, 0)]),
+            ([[3.0, 0.5], [0.5, 0.5], [0.5, 1.5]], [(0.3, 0), (0.6, 1)]),
+            ([[0.5, 0.5], [0.5, 0.5], [0.5, 1.5]], [(1.0, 0), (0.6, 1)]),
+            ([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [(1.0, 0), (1.0, 0)]),
+        ] {
+            let mut curve = Curve::with_room(2, 3);
+            curve.begin(0.1, 0.1);
+            let mut at = [0.0; 2];
+            for k in 0..3 {
+                for j in 0..2 {
+                    at[j] += if k == 0 { 0.0 } else { 0.05 * (speeds[k - 1][j] + speeds[k][j]) };
+                }
+                let (q, v) = curve.push().unwrap();
+                q.copy_from_slice(&at);
+                v.copy_from_slice(&speeds[k]);
+            }
+            curve.plan_pace(&[slow; 2]);
+            for (x, (pace, joint)) in [(1e-9, paces[0]), (0.2 - 1e-9, paces[1])] {
+                let (found, by) = curve.pace(x);
+                assert!((found - pace).abs() < 1e-3 && by == joint, "{speeds:?} at {x}: {found} by {by}");
+            }
+            assert_eq!(curve.pace(0.2), (1.0, 0), "it is over");
+        }
+        let mut two = Curve::with_room(1, 2);
+        two.begin(0.1, 0.1);
+        for k in 0..2 {
+            let (q, v) = two.push().unwrap();
+            (q[0], v[0]) = (0.3 * f64::from(k), 3.0);
+        }
+        assert!(two.push().is_none(), "no room");
+        two.plan_pace(&[slow]);
+        assert!((two.pace(0.05).0 - 0.3).abs() < 1e-9);
+        // Slow at both knots and 2 rad/s between them.
+        let mut fast_between = Curve::with_room(1, 2);
+        fast_between.begin(0.1, 0.1);
+        for k in 0..2 {
+            let (q, v) = fast_between.push().unwrap();
+            (q[0], v[0]) = (0.15 * f64::from(k), 0.5);
+        }
+        fast_between.plan_pace(&[slow]);
+        assert!((fast_between.pace(0.05).0 - 0.45).abs() < 1e-9, "{}", fast_between.pace(0.05).0);
+        let mut none = Curve::with_room(1, 2);
+        none.plan_pace(&[slow]);
+        assert_eq!((none.pace(0.0), none.end()), ((1.0, 0), 0.0));
+    }
+
+    #[test]
+    fn towards_a_slow_segment_the_pace_falls_as_fast_as_braking_allows_and_no_faster() {
+        let (h, bound) = (0.1, Bound { velocity: 10.0, acceleration: 1.0, ..BOUND });
+        // On a line, and on a parabola that takes half of the acceleration by itself.
+        for bend in [0.0, 0.5] {
+            let mut curve = Curve::with_room(2, 9);
+            curve.begin(h, h);
+            let (mut at, mut before) = (0.0, 0.0);
+            for k in 0..9 {
+                // The last segment needs twenty times the acceleration that there is.
+                let speed = 0.8 + bend * h * f64::from(k) + if k == 8 { 2.0 } else { 0.0 };
+                at += if k == 0 { 0.0 } else { 0.5 * (before + speed) * h };
+                before = speed;
+                let (q, v) = curve.push().unwrap();
+                q.copy_from_slice(&[0.0, at]);
+                v.copy_from_slice(&[0.0, speed]);
+            }
+            curve.plan_pace(&[bound; 2]);
+            let mut braking = 0;
+            for k in 0..7 {
+                let (here, next) = (curve.pace2[k], curve.pace2[k + 1]);
+                assert!(here > next || here == 1.0, "{:?}", curve.pace2);
+                // Along the path: its own bend at this pace, and the pace's fall over the segment.
+                let needed = bend * here + 0.5 * curve.v[2 * k + 3] * (here - next) / h;
+                if here < 1.0 {
+                    assert!((needed - 0.9).abs() < 1e-9, "{needed} of 1 at knot {k}: {:?}", curve.pace2);
+                    assert_eq!(curve.limiting[k + 1], 1, "the joint that has to be slow there");
+                    braking += 1;
+                } else {
+                    assert!(needed <= 0.9 + 1e-9, "{needed} of 1 at knot {k}: {:?}", curve.pace2);
+                }
+            }
+            assert!(braking > 2, "{:?}", curve.pace2);
+        }
+    }
+
+    #[test]
+    fn between_two_knots_the_square_of_the_pace_is_between_theirs() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(6);
+        let mut slowed = [0; 4];
+        for _ in 0..200 {
+            let curve = random_curve(rng);
+            for k in 0..38 {
+                let pace = |part: f64| curve.pace((f64::from(k) + part) * 0.05).0;
+                // A knot is asked for from its own segment.
+                let (from, to) = (pace(1e-9), pace(1.0 - 1e-9));
+                let half = 0.5 * (from * from + to * to);
+                assert!((pace(0.5).powi(2) - half).abs() < 1e-6, "{from}, {}, {to}", pace(0.5));
+                slowed[usize::from(from < 0.999) + 2 * usize::from(to < 0.999)] += 1;
+            }
+        }
+        assert!(slowed.iter().all(|n| *n > 10), "{slowed:?}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub use deadlines::{Deadlines, DeadlinesSnapshot, PlanTimes, Slack, TickTimes};
 pub use io::{Adoption, ChunkVerdict, Lifecycle, Measured, Requests, TickInput, TickReport};
 pub use joints::{JointVector, MAX_JOINTS};
 pub use mode::{Level, MODES, Mode, ModeRow};
-pub use reason::{ChunkRefusal, InputFault, InputHealth, Names, Reason, Refusal};
+pub use reason::{ChunkRefusal, InputFault, InputHealth, Names, OutputNames, Reason, Refusal};
 pub use status::{ControlStatus, Counters, Interventions, PlanView, Rule};
 pub use tick::Controller;
 pub use window::Window;

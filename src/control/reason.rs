@@ -10,7 +10,18 @@ pub struct Names {
     /// Cameras in the order of `camera_names`.
     pub cameras: Vec<String>,
     /// Output groups in the order of `outputs.names`.
-    pub outputs: Vec<String>,
+    pub outputs: Vec<OutputNames>,
+}
+
+/// What the texts call an output group.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OutputNames {
+    /// As in `outputs.names`.
+    pub name: String,
+    /// Its topic, by its full name where that is known.
+    pub topic: String,
+    /// Full names of the other nodes that publish on it, where they are known.
+    pub others: Vec<String>,
 }
 
 fn name(names: &[String], i: usize, kind: &str) -> String {
@@ -90,7 +101,10 @@ impl InputFault {
     /// One sentence: what, which value, what to do.
     pub fn text(&self, names: &Names) -> String {
         let camera = |i: usize| name(&names.cameras, i, "camera");
-        let output = |i: usize| name(&names.outputs, i, "output");
+        let output = |i: usize| match names.outputs.get(i) {
+            Some(o) => format!("{}, the topic of output '{}'", o.topic, o.name),
+            None => format!("the topic of output {i}"),
+        };
         match *self {
             Self::CameraMissing { camera: c } => {
                 format!("no image from {} yet: check its driver, topic and QoS", camera(c))
@@ -114,10 +128,16 @@ impl InputFault {
             ),
             Self::PromptMissing => "no prompt: set the parameter or publish on ~/prompt".into(),
             Self::OutputUnconnected { output: o } => {
-                format!("nobody listens to {}: is the controller active and the topic remapped?", output(o))
+                let name = names.outputs.get(o).map_or("<name>", |o| &o.name);
+                format!(
+                    "nobody listens to {}: activate its controller, or set outputs.{name}.topic to the one it listens to",
+                    output(o)
+                )
             }
             Self::OutputContested { output: o } => {
-                format!("somebody else publishes on the topic of {}: stop the other node", output(o))
+                let others = names.outputs.get(o).map_or(&[][..], |o| &o.others);
+                let stop = if others.is_empty() { "the other node".into() } else { others.join(", ") };
+                format!("somebody else publishes on {}: stop {stop}", output(o))
             }
             Self::OutputBlocked => {
                 "commands could not be sent in time and the robot braked by itself: check network and \

@@ -574,7 +574,7 @@ impl Controller {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::JointLimits;
+    use super::super::{ChunkTiming, JointLimits, Measured, Requests, Seam};
     use super::*;
 
     /// Never needed so far: what the controller fills a window with keeps every rule.
@@ -604,5 +604,72 @@ mod tests {
         }
         controller.window.clear(RosTime(1));
         assert_eq!(controller.breach(), None, "nothing leaves");
+    }
+
+    /// Whatever the phase of the seam on either grid, however late, slowed or blended: no jump, no kink.
+    #[test]
+    fn a_new_reference_goes_on_where_the_old_one_was_and_as_fast() {
+        let limits = JointLimits { min_position: -1.5, max_position: 1.5, max_velocity: 2.0, max_acceleration: 8.0 };
+        for seam in [Seam::None, Seam::Crossfade] {
+            let mut config = ControlConfig::new(["a".to_string(), "b".to_string()], 0.02, 0.05, 20);
+            config.joints.iter_mut().for_each(|j| (j.limits, j.max_tracking_error) = (Some(limits), 10.0));
+            (config.seam, config.replan_steps) = (seam, 5);
+            let mut controller = Controller::new(config).unwrap();
+            let mut out = controller.window();
+            let (mut now, mut last) = (RosTime(1_000_000_000_000), RosTime(1_000_000_000_000));
+            let mut pose = JointVector::zeros(2);
+            let (mut adopted, mut between) = (0, 0);
+            for tick in 0..2000u64 {
+                // Ticks are early and late: the seam is at any phase of the grid of the chunks.
+                now = now.plus_seconds([0.02, 0.017, 0.0237, 0.0191][tick as usize % 4]);
+                let wave = |k: usize| 0.4 * (2.0 * (now.seconds_since(RosTime(0)) + (k / 2) as f64 * 0.05)).sin();
+                // Of two chunks one leads elsewhere: there is a jump to be blended, and a pace to be lowered.
+                let aside = if tick / 50 % 2 == 0 { 0.2 } else { 0.0 };
+                let chunk = ActionChunk {
+                    sequence: tick + 1,
+                    epoch: controller.epoch(),
+                    prompt_generation: 0,
+                    state_stamp: now,
+                    oldest_image_stamp: now,
+                    dt: 0.05,
+                    horizon: 20,
+                    joints: 2,
+                    positions: (0..40).map(|k| wave(k) + aside).collect(),
+                    timing: ChunkTiming::default(),
+                };
+                let input = TickInput {
+                    ros_now: now,
+                    mono_now: Monotonic(now.0),
+                    skipped: 0,
+                    measured: Measured { positions: pose, ages: JointVector::zeros(2) },
+                    inputs: InputHealth::Ok,
+                    lifecycle: Lifecycle::Ready,
+                    chunk: (tick % 3 == 0).then_some(&chunk),
+                    requests: Requests { enable: tick == 5, ..Requests::default() },
+                };
+                let old = controller.curve.clone();
+                let base = controller.told_after(now.seconds_since(last)).base;
+                last = now;
+                let report = controller.tick(&input, &mut out);
+                if report.published {
+                    pose = out.sample(0.02).0;
+                }
+                let Some(adoption) = report.adoption.filter(|a| !a.from_rest) else { continue };
+                adopted += 1;
+                let mut was = (JointVector::zeros(2), JointVector::zeros(2));
+                let mut is = was;
+                old.sample(base.x, &controller.bounds, &mut was.0, &mut was.1);
+                controller.curve.sample(0.0, &controller.bounds, &mut is.0, &mut is.1);
+                for j in 0..2 {
+                    let near = (is.0[j] - was.0[j]).abs() < 1e-9 && (is.1[j] - was.1[j] * base.pace).abs() < 1e-9;
+                    assert!(near, "tick {tick}: the reference was at {was:?} and is at {is:?} ({adoption:?})");
+                }
+                let plan = controller.plan.unwrap().view;
+                let used = plan.adopted_at.seconds_since(plan.origin) / 0.05;
+                between += i32::from(used.fract() > 0.05 && used.fract() < 0.25);
+                assert!((controller.curve.end() - (19.0 - used) * 0.05).abs() < 1e-6, "its end is the last action");
+            }
+            assert!(adopted > 100 && between > 10, "{adopted}, {between}");
+        }
     }
 }

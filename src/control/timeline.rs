@@ -207,26 +207,18 @@ impl Consumption {
     /// Time lost between `stamp` and the last entry, ns; `None` if `stamp` is before what is remembered. Before the
     /// first entry ever nothing was consumed.
     pub(crate) fn lost_since(&self, stamp: RosTime) -> Option<i64> {
-        if self.len == 0 {
-            return None;
-        }
-        let (t0, l0) = self.corner(0);
-        let then = if stamp.0 <= t0 {
-            if self.len == Self::CORNERS {
-                return None;
-            }
-            l0.saturating_sub(t0.saturating_sub(stamp.0))
-        } else {
-            let mut i = self.len - 1;
-            while i > 0 && self.corner(i - 1).0 >= stamp.0 {
-                i -= 1;
-            }
-            let ((ta, la), (tb, lb)) = (self.corner(i.max(1) - 1), self.corner(i.max(1).min(self.len - 1)));
-            if stamp.0 >= tb {
-                lb
-            } else {
-                let share = stamp.0.saturating_sub(ta) as f64 / tb.saturating_sub(ta).max(1) as f64;
+        let then = match (0..self.len).rev().find(|&i| self.corner(i).0 <= stamp.0) {
+            Some(i) if i + 1 == self.len => self.lost(),
+            Some(i) => {
+                // Corners are apart in time: what is divided by is not zero.
+                let ((ta, la), (tb, lb)) = (self.corner(i), self.corner(i + 1));
+                let share = stamp.0.saturating_sub(ta) as f64 / tb.saturating_sub(ta) as f64;
                 la.saturating_add((lb.saturating_sub(la) as f64 * share).round() as i64)
+            }
+            None if self.len == 0 || self.len == Self::CORNERS => return None,
+            None => {
+                let (t0, l0) = self.corner(0);
+                l0.saturating_sub(t0.saturating_sub(stamp.0))
             }
         };
         Some(self.lost().saturating_sub(then))
@@ -257,16 +249,23 @@ mod tests {
         assert_eq!(c.lost_since(RosTime(1100)), Some(50));
         assert_eq!(c.lost_since(RosTime(1060)), Some(90));
         assert_eq!(c.lost_since(RosTime(900)), Some(250), "before the first tick nothing moved");
+        assert_eq!(c.lost_since(RosTime(1400)), Some(0), "ahead of the last tick");
         assert!(c.len < 20, "only corners are kept: {}", c.len);
     }
 
     #[test]
     fn what_is_no_longer_remembered_is_not_guessed() {
         let mut c = Consumption::new();
+        assert_eq!(c.lost_since(RosTime(10)), None, "nothing is known yet");
+        let mut history = Vec::new();
         for t in 1..=5000 {
             c.advance(RosTime(t * 10), t % 7);
+            history.push((t * 10, c.lost()));
         }
         assert_eq!(c.lost_since(RosTime(10)), None);
-        assert!(c.lost_since(RosTime(49_000)).is_some());
+        assert_eq!(c.lost_since(RosTime(39_000)), None);
+        for (t, lost) in &history[4000..] {
+            assert_eq!(c.lost_since(RosTime(*t)), Some(c.lost() - lost), "since {t}");
+        }
     }
 }

@@ -246,3 +246,24 @@ impl Hermite {
         (q0 + self.rise * d + self.q_v0 * v0 + self.q_v1 * v1, self.slope * d + self.v_v0 * v0 + self.v_v1 * v1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_that_is_full_takes_no_more_and_allocates_nothing() {
+        let mut window = Window::for_config(&ControlConfig::new(["a".to_string(), "b".to_string()], 0.02, 0.05, 20));
+        window.begin(RosTime(1), &[0.0; 2], &[0.0; 2]);
+        let memory = (window.positions.as_ptr(), window.velocities.as_ptr());
+        let mut points = 0;
+        while window.room() && points < 1_000_000 {
+            window.push(&[0.5; 2], &[0.1; 2]);
+            points += 1;
+            assert_eq!(window.points(), points);
+        }
+        window.push(&[0.5; 2], &[0.1; 2]);
+        assert_eq!(window.points(), points, "full");
+        assert_eq!((window.positions.as_ptr(), window.velocities.as_ptr()), memory, "moved");
+    }
+}

@@ -1,6 +1,6 @@
 //! Settings to the configurations of the layers below.
 
-use crate::control::{ControlConfig, JointConfig, Names, Seam};
+use crate::control::{ControlConfig, JointConfig, Names, OutputNames, Seam};
 use crate::model::PolicyOptions;
 use crate::params::Settings;
 use crate::params::choice::{Noise, OnCameraLoss};
@@ -29,7 +29,9 @@ pub(super) fn names(s: &Settings) -> Names {
     Names {
         joints: s.joints.iter().map(|j| j.name.clone()).collect(),
         cameras: s.inputs.cameras.iter().map(|c| c.name.clone()).collect(),
-        outputs: s.outputs.iter().map(|o| o.name.clone()).collect(),
+        outputs: (s.outputs.iter())
+            .map(|o| OutputNames { name: o.name.clone(), topic: o.topic.clone(), others: Vec::new() })
+            .collect(),
     }
 }
 

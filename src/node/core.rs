@@ -33,7 +33,7 @@ pub(super) struct Core {
     pub clock: Arc<dyn Clock>,
     pub inputs: Arc<InputSlots>,
     pub signals: Arc<Signals>,
-    pub names: Names,
+    pub names: Mutex<Arc<Names>>,
     /// Actions of a chunk of the policy; before one is loaded, some number that fits the settings.
     pub horizon: AtomicUsize,
     /// The lifecycle state, by its number.
@@ -99,7 +99,7 @@ impl Inputs {
             Err(e) => {
                 let first = camera < self.0.inputs.cameras() && self.0.inputs.refusal(camera).is_none();
                 if first {
-                    tracing::error!("camera '{}': {e}", self.0.names.cameras[camera]);
+                    tracing::error!("camera '{}': {e}", self.0.names().cameras[camera]);
                 }
                 self.0.inputs.refuse_frame(camera, e.to_string());
             }
@@ -119,6 +119,15 @@ impl Inputs {
     /// otherwise: no arming, and a stop.
     pub fn outputs(&self, fault: Option<InputFault>) {
         self.0.signals.outputs.set(fault);
+    }
+
+    /// The full name of an output's topic and of the other nodes that publish on it, as the texts will say them; told
+    /// before the fault that they explain, and kept after it: the reason for a stop stays.
+    pub fn output_topic(&self, output: usize, topic: &str, others: Vec<String>) {
+        let mut names = lock(&self.0.names);
+        if let Some(output) = Arc::make_mut(&mut names).outputs.get_mut(output) {
+            (output.topic, output.others) = (topic.into(), others);
+        }
     }
 
     /// Why nothing can be heard from a source, as far as its publishers tell, until told otherwise.
@@ -162,7 +171,7 @@ impl Commands {
         }
         let s = core.wait(|s| s.answer.is_some_and(|(turn, _)| turn > before))?;
         match s.answer.and_then(|(_, refusal)| refusal) {
-            Some(refusal) => Err(refusal.text(&core.names)),
+            Some(refusal) => Err(refusal.text(&core.names())),
             None => Ok(format!("armed: {}", core.arming_summary())),
         }
     }
@@ -295,7 +304,7 @@ impl Core {
             unsent: self.signals.unsent.load(Ordering::Acquire),
             output_window_ms: settings.output_window.as_secs_f64() * 1e3,
             blocked_ms: snapshot.blocked as f64 * settings.timing.period().as_secs_f64() * 1e3,
-            names: &self.names,
+            names: &self.names(),
             deadlines: publisher::snapshot(&self.deadlines),
             pipeline: &pipeline,
             decoded_before: self.decoded_before.load(Ordering::Acquire),
@@ -314,6 +323,11 @@ impl Core {
             frozen_after: FROZEN_FRAMES,
             recorder: self.recorder.as_ref().map(|r| r.report()),
         })
+    }
+
+    /// What the texts call things at present.
+    pub fn names(&self) -> Arc<Names> {
+        lock(&self.names).clone()
     }
 
     pub fn apply(&self, new: &Settings) -> Result<(), NodeError> {

@@ -157,7 +157,7 @@ impl Parts {
             clock: clock.clone(),
             inputs: inputs.clone(),
             signals: signals.clone(),
-            names,
+            names: Mutex::new(Arc::new(names)),
             horizon: AtomicUsize::new(horizon),
             state: AtomicU8::new(State::Unconfigured as u8),
             leaving: AtomicBool::new(false),
@@ -347,7 +347,7 @@ impl Node {
     /// Writes to the log what happened on the control thread since the last call.
     pub fn log_events(&self) {
         while let Ok(event) = lock(&self.core.events).pop() {
-            log_event(&event.report, event.chunk, &self.core.names);
+            log_event(&event.report, event.chunk, &self.core.names());
         }
     }
 

@@ -507,7 +507,7 @@ impl Body {
 
     /// Modes, refusals and stops of a tick; a stop that nobody ordered, and `~/stop`, will be written.
     fn look_at(&mut self, t: &TickRecord) {
-        for record in self.messages.events(t.ros, &t.report, t.given, &self.core.names).0 {
+        for record in self.messages.events(t.ros, &t.report, t.given, &self.core.names()).0 {
             self.ring.push(t.times.woke, record);
         }
         self.mode = t.report.mode;
@@ -515,7 +515,7 @@ impl Body {
             Some(Reason::Disabled | Reason::Deactivated) => None,
             // Coasting is not yet a stop.
             Some(_) if t.report.mode == Mode::Coast => None,
-            Some(reason) => Some(reason.text(&self.core.names)),
+            Some(reason) => Some(reason.text(&self.core.names())),
             None => (t.report.mode == Mode::Fault && t.report.previous != Mode::Fault).then(|| "fault".to_owned()),
         };
         if let Some(reason) = reason {

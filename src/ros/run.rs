@@ -22,7 +22,7 @@ use super::parameters::{self, Parameters};
 use super::services::{self, Job, Services};
 use super::spin::{Spinner, drain, spawn};
 use super::status::StatusPublisher;
-use super::wiring::Wiring;
+use super::wiring::{Output, Wiring};
 use super::{inputs, log, services::outcome, services::respond};
 use crate::error::Fault;
 use crate::node::{Commands, Identity, Node};
@@ -104,7 +104,10 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let shared_clock: Arc<dyn crate::clock::Clock> = Arc::new(clock.clone());
 
     let outputs = RosOutputs::advertise(&mut node, &settings)?;
-    let topics: Vec<_> = settings.outputs.iter().map(|o| o.topic.clone()).zip(outputs.publishers()).collect();
+    let (space, own) = name.rsplit_once('/').unwrap_or(("", &name));
+    let resolve = |topic: &str| args.resolve(topic, space, own);
+    let topics = settings.outputs.iter().map(|o| resolve(&o.topic)).zip(outputs.publishers());
+    let topics = topics.map(|(topic, to)| Output { topic, to }).collect();
     let status = StatusPublisher::advertise(&mut node, &name, shared_clock.clone())?;
     let events = node
         .create_publisher("/parameter_events", QosProfile::parameter_events())
@@ -121,8 +124,6 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let descriptions = jobs.clone();
     let describe = move |urdf| services::enqueue(&descriptions, inputs::DESCRIPTION, Job::Description(urdf));
     let mut drains = inputs::subscribe(&mut node, &settings, &clock, &core.inputs(), take_prompt, describe)?;
-    let (space, own) = name.rsplit_once('/').unwrap_or(("", &name));
-    let resolve = |topic: &str| args.resolve(topic, space, own);
     let mut input_wiring = InputWiring::new(&settings, core.inputs(), resolve);
     let mut latch = Latch::new(resolve(inputs::DESCRIPTION));
     services::offer(&mut node, &jobs, &mut drains)?;

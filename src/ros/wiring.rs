@@ -15,6 +15,9 @@ const LOOK: Duration = Duration::from_millis(250);
 /// What commands are made of.
 const TYPES: [&str; 2] = ["trajectory_msgs/msg/JointTrajectory", "std_msgs/msg/Float64MultiArray"];
 
+/// What the middleware calls a node whose name it has not heard yet.
+const UNKNOWN: &str = "_NODE_NAME_UNKNOWN_";
+
 /// One command topic's publisher.
 #[derive(Clone)]
 pub enum GroupPublisher {
@@ -32,60 +35,84 @@ impl GroupPublisher {
     }
 }
 
+/// One output group.
+pub struct Output {
+    /// Its topic by the name it should have on the graph.
+    pub topic: String,
+    pub to: GroupPublisher,
+}
+
 /// Looks at the graph now and then, on the thread that spins the node.
 pub struct Wiring {
-    outputs: Vec<(String, GroupPublisher)>,
+    outputs: Vec<Output>,
     inputs: Inputs,
     due: Instant,
-    told: Option<InputFault>,
+    told: Option<Found>,
+}
+
+/// What is wrong, and the topic and the other nodes that the texts will name.
+#[derive(PartialEq)]
+struct Found {
+    fault: InputFault,
+    output: usize,
+    topic: String,
+    others: Vec<String>,
 }
 
 impl Wiring {
-    /// For output groups with their topics as the parameters give them, in the parameters' order.
-    pub fn new(outputs: Vec<(String, GroupPublisher)>, inputs: Inputs) -> Self {
+    /// For the output groups in the parameters' order.
+    pub fn new(outputs: Vec<Output>, inputs: Inputs) -> Self {
         Self { outputs, inputs, due: Instant::now(), told: None }
     }
 
     /// Tells the core what is wrong, when it is time to look again.
     pub fn look(&mut self, node: &Node) {
         // A listener that is found ends the refusal at once; everything else can wait.
-        let alone = matches!(self.told, Some(InputFault::OutputUnconnected { .. }));
+        let alone = self.told.as_ref().is_some_and(|f| matches!(f.fault, InputFault::OutputUnconnected { .. }));
         if !alone && Instant::now() < self.due {
             return;
         }
         self.due = Instant::now() + LOOK;
-        let unconnected = self.outputs.iter().position(|(_, to)| to.listeners() == Some(0));
-        let fault = match unconnected {
-            Some(output) => Some(InputFault::OutputUnconnected { output }),
-            None => self.contested(node),
-        };
-        if fault != self.told {
-            self.told = fault;
-            self.inputs.outputs(fault);
+        let found = self.unconnected().or_else(|| self.contested(node));
+        if found == self.told {
+            return;
         }
+        if let Some(f) = &found {
+            self.inputs.output_topic(f.output, &f.topic, f.others.clone());
+        }
+        self.inputs.outputs(found.as_ref().map(|f| f.fault));
+        self.told = found;
     }
 
-    /// A command topic that somebody else publishes on too. r2r does not say what a topic was remapped to: those of
-    /// this node are found by their publisher.
-    fn contested(&self, node: &Node) -> Option<InputFault> {
+    /// A command topic that nobody listens to.
+    fn unconnected(&self) -> Option<Found> {
+        let output = self.outputs.iter().position(|o| o.to.listeners() == Some(0))?;
+        let topic = self.outputs[output].topic.clone();
+        Some(Found { fault: InputFault::OutputUnconnected { output }, output, topic, others: Vec::new() })
+    }
+
+    /// A command topic that somebody else publishes on too. Which topics are commands' is asked of the graph, not of
+    /// the parameters: those that this node publishes on.
+    fn contested(&self, node: &Node) -> Option<Found> {
         let (me, space) = (node.name().ok()?, node.namespace().ok()?);
-        let private = |topic: &str| topic.replacen('~', &format!("{}/{me}", space.trim_end_matches('/')), 1);
+        let chunks = format!("{}/{me}/action_chunk", space.trim_end_matches('/'));
         let topics = node.get_topic_names_and_types().ok()?;
         for (topic, _) in topics.iter().filter(|(_, of)| of.iter().any(|t| TYPES.contains(&t.as_str()))) {
             let publishers = node.get_publishers_info_by_topic(topic, false).ok()?;
-            let mine = publishers.iter().filter(|p| p.node_name == me && p.node_namespace == space).count();
-            if mine == 0 || publishers.len() == 1 || *topic == private("~/action_chunk") {
-                continue;
-            }
-            let output = self.outputs.iter().position(|(given, _)| *topic == private(given)).unwrap_or(0);
+            let mine = publishers.iter().position(|p| p.node_name == me && p.node_namespace == space);
+            let Some(mine) = mine.filter(|_| publishers.len() > 1 && *topic != chunks) else { continue };
+            // A node of the same name is another one all the same: one publisher is this node's, not all of that name.
+            let others = publishers.iter().enumerate().filter(|(i, p)| *i != mine && p.node_name != UNKNOWN);
+            let others = others.map(|(_, p)| {
+                let namesake = if p.node_name == me && p.node_namespace == space { "the other " } else { "" };
+                format!("{namesake}{}/{}", p.node_namespace.trim_end_matches('/'), p.node_name)
+            });
+            let mut others: Vec<String> = others.collect();
+            others.sort();
+            others.dedup();
+            let output = self.outputs.iter().position(|o| o.topic == *topic).unwrap_or(0);
             let fault = InputFault::OutputContested { output };
-            if self.told != Some(fault) {
-                let others: Vec<_> = (publishers.iter())
-                    .map(|p| format!("{}/{}", p.node_namespace.trim_end_matches('/'), p.node_name))
-                    .collect();
-                tracing::error!("{} nodes publish on {topic}: {}", others.len(), others.join(", "));
-            }
-            return Some(fault);
+            return Some(Found { fault, output, topic: topic.clone(), others });
         }
         None
     }

@@ -76,6 +76,21 @@ def test_two_groups_of_two_kinds(start_node, robot):
     assert robot.count() == 0, "nothing goes to the default topic"
 
 
+def test_a_rival_on_one_of_two_groups_is_named_with_its_topic(start_node, robot):
+    Controllers(robot, "/left")
+    remap = ["-r", "__ns:=/left", "-r", "arm_controller/joint_trajectory:=/elsewhere/arm"]
+    robot.node.create_subscription(JointTrajectory, "/elsewhere/arm", lambda _: None, 1)
+    rival = robot.node.create_publisher(JointTrajectory, "/elsewhere/arm", 1)
+    says = "somebody else publishes on /elsewhere/arm, the topic of output 'arm': stop /ideal_robot"
+    node = start_node(*remap, name="/left/pi0_mps", **SPLIT)
+    node.wait_for_diagnostic("safety", b"\x01", says)
+    robot.node.destroy_publisher(rival)
+    rival = robot.node.create_publisher(Float64MultiArray, "/left/gripper_controller/commands", 1)
+    says = "somebody else publishes on /left/gripper_controller/commands, the topic of output 'gripper': stop /ideal_robot"
+    node.wait_for_diagnostic("safety", b"\x01", says)
+    robot.node.destroy_publisher(rival)
+
+
 def test_two_robots_in_two_namespaces(start_node, robot):
     """Same process names, same relative topics; each hears and moves its own robot, and a stop stops one of them."""
     cameras = [f"{c}:=/{c}" for c in ("camera/base/image_raw", "camera/wrist/image_raw")]

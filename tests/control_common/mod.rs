@@ -287,6 +287,14 @@ impl World {
             if report.restarted {
                 played.q[0] = self.controller.status().command.to_vec();
                 played.v[0].fill(0.0);
+            } else {
+                // It continues what the robot was told, from where that is now.
+                for j in 0..q.len() {
+                    let (is, says) = ((q[j], v[j]), (w.now().0[j], w.now().1[j]));
+                    let near =
+                        !past((is.0 - says.0).abs(), ABS) && !past((is.1 - says.1).abs(), REL * (1.0 + is.1.abs()));
+                    assert!(near, "joint {j} is at {is:?}, the window begins at {says:?} ({report:?})");
+                }
             }
             for i in 0..w.points() {
                 if i > 0 {
@@ -322,6 +330,18 @@ impl World {
         assert_eq!(report.refusal, None);
         assert_eq!(report.mode, Mode::Ramp);
         report
+    }
+
+    /// Gives this chunk and ticks until one is adopted, at most 200 times.
+    pub fn until_adopted(&mut self, chunk: &ActionChunk) -> Adoption {
+        let mut adoption = self.step(Some(chunk)).adoption;
+        for _ in 0..200 {
+            adoption = adoption.or_else(|| self.step(None).adoption);
+            if let Some(adoption) = adoption {
+                return adoption;
+            }
+        }
+        panic!("not adopted: {:?}", self.controller.status());
     }
 
     /// Ticks until the mode is reached, at most `ticks` times; returns the ticks taken.
