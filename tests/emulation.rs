@@ -20,7 +20,7 @@ const HOST: [(&str, &str); 4] = [
 /// Compiles the kernels with those changes and runs them: the distance of every case by name.
 fn run(changes: &[(&str, &str)]) -> Vec<(String, f64)> {
     let (root, dir) = (Path::new(env!("CARGO_MANIFEST_DIR")), tempfile::tempdir().unwrap());
-    for name in ["attention.cuh", "skinny.cuh", "attention.cu", "portable.cu", "load.cu"] {
+    for name in ["attention.cuh", "skinny.cuh", "attention.cu", "portable.cu", "load.cu", "pointwise.cu"] {
         let mut source = std::fs::read_to_string(root.join("kernels").join(name)).unwrap();
         for (from, to) in HOST.iter().chain(changes) {
             source = source.replace(from, to);
@@ -60,13 +60,18 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("prefix + 1 - first", "prefix - first"),
         ("m * 1024 + lane * 8", "m * 512 + lane * 8"),
         ("a.squares_out[blockIdx.x * 64 + n] = sum", "a.squares_out[blockIdx.x * 64 + n] = 0.9f * sum"),
+        // Two units of a tile change places; pieces of a row are not exchanged.
+        ("in % 16 / 4 * 2 + in % 2", "in % 16 / 4 * 2 + 1 - in % 2"),
+        ("(c / 2 ^ row) % 8 * 2", "c / 2 % 8 * 2"),
     ]);
     for (name, faulty) in [
         ("state row's attention", true),
         ("decoder's attention", false),
         ("encoder's attention", false),
+        ("packed gate and up", true),
+        ("packed norm", true),
         ("qkv", true),
-        ("gate and up", true),
+        ("rounded, gate and up", true),
         ("squares of", true),
         ("exact, residual", false),
     ] {

@@ -5,6 +5,9 @@
 namespace loading {
 #include "load.cu"
 }
+namespace pointwise {
+#include "pointwise.cu"
+}
 #include <random>
 
 static std::mt19937 generator(1);
@@ -235,7 +238,49 @@ static void encode(int heads, int head_dim, int rows, int batch) {
     off.tell("rounded, encoder's attention, heads of " + std::to_string(head_dim) + ", " + std::to_string(rows) + " rows");
 }
 
+// What geglu_wide.cu is given: weights and normed rows in its packed order, read as its matrix instructions read them.
+static void wide(int rows, int width, int mlp) {
+    const Half gate = halves(static_cast<size_t>(mlp) * width, 0.05f), up = halves(gate.size(), 0.05f);
+    Half packed(2 * gate.size(), kNan);
+    for (int part = 0; part < 2; part++) {
+        const loading::PackArgs a{(part ? up : gate).data(), packed.data(), mlp, width, width, 2 * mlp, 0, 2 + part, 0, 2, loading::kWide};
+        launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(a); });
+    }
+    const int octets = (rows + 7) / 8;
+    Floats x = floats(static_cast<size_t>(rows) * width);
+    const Floats scale = floats(width);
+    Half plain(x.size(), kNan), y(static_cast<size_t>(octets) * 8 * width, kNan);
+    for (int n : {0, octets}) {
+        const pointwise::NormArgs a{x.data(), n ? y.data() : plain.data(), scale.data(), nullptr, width, 1.0f / width, 1e-6f, n};
+        launch({rows, 1, 1}, 256, 0, [=] { pointwise::row_norm(a); });
+    }
+    // Rows of 64 elements whose pieces of 8 are exchanged by row number; 256 rows of weights a tile, 8 of tokens.
+    auto swizzled = [](size_t tile, int height, int r, int k) { return (tile * height + r) * 64 + (k / 8 ^ r % 8) * 8 + k % 8; };
+    Distance weights, normed;
+    for (int j = 0; j < mlp; j++)
+        for (int k = 0; k < width; k++) {
+            const int in = j % 128, row = in / 64 * 128 + in % 4 / 2 * 64 + in % 64 / 16 * 16 + in % 16 / 4 * 2 + in % 2;
+            const size_t tile = static_cast<size_t>(j / 128) * (width / 64) + k / 64;
+            weights.put(value(packed[swizzled(tile, 256, row, k % 64)]), value(gate[static_cast<size_t>(j) * width + k]));
+            weights.put(value(packed[swizzled(tile, 256, row + 8, k % 64)]), value(up[static_cast<size_t>(j) * width + k]));
+        }
+    for (int n = 0; n < rows; n++) {
+        double sum = 0;
+        for (int k = 0; k < width; k++) sum += x[n * width + k] * x[n * width + k];
+        for (int k = 0; k < width; k++) {
+            const double expected = x[n * width + k] / std::sqrt(sum / width + 1e-6) * scale[k];
+            normed.put(value(y[swizzled(static_cast<size_t>(k / 64) * octets + n / 8, 8, n % 8, k % 64)]), expected);
+            normed.put(value(plain[static_cast<size_t>(n) * width + k]), expected);
+        }
+    }
+    const std::string size = " of " + std::to_string(rows) + " rows, width " + std::to_string(width);
+    weights.tell("exact, packed gate and up weights" + size);
+    normed.tell("rounded, packed norm" + size);
+}
+
 int main() {
+    wide(2, 64, 128);
+    wide(21, 256, 384);
     encode<32, 64>(2, 8, 17, 2);
     encode<80, 64>(1, 72, 150, 1);
     encode<128, 64>(1, 96, 65, 1);
