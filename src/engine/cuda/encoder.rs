@@ -568,8 +568,11 @@ impl Queue<'_> {
     /// mlp = gelu(gate) ⊙ up of `rows` rows of x behind its norm.
     fn gated(&mut self, rest: &TrunkRest, rows: usize) -> Result<(), EngineError> {
         let (t, w) = (self.model.dims.trunk, self.w);
-        let wide = plan::geglu_wide(rows, t.mlp, t.width, self.sms);
-        if let (true, Some(plan), Some(hopper)) = (self.weights.wide_geglu, wide, self.kernels.hopper()) {
+        if self.weights.wide_geglu {
+            let wide = plan::geglu_wide(rows, t.mlp, t.width, self.sms);
+            let (Some(plan), Some(hopper)) = (wide, self.kernels.hopper()) else {
+                return Err(plan::packed_for_hopper());
+            };
             let octets = rows.div_ceil(8);
             self.rms_norm(&rest.norm2, rows, octets)?;
             let [tokens, octets, token_tiles, weight_tiles, k_blocks, lead] =
