@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Writes kernels/persistent* with marks into a folder: clocks of one thread, in the middle layer of every step.
+
+    clocks.py DIR [THREAD]
+
+A mark is a clock and a store; all together they add a tenth to the time and 4 KB to the code. The lines they stand behind
+are named below; one that is not there any more is an error. THREAD is the thread that is looked at (0; 128 is the first of
+the second warpgroup).
+"""
+
+import pathlib
+import sys
+
+KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
+
+# Name, file, text, and whether the mark stands before it instead of behind. {p} is the index of a piece.
+COMPUTE = "persistent_compute.cuh"
+PHASES = ["QKV", "O", "gate/up", "down"]
+IN_PHASE = ["operands asked", "activations", "product", "inbox free", "sent", "received", "finished", "done"]
+ATTENTION = ["queries", "scores", "all scores", "softmax", "all softmax", "values", "suffix", "sent", "received", "joined", "done"]
+NAMES = ["begin"] + [f"{p}: {m}" for p in PHASES for m in IN_PHASE] + [f"attention: {m}" for m in ATTENTION]
+
+
+def mark(phase: str, name: str) -> int:
+    return NAMES.index(f"{phase}: {name}")
+
+
+def edits() -> list[tuple[str, str]]:
+    at = {m: IN_PHASE.index(m) for m in IN_PHASE}
+    att = {m: mark("attention", m) for m in ATTENTION}
+    gate = {m: mark("gate/up", m) for m in IN_PHASE}
+    return [
+        ("            auto operands = before(span);\n", f"            auto operands = before(span);\n            MARK(phase + {at['operands asked']});\n"),
+        ("            after(operands);\n", f"            MARK(phase + {at['activations']});\n            after(operands);\n"),
+        ("            product<CHUNKS, 1>(acc, pieces);\n", f"            product<CHUNKS, 1>(acc, pieces);\n            MARK(phase + {at['product']});\n"),
+        ("            send_sums(acc, span.last - span.first);\n",
+         f"            MARK(phase + {at['inbox free']});\n            send_sums(acc, span.last - span.first);\n            MARK(phase + {at['sent']});\n"),
+        ("            finish(span, operands);\n",
+         f"            MARK(phase + {at['received']});\n            finish(span, operands);\n            MARK(phase + {at['finished']});\n"),
+        ("            product<1, 2>(acc, kWidth / kChunk);\n",
+         f"            MARK({gate['operands asked']});\n            product<1, 2>(acc, kWidth / kChunk);\n            MARK({gate['product']});\n"),
+        ("            if (u == 0) meet(6, kComputing);\n", f"            if (u == 0) meet(6, kComputing);\n            MARK({gate['received']});\n"),
+        ("        acts_parity ^= 1;\n    }\n\n    // 16 query rows", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // 16 query rows"),
+        ("            barrier_wait(&s.queries_full, parity);\n", f"            barrier_wait(&s.queries_full, parity);\n            MARK({att['queries']});\n"),
+        ("            meet(1, kComputing);\n            if (all == 0) barrier_arrive(&s.queries_free, 1);\n",
+         f"            MARK({att['scores']});\n            meet(1, kComputing);\n            MARK({att['all scores']});\n            if (all == 0) barrier_arrive(&s.queries_free, 1);\n"),
+        ("            meet(1, kComputing);\n            float o[2][4][4] = {};\n",
+         f"            MARK({att['softmax']});\n            meet(1, kComputing);\n            MARK({att['all softmax']});\n            float o[2][4][4] = {{}};\n"),
+        ("            weigh<1>(o, b, c, b.values, end, tiles, w8 * 32);\n",
+         f"            MARK({att['values']});\n            weigh<1>(o, b, c, b.values, end, tiles, w8 * 32);\n            MARK({att['suffix']});\n"),
+        ("            barrier_wait(&s.parts_received, parity);\n",
+         f"            MARK({att['sent']});\n            barrier_wait(&s.parts_received, parity);\n            MARK({att['received']});\n"),
+        ("            meet(1, kComputing);\n            if (all < kRanks) barrier_arrive_remote",
+         f"            MARK({att['joined']});\n            meet(1, kComputing);\n            if (all < kRanks) barrier_arrive_remote"),
+        ("                qkv(w, i / 2);\n                done();\n                attention();\n                done();\n",
+         f"                phase = {mark('QKV', IN_PHASE[0])};\n                MARK(0);\n                qkv(w, i / 2);\n                done();\n"
+         f"                MARK({mark('QKV', 'done')});\n                attention();\n                done();\n                MARK({att['done']});\n"),
+        ("                gate_up(w);\n                done();\n", f"                gate_up(w);\n                done();\n                MARK({gate['done']});\n"),
+        ("            residual(init ? a.first_scale", f"            phase = mlp ? {mark('down', IN_PHASE[0])} : {mark('O', IN_PHASE[0])};\n            residual(init ? a.first_scale"),
+        ("            if (i + 1 < halves) done();\n",
+         f"            if (i + 1 < halves) done();\n            MARK(phase + {at['done']});\n"
+         "            if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
+         "                for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
+        ("struct Compute {\n",
+         "#define MARK(i) do { if (threadIdx.x == kMarked) s.clocks[i] = clock_now(); } while (0)\nstruct Compute {\n    int phase = 0;\n"),
+    ]
+
+
+def replace(text: str, old: str, new: str, file: str) -> str:
+    if text.count(old) != 1:
+        sys.exit(f"clocks.py: {file} has {text.count(old)} times, not once:\n{old}")
+    return text.replace(old, new)
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    to = pathlib.Path(sys.argv[1])
+    to.mkdir(parents=True, exist_ok=True)
+    thread = int(sys.argv[2]) if len(sys.argv) == 3 else 0
+    for source in [*KERNELS.glob("persistent*"), KERNELS / "common.cuh"]:
+        text = source.read_text()
+        if source.name == COMPUTE:
+            for old, new in edits():
+                text = replace(text, old, new, source.name)
+        if source.name == "persistent.cuh":
+            names = ", ".join(f'"{n}"' for n in NAMES)
+            text = replace(text, "constexpr int kMaxLayers = 24;", "constexpr int kMaxLayers = 18;", source.name)
+            text = replace(text, "    LayerArgs layers[kMaxLayers];\n};", "    LayerArgs layers[kMaxLayers];\n    uint32_t clocks[kMarks];\n};", source.name)
+            text = replace(
+                text, "struct Shared {\n",
+                f"constexpr int kMarks = {len(NAMES)}, kMostBlocks = 264, kMarked = {thread};\n"
+                f"static const char* const kNames[] = {{{names}}};\n"
+                "__device__ uint32_t clocks_of[kMostBlocks][kMarks];\n"
+                '__device__ __forceinline__ uint32_t clock_now() {\n    uint32_t c;\n    asm volatile("mov.u32 %0, %%clock;" : "=r"(c)::"memory");\n    return c;\n}\n'
+                "struct Shared {\n", source.name)
+        (to / source.name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
