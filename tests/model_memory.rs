@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 
-use pi0_mps::model::{Checkpoint, Dims, Family, StackDims, VisionDims, expected_tensors};
+use pi0_mps::model::{Checkpoint, Dims, expected_tensors};
 use pi0_mps::rt::rights;
 
 /// Resident memory of this process in bytes.
@@ -22,20 +22,7 @@ fn locked() -> usize {
 
 #[test]
 fn fourteen_gigabytes_open_in_a_few_megabytes() {
-    let stack = |width, mlp| StackDims { layers: 18, width, mlp, heads: 8, head_dim: 256 };
-    let dims = Dims {
-        family: Family::Pi0,
-        vision: VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
-        trunk: stack(2048, 16384),
-        expert: stack(1024, 4096),
-        vocab: 257_152,
-        state_dim: 32,
-        action_dim: 32,
-        horizon: 50,
-        max_tokens: 48,
-        min_period: 0.004,
-        max_period: 4.0,
-    };
+    let dims = Dims::published(50);
     let mut tensors = expected_tensors(&dims);
     tensors.push(("paligemma_with_expert.gemma_expert.lm_head.weight".into(), vec![257_152, 1024]));
     let mut header = serde_json::Map::new();

@@ -326,20 +326,7 @@ mod tests {
 
     #[test]
     fn the_published_models_have_the_published_tensor_counts() {
-        let stack = |width, mlp| StackDims { layers: 18, width, mlp, heads: 8, head_dim: 256 };
-        let mut dims = Dims {
-            family: Family::Pi0,
-            vision: VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
-            trunk: stack(2048, 16384),
-            expert: stack(1024, 4096),
-            vocab: 257_152,
-            state_dim: 32,
-            action_dim: 32,
-            horizon: 50,
-            max_tokens: 48,
-            min_period: 0.004,
-            max_period: 4.0,
-        };
+        let mut dims = Dims::published(50);
         // The files hold two more that no policy computes with: the trunk's final norm and the expert's head.
         assert_eq!(expected_tensors(&dims).len(), 777 - 2);
         dims.family = Family::Pi05;

@@ -436,19 +436,7 @@ mod tests {
 
     #[test]
     fn the_published_expert_gets_the_persistent_decoder_where_there_is_one() {
-        let mut dims = Dims {
-            family: Family::Pi0,
-            vision: crate::model::VisionDims { layers: 27, width: 1152, mlp: 4304, heads: 16, patch: 14, image: 224 },
-            trunk: StackDims { layers: 18, width: 2048, mlp: 16384, heads: 8, head_dim: 256 },
-            expert: PUBLISHED,
-            vocab: 257_152,
-            state_dim: 32,
-            action_dim: 32,
-            horizon: 50,
-            max_tokens: 48,
-            min_period: 0.004,
-            max_period: 4.0,
-        };
+        let mut dims = Dims::published(50);
         let path = |d: &Dims, persistent, asked| packing(d, persistent, asked).ok();
         assert_eq!(path(&dims, true, None), Some(Packing::Published));
         assert_eq!(path(&dims, false, None), Some(Packing::General), "another chip");
