@@ -3,7 +3,8 @@
 
     clocks.py DIR [THREAD]
 
-A mark is a clock and a store; all together they add a tenth to the time and 4 KB to the code. The lines they stand behind
+A mark is a clock and a store; all together they add 4 KB to the code and an eighth to the time, or more where the code
+then no longer fits the instruction caches. The lines they stand behind
 are named below; one that is not there any more is an error. THREAD is the thread that is looked at (0; 128 is the first of
 the second warpgroup).
 """

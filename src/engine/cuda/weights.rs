@@ -198,10 +198,10 @@ enum Order {
     Heads(usize),
     Gate,
     Up,
+    /// Gate and up of the trunk, in the layout of geglu_wide.cu whatever the packing.
+    WideGate,
+    WideUp,
 }
-
-/// Layout of the trunk's gate and up projections where they are packed, as load.cu numbers it.
-const WIDE: i32 = 2;
 
 /// Reads tensors through the loader into buffers.
 struct Reader<'a, 'b> {
@@ -284,26 +284,15 @@ impl Reader<'_, '_> {
         head_dim: usize,
         to: &Buffer<u16>,
     ) -> Result<(), EngineError> {
-        self.pack_as(self.packing.layout(), name, rows, cols, order, head_dim, to)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn pack_as(
-        &mut self,
-        layout: i32,
-        name: &str,
-        rows: usize,
-        cols: usize,
-        order: Order,
-        head_dim: usize,
-        to: &Buffer<u16>,
-    ) -> Result<(), EngineError> {
         let (from, dtype) = self.loader.stage(name, &[rows, cols])?;
-        let (order, first) = match order {
-            Order::Natural => (0, 0),
-            Order::Heads(h) => (1, h),
-            Order::Gate => (2, 0),
-            Order::Up => (3, 0),
+        let ours = self.packing.layout();
+        let (order, first, layout) = match order {
+            Order::Natural => (0, 0, ours),
+            Order::Heads(h) => (1, h, ours),
+            Order::Gate => (2, 0, ours),
+            Order::Up => (3, 0, ours),
+            Order::WideGate => (2, 0, 2),
+            Order::WideUp => (3, 0, 2),
         };
         let args = PackArgs {
             from,
@@ -457,8 +446,8 @@ impl Reader<'_, '_> {
             return self.stacked(&[(gate.into(), t.mlp), (up.into(), t.mlp)], t.width);
         }
         let to = Buffer::zeroed(&self.device, 2 * t.mlp * t.width)?;
-        self.pack_as(WIDE, gate, t.mlp, t.width, Order::Gate, 2, &to)?;
-        self.pack_as(WIDE, up, t.mlp, t.width, Order::Up, 2, &to)?;
+        self.pack(gate, t.mlp, t.width, Order::WideGate, 2, &to)?;
+        self.pack(up, t.mlp, t.width, Order::WideUp, 2, &to)?;
         Ok(to)
     }
 
