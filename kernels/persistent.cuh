@@ -8,7 +8,7 @@ constexpr int kRanks = 4;        // blocks of a cluster
 constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
 constexpr int kOwn = 13;         // token rows that each rank finishes
 // Columns of a product come in tiles of 8, a unit of which is multiplied at once; at most so many tiles:
-constexpr int kNarrow = 5, kQkv = 6, kWide = 10;  // of T, O and down; of QKV; of gate/up
+constexpr int kNarrow = 5, kQkv = 6, kWide = 9;  // of T, O and down; of QKV; of gate/up
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kComputing = 256, kThreads = kComputing + 64;
 constexpr int kChunk = 128;           // K of one chunk of weights; a piece is one, or two where units are narrow
@@ -105,7 +105,7 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48 or 80 columns by 16.
+// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48 or 72 columns by 16.
 __device__ __forceinline__ void mma(float (&d)[4 * kNarrow], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
@@ -122,10 +122,10 @@ __device__ __forceinline__ void mma(float (&d)[4 * kQkv], uint64_t a, uint64_t b
 }
 __device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39}, %40, %41, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32), D4(36)
+        "%32,%33,%34,%35}, %36, %37, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32)
         : "l"(a), "l"(b));
 }
 #undef D4
@@ -138,15 +138,15 @@ struct Span {
           last(static_cast<int>(static_cast<uint32_t>((of + 1) * count) / many)) {}
 };
 
-// The tiles of a product that fall to one of several, in units that are nearly equal; `grain` of them stay together.
+// The tiles of a product that fall to one of several, in units that are nearly equal.
 struct Tiles {
     Span all;
-    int units, grain;
-    __device__ __forceinline__ Tiles(int count, int most, int of, int many, int grain = 1)
-        : all(count / grain, of, many), units(((all.last - all.first) * grain + most - 1) / most), grain(grain) {}
+    int units;
+    __device__ __forceinline__ Tiles(int count, int most, int of, int many)
+        : all(count, of, many), units((all.last - all.first + most - 1) / most) {}
     __device__ __forceinline__ Span of(int unit) const {
         Span s(all.last - all.first, unit, units);
-        s.first = (s.first + all.first) * grain, s.last = (s.last + all.first) * grain;
+        s.first += all.first, s.last += all.first;
         return s;
     }
 };
@@ -168,8 +168,8 @@ struct Cut {
         suffix_keys = min(first_suffix + own, a.suffix) - first_suffix;
         const Span rows(a.rows * kHeads, cluster, clusters);
         first_row = rows.first, last_row = rows.last;
-        // The same on every rank of a cluster.
-        group = (each + kKeys - 1) / kKeys * kKeys + 16 <= 200 ? 32 : 16;
+        // As many as the buffers hold, the same on every rank of a cluster: 40 while six pieces hold the keys and the suffix.
+        group = each <= 5 * kKeys ? 40 : 16;
     }
 };
 
@@ -178,20 +178,26 @@ struct Buffers {
     uint8_t *queries, *keys, *values;  // rows of kRow bytes
     float* inbox;                      // [ranks][64/8][group][8]
     float2* inbox_stats;               // [ranks][group] maximum and sum
-    float2* stats;                     // [group]
-    float* scores;                     // [group][columns + 4]
-    bf16* weights;                     // [group][columns + 8]
+    float *tops, *sums;                // [rows][8]: by warp
+    bf16* weights;                     // [rows][columns + 8]; rows: group in whole tiles of 16
     __device__ __forceinline__ Buffers(uint8_t* acts, const Cut& c) {
+        const int rows = (c.group + 15) / 16 * 16;
         queries = acts;
         keys = queries + c.group * kRow;
         values = keys + 16 * kRow;
         inbox = reinterpret_cast<float*>(values + 16 * kRow);
         inbox_stats = reinterpret_cast<float2*>(inbox + c.group * kHead);
-        stats = inbox_stats + kRanks * c.group;
-        scores = reinterpret_cast<float*>(stats + c.group);
-        weights = reinterpret_cast<bf16*>(scores + c.group * (c.columns + 4));
+        tops = reinterpret_cast<float*>(inbox_stats + kRanks * c.group);
+        sums = tops + rows * 8;
+        weights = reinterpret_cast<bf16*>(sums + rows * 8);
     }
 };
+constexpr int kMostKeys = 11;  // pieces of a rank's keys
+__host__ __device__ constexpr int attention_bytes(int group, int pieces) {
+    const int rows = (group + 15) / 16 * 16;
+    return (group + 32) * kRow + group * kHead * 4 + kRanks * group * 8 + rows * 64 + rows * (pieces * kKeys + 24) * 2;
+}
+static_assert(attention_bytes(40, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
 
 struct Ring {
     uint32_t slot = 0, parity = 0;

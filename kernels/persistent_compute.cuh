@@ -4,10 +4,19 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// The same value, from which nothing is worked out once for all layers: that would take all registers.
+__device__ __forceinline__ int fresh(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 struct Compute {
     const PersistentArgs& a;
     Shared& s;
-    const int tid, lane, warp, wg, rank, cluster, clusters, prefix;  // tid: within the warpgroup; warp: likewise
+    int tid, lane;  // tid: within the warpgroup; warp: likewise
+    const int warp, wg;
+    int rank, cluster;
+    const int clusters, prefix;
     Ring ring;
     uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0;
 
@@ -254,7 +263,7 @@ struct Compute {
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
-        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x, 2);
+        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
         if (wg == 1) {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
             barrier_wait(&s.acts_full[0], acts_parity);
@@ -297,143 +306,163 @@ struct Compute {
             };
 #pragma unroll
             for (int j = 0; j < kWide; j += 2) {
-                const uint32_t here = gated(j), next = gated(j + 1);
+                const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
                 const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
-                const int tile = span.first + j + t / 2;
-                if (n < a.rows && tile < span.last)
+                const int k = j + t / 2, tile = span.first + k;
+                if (n < a.rows && k < kWide && tile < span.last)
                     *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
             }
         }
         acts_parity ^= 1;
     }
 
-    // 16 query rows as operands.
-    struct Queries {
-        uint32_t f[kHead / 16][4];
-        __device__ __forceinline__ void load(const uint8_t* rows, int lane) {
+    // Scores of 16 query rows against three times 8 keys.
+    __device__ __forceinline__ void scores(float (&d)[3][4], const uint8_t* queries, const uint8_t* const (&keys)[3]) {
 #pragma unroll
-            for (int k = 0; k < kHead / 16; k++) ldmatrix_x4(f[k], rows + (lane % 16) * kRow + k * 32 + (lane / 16) * 16);
+        for (int i = 0; i < 3; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+        queries += (lane % 16) * kRow + (lane / 16) * 16;
+#pragma unroll
+        for (int k = 0; k < kHead * 2; k += 64) {
+            uint32_t q[2][4];
+            ldmatrix_x4(q[0], queries + k);
+            ldmatrix_x4(q[1], queries + k + 32);
+#pragma unroll
+            for (int i = 0; i < 3; i++) {
+                uint32_t k8[4];
+                ldmatrix_x4(k8, keys[i] + (lane % 8) * kRow + (lane / 8) * 16 + k);
+                mma_16816(d[i], q[0][0], q[0][1], q[0][2], q[0][3], k8[0], k8[1]);
+                mma_16816(d[i], q[1][0], q[1][1], q[1][2], q[1][3], k8[2], k8[3]);
+            }
         }
-    };
-    // Scores of 8 keys against 16 query rows, to `to` of the first row.
-    __device__ __forceinline__ void scores(const Queries& q, const uint8_t* keys, float* to, int stride) {
-        const int g = lane / 4, t = lane % 4;
-        float d[4][4] = {};
-        uint32_t k8[kHead / 32][4];
-#pragma unroll
-        for (int k = 0; k < kHead / 32; k++) ldmatrix_x4(k8[k], keys + (lane % 8) * kRow + (lane / 8) * 16 + k * 64);
-#pragma unroll
-        for (int k = 0; k < kHead / 16; k++) mma_16816(d[k % 4], q.f[k][0], q.f[k][1], q.f[k][2], q.f[k][3], k8[k / 2][k % 2 * 2], k8[k / 2][k % 2 * 2 + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[0][i] = (d[0][i] + d[1][i]) + (d[2][i] + d[3][i]);
-        to += g * stride + 2 * t;
-        *reinterpret_cast<float2*>(to) = make_float2(d[0][0], d[0][1]);
-        *reinterpret_cast<float2*>(to + 8 * stride) = make_float2(d[0][2], d[0][3]);
     }
 
-    // Softmax over this rank's keys, 16 lanes a row, four keys a lane at once. The state row sees the prefix and itself only.
-    __device__ __forceinline__ void softmax(const Buffers& b, const Cut& c, int row0, int tiles) {
-        const int part = threadIdx.x % 16 * 4, suffix = c.pieces * kKeys;
-        const uint32_t keys = c.keys;
-#pragma unroll 1
-        for (int r = threadIdx.x / 16; r < tiles * 16; r += 16) {
-            const uint32_t visible = (row0 + r) % a.rows == a.horizon ? min(max(1 - c.first_suffix, 0), c.suffix_keys) : c.suffix_keys;
-            const float* row = b.scores + r * (c.columns + 4);
-            bf16* to = b.weights + r * (c.columns + 8);
-            auto masked = [&](float score, int k) {
-                return static_cast<uint32_t>(k) < keys || static_cast<uint32_t>(k - suffix) < visible ? score * a.scale : -INFINITY;
-            };
-            float top = -INFINITY, sum = 0.0f;
-            // Twice four: what lies behind the columns is masked.
-#pragma unroll 1
-            for (int k = part; k < c.columns; k += 128) {
-                const float4 v = load4(row + k), w = load4(row + k + 64);
-                const float x = fmaxf(fmaxf(masked(v.x, k), masked(v.y, k + 1)), fmaxf(masked(v.z, k + 2), masked(v.w, k + 3)));
-                const float y = fmaxf(fmaxf(masked(w.x, k + 64), masked(w.y, k + 65)), fmaxf(masked(w.z, k + 66), masked(w.w, k + 67)));
-                top = fmaxf(top, fmaxf(x, y));
+    // Weights of `rows` query rows from row0 on over this rank's keys: scores, and softmax in the registers that hold them. A
+    // warpgroup has every other piece of keys, a warp 8 keys of each; behind the prefix comes the suffix, of which the state row
+    // sees itself only.
+    template <int TILES, int BATCHES>
+    __device__ __forceinline__ void weights(const Buffers& b, const Cut& c, int row0, int tiles) {
+        constexpr int kPieces = 3 * BATCHES;
+        const int w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, suffix = c.pieces * kKeys;
+        float d[TILES][BATCHES][3][4];
+#pragma unroll
+        for (int batch = 0; batch < BATCHES; batch++) {
+            // Neither warpgroup gets a round of the ring ahead of the other: it would take the round before for its own.
+            if (batch > 0) meet(1, kComputing);
+            const uint8_t* keys[3];
+#pragma unroll
+            for (int i = 0; i < 3; i++) {
+                const int p = wg + 6 * batch + 2 * i;
+                keys[i] = b.keys + (p == c.pieces ? warp % 2 * 8 * kRow : 0);
+                if (p >= c.pieces) continue;
+                const Ring at = ring.ahead(p);
+                keys[i] = s.ring[at.slot] + warp * 8 * kRow;
+                barrier_wait(&s.full[at.slot], at.parity);
             }
 #pragma unroll
-            for (int m = 1; m < 16; m <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, m));
-            const float base = top == -INFINITY ? 0.0f : top;
-#pragma unroll 1
-            for (int k = part; k < c.columns; k += 128)
+            for (int m = 0; m < TILES; m++) {
+                if (m >= tiles) break;
+                scores(d[m][batch], b.queries + m * 16 * kRow, keys);
+            }
+            __syncwarp();
 #pragma unroll
-                for (int i = 0; i < 128; i += 64) {
-                    const float4 v = load4(row + k + i);
-                    const uint2 p = pack_bf16x4(make_float4(exp2_fast(masked(v.x, k + i) - base), exp2_fast(masked(v.y, k + i + 1) - base),
-                                                            exp2_fast(masked(v.z, k + i + 2) - base), exp2_fast(masked(v.w, k + i + 3) - base)));
-                    const float2 low = unpack_bf16(p.x), high = unpack_bf16(p.y);
-                    sum += (low.x + low.y) + (high.x + high.y);
-                    if (k + i < c.columns) *reinterpret_cast<uint2*>(to + k + i) = p;
-                }
-#pragma unroll
-            for (int m = 1; m < 16; m <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
-            if (part == 0) b.stats[r] = make_float2(top, sum);
+            for (int i = 0; i < 3; i++) {
+                const int p = wg + 6 * batch + 2 * i;
+                if (p < c.pieces && lane == 0) barrier_arrive(&s.empty[ring.ahead(p).slot], 2);
+            }
         }
+        ring.skip(c.pieces);
+        const uint32_t seen = c.keys, own = c.suffix_keys, own_state = min(max(1 - c.first_suffix, 0), c.suffix_keys);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            if (m >= tiles) break;
+            float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int row = m * 16 + g + 8 * r;
+                const uint32_t visible = (row0 + row) % a.rows == a.horizon ? own_state : own;
+#pragma unroll
+                for (int i = 0; i < kPieces; i++)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; e++) {
+                        const int k = (wg + 2 * i) * kKeys + warp * 8 + 2 * t + (e & 1);
+                        d[m][i / 3][i % 3][e] = static_cast<uint32_t>(k) < seen || static_cast<uint32_t>(k - suffix) < visible ? d[m][i / 3][i % 3][e] * a.scale : -INFINITY;
+                        top[r] = fmaxf(top[r], d[m][i / 3][i % 3][e]);
+                    }
+                top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+                top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+                if (t == 0) b.tops[row * 8 + w8] = top[r];
+            }
+        }
+        meet(1, kComputing);
+        if (threadIdx.x == 0) barrier_arrive(&s.queries_free, 1);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            if (m >= tiles) break;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int row = m * 16 + g + 8 * r;
+                const float top = over_warps_max(b.tops + row * 8), base = top == -INFINITY ? 0.0f : top;
+                bf16* to = b.weights + row * (c.columns + 8) + wg * kKeys + warp * 8 + 2 * t;
+                float sum = 0.0f;
+#pragma unroll
+                for (int i = 0; i < kPieces; i++) {
+                    const uint32_t p = pack_bf16(exp2_fast(d[m][i / 3][i % 3][2 * r] - base), exp2_fast(d[m][i / 3][i % 3][2 * r + 1] - base));
+                    const float2 back = unpack_bf16(p);
+                    sum += back.x + back.y;
+                    if ((wg + 2 * i) * kKeys + warp * 8 < c.columns) *reinterpret_cast<uint32_t*>(to + 2 * i * kKeys) = p;
+                }
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                if (t == 0) b.sums[row * 8 + w8] = sum;
+            }
+        }
+        meet(1, kComputing);
+    }
+    __device__ __forceinline__ static float over_warps_max(const float* tops) {
+        const float4 x = load4(tops), y = load4(tops + 4);
+        return fmaxf(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)), fmaxf(fmaxf(y.x, y.y), fmaxf(y.z, y.w)));
     }
 
     // o += weights · values for 16·STEPS keys and this warp's 32 dimensions.
     template <int STEPS>
-    __device__ __forceinline__ void weigh(float (&o)[2][4][4], const Buffers& b, const Cut& c, const uint8_t* values, int column, int tiles, int dims) {
-        uint32_t v[STEPS][2][4], p[STEPS][2][4];
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) ldmatrix_x4_trans(v[k][h], values + (k * 16 + lane % 16) * kRow + (dims + h * 16 + (lane / 16) * 8) * 2);
-            const bf16* row = b.weights + (lane % 16) * (c.columns + 8) + column + k * 16 + (lane / 16) * 8;
-            ldmatrix_x4(p[k][0], row);
-            if (tiles > 1) ldmatrix_x4(p[k][1], row + 16 * (c.columns + 8));
-        }
+    __device__ __forceinline__ void weigh(float (&o)[3][4][4], const Buffers& b, const Cut& c, const uint8_t* values, int column, int tiles, int dims) {
+        uint32_t v[STEPS][2][4];
 #pragma unroll
         for (int k = 0; k < STEPS; k++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                mma_16816(o[0][j], p[k][0][0], p[k][0][1], p[k][0][2], p[k][0][3], v[k][j / 2][j % 2 * 2], v[k][j / 2][j % 2 * 2 + 1]);
-                if (tiles > 1) mma_16816(o[1][j], p[k][1][0], p[k][1][1], p[k][1][2], p[k][1][3], v[k][j / 2][j % 2 * 2], v[k][j / 2][j % 2 * 2 + 1]);
-            }
+            for (int h = 0; h < 2; h++) ldmatrix_x4_trans(v[k][h], values + (k * 16 + lane % 16) * kRow + (dims + h * 16 + (lane / 16) * 8) * 2);
+        const bf16* row = b.weights + (lane % 16) * (c.columns + 8) + column + (lane / 16) * 8;
+#pragma unroll
+        for (int m = 0; m < 3; m++) {
+            if (m >= tiles) break;
+            uint32_t p[STEPS][4];
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) ldmatrix_x4(p[k], row + m * 16 * (c.columns + 8) + k * 16);
+#pragma unroll
+            for (int k = 0; k < STEPS; k++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) mma_16816(o[m][j], p[k][0], p[k][1], p[k][2], p[k][3], v[k][j / 2][j % 2 * 2], v[k][j / 2][j % 2 * 2 + 1]);
+        }
     }
 
     __device__ __forceinline__ void attention() {
         begin();
+        lane = fresh(lane), rank = fresh(rank), cluster = fresh(cluster);
         const Cut c(a, prefix, rank, cluster, clusters);
         const Buffers b(s.acts, c);
-        const int all = threadIdx.x, w8 = of_warp(all / 32), g = lane / 4, t = lane % 4, odd = t & 1;
+        const int all = fresh(threadIdx.x), w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, odd = t & 1;
         // Values of keys that are not there have no weight, but must be numbers.
         for (int i = all; i < (16 - c.suffix_keys) * (kHead / 8); i += kComputing)
             store_zero_16(b.values + (c.suffix_keys + i / (kHead / 8)) * kRow + i % (kHead / 8) * 16);
 #pragma unroll 1
         for (int row0 = c.first_row; row0 < c.last_row; row0 += c.group, groups++) {
             const uint32_t parity = groups & 1;
-            const int here = min(c.group, c.last_row - row0), tiles = here > 16 ? 2 : 1;
+            const int here = min(c.group, c.last_row - row0), tiles = (here + 15) / 16;
             if (all == 0) barrier_expect(&s.parts_received, kRanks * here * (64 * 4 + 8));
             barrier_wait(&s.queries_full, parity);
-            const int stride = c.columns + 4, end = c.pieces * kKeys;
-            {
-                // 16 rows stay in registers, more are read anew for each piece. Behind the pieces of the prefix comes the suffix.
-                Queries q;
-#pragma unroll 1
-                for (int p = wg; p < (c.pieces / 4 + 1) * 4; p += 2) {
-                    // Neither warpgroup gets a round of the ring ahead of the other: it would take the round before for its own.
-                    if (p >= 4 && p % 4 == wg) meet(1, kComputing);
-                    const bool prefix = p < c.pieces;
-                    if (p > c.pieces || (p == c.pieces && warp >= 2)) continue;
-                    const Ring at = ring.ahead(p);
-                    if (prefix) barrier_wait(&s.full[at.slot], at.parity);
-#pragma unroll 1
-                    for (int m = 0; m < tiles; m++) {
-                        if (tiles > 1 || p == wg) q.load(b.queries + m * 16 * kRow, lane);
-                        scores(q, (prefix ? s.ring[at.slot] : b.keys) + warp * 8 * kRow, b.scores + m * 16 * stride + p * kKeys + warp * 8, stride);
-                    }
-                    __syncwarp();
-                    if (prefix && lane == 0) barrier_arrive(&s.empty[at.slot], 2);
-                }
-                ring.skip(c.pieces);
-            }
-            meet(1, kComputing);
-            if (all == 0) barrier_arrive(&s.queries_free, 1);
-            softmax(b, c, row0, tiles);
-            meet(1, kComputing);
-            float o[2][4][4] = {};
+            if (c.group > 16) weights<3, 1>(b, c, row0, tiles);
+            else weights<1, 2>(b, c, row0, tiles);
+            float o[3][4][4] = {};
 #pragma unroll 1
             for (int p = 0; p < c.pieces; p++, ring.next()) {
                 barrier_wait(&s.full[ring.slot], ring.parity);
@@ -441,12 +470,12 @@ struct Compute {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&s.empty[ring.slot], 1);
             }
-            weigh<1>(o, b, c, b.values, end, tiles, w8 * 32);
+            weigh<1>(o, b, c, b.values, c.pieces * kKeys, tiles, w8 * 32);
             // The ranks have joined the group before. Each joins 64 dimensions of all rows: those of two warps.
             barrier_wait(&s.parts_free, parity ^ 1);
             const uint32_t parts = remote_address(&s.parts_received, w8 / 2);
 #pragma unroll
-            for (int m = 0; m < 2; m++) {
+            for (int m = 0; m < 3; m++) {
                 if (m >= tiles) break;
                 const int row = m * 16 + g + 8 * odd;
                 const uint32_t to = remote_address(b.inbox + ((rank * 8 + w8 % 2 * 4) * c.group + row) * 8 + (t / 2) * 4, w8 / 2);
@@ -457,14 +486,18 @@ struct Compute {
                     if (row < here) send(to + j * c.group * 32, odd ? make_float4(x, y, d[2], d[3]) : make_float4(d[0], d[1], x, y), parts);
                 }
             }
-            if (all < here * kRanks)
-                send(remote_address(b.inbox_stats + rank * c.group + all / kRanks, all % kRanks), b.stats[all / kRanks],
+            if (all < here * kRanks) {
+                const int r = all / kRanks;
+                const float4 x = load4(b.sums + r * 8), y = load4(b.sums + r * 8 + 4);
+                send(remote_address(b.inbox_stats + rank * c.group + r, all % kRanks),
+                     make_float2(over_warps_max(b.tops + r * 8), ((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w))),
                      remote_address(&s.parts_received, all % kRanks));
+            }
             barrier_wait(&s.parts_received, parity);
             // Neighbouring threads write rows of neighbouring tokens, which lie together.
 #pragma unroll 1
-            for (int i = all; i < tiles * 256; i += kComputing) {
-                const int r = i / 2 % (tiles * 16), d8 = i / 2 / (tiles * 16), half = i % 2, row = row0 + r;
+            for (int m = 0; m < tiles; m++) {
+                const int r = m * 16 + all / 2 % 16, d8 = all / 32, half = all % 2, row = row0 + r;
                 if (r >= here) continue;
                 float top = -INFINITY;
 #pragma unroll

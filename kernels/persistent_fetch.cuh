@@ -55,7 +55,7 @@ struct Producer {
         if (lane != 0 || a.layer_count == 0) return;
         const Cut cut(a, a.params->prefix, rank, cluster, clusters);
         const Tiles narrow(kWidthTiles, kNarrow, cluster, clusters), qkv(kQkvTiles, kQkv, cluster, clusters),
-            wide(kMlpTiles, kWide, blockIdx.x, gridDim.x, 2);
+            wide(kMlpTiles, kWide, blockIdx.x, gridDim.x);
         // The products by turns: first, where there is one, what makes the residual; then QKV, O, gate/up and down of each layer.
         const int count = 4 * a.layer_count;
 #pragma unroll 1
