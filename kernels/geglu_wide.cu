@@ -29,50 +29,13 @@ struct GegluWideArgs {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Operand lists of a matrix instruction with so many floats a thread.
-#define GW_FLOATS_48 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
-    "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define GW_FLOATS_64 GW_FLOATS_48 \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define GW_FLOATS_72 GW_FLOATS_64 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define GW_FLOATS_80 GW_FLOATS_72 \
-    ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define GW_FLOATS_88 GW_FLOATS_80 \
-    ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define GW_FLOATS_92 GW_FLOATS_88 \
-    ", %88, %89, %90, %91"
-#define GW_FLOATS_96 GW_FLOATS_92 \
-    ", %92, %93, %94, %95"
-#define GW_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define GW_OUT_8(i) GW_OUT_4(i), GW_OUT_4(i + 4)
-#define GW_OUT_16(i) GW_OUT_8(i), GW_OUT_8(i + 8)
-#define GW_OUTS_48 GW_OUT_16(0), GW_OUT_16(16), GW_OUT_16(32)
-#define GW_OUTS_64 GW_OUTS_48, GW_OUT_16(48)
-#define GW_OUTS_72 GW_OUTS_64, GW_OUT_8(64)
-#define GW_OUTS_80 GW_OUTS_72, GW_OUT_8(72)
-#define GW_OUTS_88 GW_OUTS_80, GW_OUT_8(80)
-#define GW_OUTS_92 GW_OUTS_88, GW_OUT_4(88)
-#define GW_OUTS_96 GW_OUTS_92, GW_OUT_4(92)
-
-// d = a·bᵀ (+ d): a 64×16 and b N×16, both with K contiguous. A, B, ADD: the operand numbers behind the floats.
-#define GW_WGMMA(N, FLOATS, A, B, ADD)                                                                       \
-    __device__ __forceinline__ void wgmma(float (&d)[FLOATS], uint64_t a, uint64_t b, int add) {             \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                        \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" GW_FLOATS_##FLOATS "}, "   \
-                     "%" #A ", %" #B ", p, 1, 1, 0, 0; }"                                                    \
-                     : GW_OUTS_##FLOATS                                                                      \
-                     : "l"(a), "l"(b), "r"(add));                                                            \
-    }
-GW_WGMMA(96, 48, 48, 49, 50)
-GW_WGMMA(128, 64, 64, 65, 66)
-GW_WGMMA(144, 72, 72, 73, 74)
-GW_WGMMA(160, 80, 80, 81, 82)
-GW_WGMMA(176, 88, 88, 89, 90)
-GW_WGMMA(184, 92, 92, 93, 94)
-GW_WGMMA(192, 96, 96, 97, 98)
+WGMMA(wgmma, 96, 48, 48, 49, 50, 0)
+WGMMA(wgmma, 128, 64, 64, 65, 66, 0)
+WGMMA(wgmma, 144, 72, 72, 73, 74, 0)
+WGMMA(wgmma, 160, 80, 80, 81, 82, 0)
+WGMMA(wgmma, 176, 88, 88, 89, 90, 0)
+WGMMA(wgmma, 184, 92, 92, 93, 94, 0)
+WGMMA(wgmma, 192, 96, 96, 97, 98, 0)
 
 // As barrier_init, for `count` arrivals.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
@@ -88,11 +51,6 @@ __device__ __forceinline__ void store_if(bool wanted, void* global, uint32_t x, 
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3}; }" ::"r"(static_cast<int>(wanted)),
                  "l"(global), "r"(x), "r"(y)
                  : "memory");
-}
-
-// A descriptor whose lower half has been moved on: addresses of shared memory do not carry into the upper one.
-__device__ __forceinline__ uint64_t with_upper(uint32_t lower, uint64_t descriptor) {
-    return (descriptor >> 32 << 32) | lower;
 }
 
 // Exchanges rows and columns of an 8×8 matrix of bf16 that a warp holds, row lane/4 and two columns a thread.

@@ -30,53 +30,52 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// d = a·bᵀ (+ d): a 64×16 and b 64×16, both with K contiguous.
-__device__ __forceinline__ void wgmma_64x64(float (&d)[32], uint64_t a, uint64_t b, int add) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p, 1, 1, 0, 0; }"
-        :
-          "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a), "l"(b), "r"(add));
+// A descriptor whose lower half has been moved on: addresses of shared memory do not carry into the upper one.
+__device__ __forceinline__ uint64_t with_upper(uint32_t lower, uint64_t descriptor) {
+    return (descriptor >> 32 << 32) | lower;
 }
 
-// d += a·b: a 64×16 in registers, b 16×256 with N contiguous.
-__device__ __forceinline__ void wgmma_64x256(float (&d)[128], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-        :
-          "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-          "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-          "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-          "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-          "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-          "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-          "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
-          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-          "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-}
+// Operand lists of a matrix instruction with so many floats a thread.
+#define WGMMA_FLOATS_20 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
+#define WGMMA_FLOATS_36 WGMMA_FLOATS_20 \
+    ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35"
+#define WGMMA_FLOATS_48 WGMMA_FLOATS_36 \
+    ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_FLOATS_64 WGMMA_FLOATS_48 \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_FLOATS_72 WGMMA_FLOATS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define WGMMA_FLOATS_80 WGMMA_FLOATS_72 \
+    ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_FLOATS_88 WGMMA_FLOATS_80 \
+    ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_FLOATS_92 WGMMA_FLOATS_88 \
+    ", %88, %89, %90, %91"
+#define WGMMA_FLOATS_96 WGMMA_FLOATS_92 \
+    ", %92, %93, %94, %95"
+#define WGMMA_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_OUT_8(i) WGMMA_OUT_4(i), WGMMA_OUT_4(i + 4)
+#define WGMMA_OUT_16(i) WGMMA_OUT_8(i), WGMMA_OUT_8(i + 8)
+#define WGMMA_OUTS_20 WGMMA_OUT_16(0), WGMMA_OUT_4(16)
+#define WGMMA_OUTS_36 WGMMA_OUT_16(0), WGMMA_OUT_16(16), WGMMA_OUT_4(32)
+#define WGMMA_OUTS_48 WGMMA_OUT_16(0), WGMMA_OUT_16(16), WGMMA_OUT_16(32)
+#define WGMMA_OUTS_64 WGMMA_OUTS_48, WGMMA_OUT_16(48)
+#define WGMMA_OUTS_72 WGMMA_OUTS_64, WGMMA_OUT_8(64)
+#define WGMMA_OUTS_80 WGMMA_OUTS_72, WGMMA_OUT_8(72)
+#define WGMMA_OUTS_88 WGMMA_OUTS_80, WGMMA_OUT_8(80)
+#define WGMMA_OUTS_92 WGMMA_OUTS_88, WGMMA_OUT_4(88)
+#define WGMMA_OUTS_96 WGMMA_OUTS_92, WGMMA_OUT_4(92)
+
+// NAME: d = a·bᵀ (+ d), a 64×16 and b N×16 in shared memory. K is contiguous in b, and in a too unless ROWS is 1: then
+// M is. A, B, ADD: the operand numbers behind the floats.
+#define WGMMA(NAME, N, FLOATS, A, B, ADD, ROWS)                                                             \
+    __device__ __forceinline__ void NAME(float (&d)[FLOATS], uint64_t a, uint64_t b, int add) {             \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                       \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_FLOATS_##FLOATS "}, " \
+                     "%" #A ", %" #B ", p, 1, 1, " #ROWS ", 0; }"                                           \
+                     : WGMMA_OUTS_##FLOATS                                                                  \
+                     : "l"(a), "l"(b), "r"(add));                                                           \
+    }
 
 #endif

@@ -189,11 +189,19 @@ fn rotate(x: &mut [f32], heads: usize, head_dim: usize, position: impl Fn(usize)
 /// its chain so far.
 type Chains = Vec<Vec<Range<usize>>>;
 
-/// attention_wide.cu and attention.cu: tiles of 64; the first gives them to two chains in turn, the second halves each.
+/// attention_wide.cu: passes of up to nine tiles of 64 where one is enough, else of up to eight. attention.cu: tiles of
+/// 64 of which two chains take halves.
 fn encoder_chains(keys: usize, head_dim: usize) -> Chains {
-    let (tile, stride) = if head_dim == 256 { (64, 128) } else { (32, 64) };
-    let chain = |first: usize| (first..keys).step_by(stride).map(|at| at..(at + tile).min(keys)).collect();
-    vec![chain(0), chain(tile)]
+    let chain = |first: usize, tile: usize, stride: usize| {
+        (first..keys).step_by(stride).map(|at| at..(at + tile).min(keys)).collect()
+    };
+    if head_dim == 256 {
+        let tiles = keys.div_ceil(64);
+        let passes = if tiles <= 9 { 1 } else { tiles.div_ceil(8) };
+        let pass = tiles.div_ceil(passes) * 64;
+        return vec![chain(0, pass, pass)];
+    }
+    vec![chain(0, 32, 64), chain(32, 32, 64)]
 }
 
 /// decode_attention.cu: eight equal slices, taken in tiles of up to 128.

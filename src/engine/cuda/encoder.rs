@@ -607,20 +607,28 @@ impl Queue<'_> {
         variant: (usize, usize),
         args: &AttentionArgs,
     ) -> Result<(), EngineError> {
-        let kernels = self.kernels;
-        let wide = self.path == Path::Hopper && args.head_dim as usize == plan::WIDE_HEAD;
-        let (kernel, shared) = match kernels.hopper().filter(|_| wide) {
-            Some(hopper) => (&hopper.attention_wide, plan::WIDE_SHARED),
-            None => (&kernels.attention[variant.0], plan::attention_shared(variant.1)),
-        };
+        // The heads share their keys and values where those of the next head are no further on.
+        let wide = self.path == Path::Hopper && args.head_dim as usize == plan::WIDE_HEAD && args.kv_head == 0;
+        if let Some(hopper) = self.kernels.hopper().filter(|_| wide) {
+            let plan = plan::attention_wide(args.rows as usize * heads, self.sms);
+            let shape = Shape {
+                grid: [plan.blocks as u32, 1, batch as u32],
+                threads: 256,
+                shared: plan.shared as u32,
+                cluster: plan.cluster as u32,
+                dependent: true,
+            };
+            let args = AttentionArgs { heads: heads as i32, ..*args };
+            return hopper.attention_wide[plan.variant].launch(self.stream, shape, &args);
+        }
         let shape = Shape {
             grid: [(args.rows as u32).div_ceil(plan::ATTENTION_ROWS as u32), heads as u32, batch as u32],
             threads: 256,
-            shared: shared as u32,
+            shared: plan::attention_shared(variant.1) as u32,
             cluster: 1,
             dependent: true,
         };
-        kernel.launch(self.stream, shape, args)
+        self.kernels.attention[variant.0].launch(self.stream, shape, args)
     }
 
     /// Patches to the first rows of x.

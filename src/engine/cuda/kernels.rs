@@ -147,7 +147,8 @@ pub(super) struct PersistentArgs {
     pub delay: i32,
 }
 
-/// `AttentionArgs` of attention.cu.
+/// `AttentionArgs` of attention_wide.cu, and of attention.cu, which has no `heads`: they lie in what fills its last eight
+/// bytes.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct AttentionArgs {
@@ -168,6 +169,7 @@ pub(super) struct AttentionArgs {
     pub head_dim: i32,
     pub layer: i32,
     pub scale: f32,
+    pub heads: i32,
 }
 
 /// `NormArgs` of pointwise.cu.
@@ -511,8 +513,8 @@ pub(super) struct Hopper {
     pub skinny: [Skinny; 4],
     /// By padded head dimension, see [`DECODE_HEAD_DIMS`].
     pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
-    /// For heads of [`plan::WIDE_HEAD`].
-    pub attention_wide: Kernel<AttentionArgs>,
+    /// For heads of [`plan::WIDE_HEAD`], by rows of a cluster, see [`plan::WIDE_ROWS`].
+    pub attention_wide: Vec<Kernel<AttentionArgs>>,
     /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert.
@@ -535,7 +537,10 @@ impl Hopper {
         Ok(Some(Self {
             skinny: by(TOKEN_TILES, family)?,
             decode_attention: by(DECODE_HEAD_DIMS, |d| decode.kernel(&format!("decode_attention_{d}"), HOPPER_SHARED))?,
-            attention_wide: wide.kernel("attention_wide", HOPPER_SHARED)?,
+            attention_wide: plan::WIDE_ROWS
+                .iter()
+                .map(|n| wide.kernel(&format!("attention_wide_{n}"), plan::wide_shared(*n)))
+                .collect::<Result<_, _>>()?,
             geglu_wide: plan::GEGLU_TOKENS
                 .iter()
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))

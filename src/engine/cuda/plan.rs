@@ -157,8 +157,41 @@ pub(super) fn portable(tiles: usize, token_tiles: usize, pairs: bool) -> Portabl
 
 /// Head dimension that attention_wide.cu is for.
 pub(super) const WIDE_HEAD: usize = 256;
-/// Its shared memory: queries, keys and values of two groups of warps, each aligned to 1024 bytes.
-pub(super) const WIDE_SHARED: usize = 5 * 64 * WIDE_HEAD * 2 + 1024;
+/// Query rows, of all heads together, that a cluster of it takes: what it is compiled for.
+pub(super) const WIDE_ROWS: [usize; 3] = [40, 72, 96];
+/// Blocks of a cluster.
+const WIDE_BLOCKS: usize = 2;
+/// What a cluster's keys and values cost, in query rows.
+const WIDE_KEYS_COST: usize = 100;
+
+/// Shared memory of a block with `rows` queries: `Wide` of attention_wide.cu, and what aligns it.
+pub(super) fn wide_shared(rows: usize) -> usize {
+    let (row, keys, weights) = (WIDE_HEAD * 2, 64 * WIDE_HEAD * 2, 9 * rows * 64 * 2);
+    let late = if rows > 72 { 3 } else { 4 };
+    let queries_end = 2 * keys + weights.max(3 * keys) + rows * row;
+    let late_end = 2 * keys + weights + 2 * late * 64 * 64 * 2;
+    queries_end.max(late_end) + 1024
+}
+
+/// One launch of attention_wide.cu, of 256 threads a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct WidePlan {
+    /// Index into [`WIDE_ROWS`].
+    pub variant: usize,
+    pub blocks: usize,
+    pub cluster: usize,
+    pub shared: usize,
+}
+
+/// The plan for `rows` queries of all heads on `sms` SMs. Only the cut into clusters follows the SMs: what is worked out
+/// for a row is the same in all.
+pub(super) fn attention_wide(rows: usize, sms: usize) -> WidePlan {
+    let clusters = |n: usize| rows.div_ceil(n);
+    let cost = |n: usize| clusters(n).div_ceil((sms / WIDE_BLOCKS).max(1)) * (n + WIDE_KEYS_COST);
+    let variant = (0..WIDE_ROWS.len()).min_by_key(|i| cost(WIDE_ROWS[*i])).unwrap_or(0);
+    let n = WIDE_ROWS[variant];
+    WidePlan { variant, blocks: WIDE_BLOCKS * clusters(n), cluster: WIDE_BLOCKS, shared: wide_shared(n) }
+}
 
 /// Tokens of a tile that geglu_wide.cu is compiled for.
 pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
@@ -517,6 +550,25 @@ mod tests {
             assert_eq!(geglu_wide(tokens, mlp, k, sms), None);
         }
         assert_eq!(geglu_wide(1, 256, 256, 0), None);
+    }
+
+    #[test]
+    fn wide_attention_fits_one_round() {
+        let cut = |tokens: usize, sms| {
+            let p = attention_wide(tokens * 8, sms);
+            (WIDE_ROWS[p.variant], p.blocks)
+        };
+        assert_eq!(cut(276, 132), (40, 112));
+        assert_eq!(cut(532, 132), (72, 120));
+        assert_eq!(cut(788, 132), (96, 132));
+        assert_eq!(cut(276, 92), (72, 62));
+        assert_eq!(cut(532, 92), (96, 90));
+        assert_eq!(cut(1, 1), (40, 2));
+        assert_eq!(WIDE_ROWS.map(wide_shared), [185_344, 215_040, 226_304]);
+        for n in WIDE_ROWS {
+            // 227 KB, less what the kernel declares.
+            assert!(wide_shared(n) + 12 * n * 4 + 16 <= 227 * 1024, "{n}");
+        }
     }
 
     #[test]
