@@ -189,8 +189,12 @@ fn rotate(x: &mut [f32], heads: usize, head_dim: usize, position: impl Fn(usize)
 /// its chain so far.
 type Chains = Vec<Vec<Range<usize>>>;
 
-/// attention_wide.cu and attention.cu: tiles of 64; the first gives them to two chains in turn, the second halves each.
+/// attention_vision.cu: all keys at once. attention_wide.cu and attention.cu: tiles of 64; the first gives them to two
+/// chains in turn, the second halves each.
 fn encoder_chains(keys: usize, head_dim: usize) -> Chains {
+    if head_dim <= 72 && keys <= 256 {
+        return vec![std::iter::once(0..keys).collect()];
+    }
     let (tile, stride) = if head_dim == 256 { (64, 128) } else { (32, 64) };
     let chain = |first: usize| (first..keys).step_by(stride).map(|at| at..(at + tile).min(keys)).collect();
     vec![chain(0), chain(tile)]

@@ -1,6 +1,7 @@
 //! Images and prompt to keys and values: SigLIP over all views at once, then the prefix trunk.
 //!
-//! Large products go to cuBLASLt or geglu_wide.cu, the rest is attention.cu and pointwise.cu. The residual streams stay in float32.
+//! Large products go to cuBLASLt or geglu_wide.cu, attention to attention_vision.cu, attention_wide.cu or attention.cu, the
+//! rest is pointwise.cu. The residual streams stay in float32.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -608,14 +609,18 @@ impl Queue<'_> {
         args: &AttentionArgs,
     ) -> Result<(), EngineError> {
         let kernels = self.kernels;
-        let wide = self.path == Path::Hopper && args.head_dim as usize == plan::WIDE_HEAD;
-        let (kernel, shared) = match kernels.hopper().filter(|_| wide) {
-            Some(hopper) => (&hopper.attention_wide, plan::WIDE_SHARED),
-            None => (&kernels.attention[variant.0], plan::attention_shared(variant.1)),
+        let [rows, keys, head_dim] = [args.rows, args.keys, args.head_dim].map(|n| n as usize);
+        let blocks = rows.div_ceil(plan::ATTENTION_ROWS) * heads * batch;
+        let groups = plan::vision_groups(self.path, head_dim, keys, blocks, self.sms);
+        let wide = self.path == Path::Hopper && head_dim == plan::WIDE_HEAD;
+        let (kernel, groups, threads, shared) = match (kernels.hopper(), groups) {
+            (Some(hopper), Some(n)) => (&hopper.attention_vision[n - 1], n, 128 * n, plan::vision_shared(n)),
+            (Some(hopper), None) if wide => (&hopper.attention_wide, 1, 256, plan::WIDE_SHARED),
+            _ => (&kernels.attention[variant.0], 1, 256, plan::attention_shared(variant.1)),
         };
         let shape = Shape {
-            grid: [(args.rows as u32).div_ceil(plan::ATTENTION_ROWS as u32), heads as u32, batch as u32],
-            threads: 256,
+            grid: [rows.div_ceil(groups * plan::ATTENTION_ROWS) as u32, heads as u32, batch as u32],
+            threads: threads as u32,
             shared: shared as u32,
             cluster: 1,
             dependent: true,

@@ -513,11 +513,13 @@ pub(super) struct Hopper {
     pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
     /// For heads of [`plan::WIDE_HEAD`].
     pub attention_wide: Kernel<AttentionArgs>,
+    /// By groups of warps of a block less one, see [`plan::vision_groups`].
+    pub attention_vision: [Kernel<AttentionArgs>; 2],
     /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert.
     pub persistent: Kernel<PersistentArgs>,
-    _modules: [Module; 5],
+    _modules: [Module; 6],
 }
 
 impl Hopper {
@@ -526,6 +528,8 @@ impl Hopper {
         let Some(skinny) = Module::load_if_there("skinny")? else { return Ok(None) };
         let (decode, wide) = (Module::load("decode_attention")?, Module::load("attention_wide")?);
         let (geglu, persistent) = (Module::load("geglu_wide")?, Module::load("persistent")?);
+        let vision = Module::load("attention_vision")?;
+        let vision_of = |groups| vision.kernel(&format!("attention_vision_{groups}"), plan::vision_shared(groups));
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| {
                 by(CLUSTERS, |c| skinny.kernel::<SkinnyArgs>(&format!("skinny_{kind}_{tiles}_{c}"), HOPPER_SHARED))
@@ -536,12 +540,13 @@ impl Hopper {
             skinny: by(TOKEN_TILES, family)?,
             decode_attention: by(DECODE_HEAD_DIMS, |d| decode.kernel(&format!("decode_attention_{d}"), HOPPER_SHARED))?,
             attention_wide: wide.kernel("attention_wide", HOPPER_SHARED)?,
+            attention_vision: [vision_of(1)?, vision_of(2)?],
             geglu_wide: plan::GEGLU_TOKENS
                 .iter()
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
             persistent: persistent.kernel("persistent_step", plan::PERSISTENT_SHARED)?,
-            _modules: [skinny, decode, wide, geglu, persistent],
+            _modules: [skinny, decode, wide, geglu, persistent, vision],
         }))
     }
 }

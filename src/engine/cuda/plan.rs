@@ -160,6 +160,22 @@ pub(super) const WIDE_HEAD: usize = 256;
 /// Its shared memory: queries, keys and values of two groups of warps, each aligned to 1024 bytes.
 pub(super) const WIDE_SHARED: usize = 5 * 64 * WIDE_HEAD * 2 + 1024;
 
+/// Head dimension and keys that attention_vision.cu is for, at most.
+const VISION_HEAD: usize = 72;
+const VISION_KEYS: usize = 256;
+
+/// Shared memory of its blocks of `groups` groups of warps: queries, keys and values, rows of 80.
+pub(super) const fn vision_shared(groups: usize) -> usize {
+    (groups * ATTENTION_ROWS + 2 * VISION_KEYS) * 80 * 2
+}
+
+/// Groups of warps of a block of it, of [`ATTENTION_ROWS`] query rows each: one as long as the `blocks` that makes have an
+/// SM each, two that share keys and values beyond; the results are the same. None where it does not cover the shape.
+pub(super) fn vision_groups(path: Path, head_dim: usize, keys: usize, blocks: usize, sms: usize) -> Option<usize> {
+    let covered = head_dim <= VISION_HEAD && head_dim.is_multiple_of(8) && (1..=VISION_KEYS).contains(&keys);
+    (path == Path::Hopper && covered).then_some(if blocks <= sms { 1 } else { 2 })
+}
+
 /// Tokens of a tile that geglu_wide.cu is compiled for.
 pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
 /// Hidden units of a tile of it: as many rows of the gate and as many of the up projection.
@@ -432,6 +448,20 @@ mod tests {
         assert_eq!(token_tiles(51), Some(2));
         assert_eq!(token_tiles(9), Some(0));
         assert_eq!(token_tiles(65), None);
+    }
+
+    #[test]
+    fn vision_attention_covers_siglip_and_what_is_smaller() {
+        let groups = |head_dim, keys, blocks, sms| vision_groups(Path::Hopper, head_dim, keys, blocks, sms);
+        // 16 heads of 4 blocks a view.
+        assert_eq!([64, 128, 192].map(|blocks| groups(72, 256, blocks, 132)), [Some(1), Some(1), Some(2)]);
+        assert_eq!(groups(72, 256, 128, 92), Some(2));
+        assert_eq!(groups(8, 1, 1, 132), Some(1));
+        for (head_dim, keys) in [(72, 257), (72, 0), (80, 256), (36, 256), (256, 256)] {
+            assert_eq!(groups(head_dim, keys, 64, 132), None, "{head_dim}, {keys} keys");
+        }
+        assert_eq!(vision_groups(Path::Portable, 72, 256, 64, 132), None);
+        assert!(2 * (vision_shared(1) + 1024) <= 227 * 1024, "two blocks of one group fit an SM");
     }
 
     #[test]
