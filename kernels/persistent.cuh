@@ -192,7 +192,7 @@ struct Buffers {
         weights = reinterpret_cast<bf16*>(sums + rows * 8);
     }
 };
-constexpr int kMostKeys = 11;  // pieces of a rank's keys
+constexpr int kMostKeys = 23;  // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
 __host__ __device__ constexpr int attention_bytes(int group, int pieces) {
     const int rows = (group + 15) / 16 * 16;
     return (group + 32) * kRow + group * kHead * 4 + kRanks * group * 8 + rows * 64 + rows * (pieces * kKeys + 24) * 2;

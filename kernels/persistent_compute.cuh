@@ -316,10 +316,8 @@ struct Compute {
         acts_parity ^= 1;
     }
 
-    // Scores of 16 query rows against three times 8 keys.
+    // Adds the scores of 16 query rows against three times 8 keys.
     __device__ __forceinline__ void scores(float (&d)[3][4], const uint8_t* queries, const uint8_t* const (&keys)[3]) {
-#pragma unroll
-        for (int i = 0; i < 3; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
         queries += (lane % 16) * kRow + (lane / 16) * 16;
 #pragma unroll
         for (int k = 0; k < kHead * 2; k += 64) {
@@ -343,9 +341,10 @@ struct Compute {
     __device__ __forceinline__ void weights(const Buffers& b, const Cut& c, int row0, int tiles) {
         constexpr int kPieces = 3 * BATCHES;
         const int w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, suffix = c.pieces * kKeys;
-        float d[TILES][BATCHES][3][4];
+        float d[TILES][BATCHES][3][4] = {};
 #pragma unroll
         for (int batch = 0; batch < BATCHES; batch++) {
+            if (6 * batch > c.pieces) break;
             // Neither warpgroup gets a round of the ring ahead of the other: it would take the round before for its own.
             if (batch > 0) meet(1, kComputing);
             const uint8_t* keys[3];
@@ -461,7 +460,7 @@ struct Compute {
             if (all == 0) barrier_expect(&s.parts_received, kRanks * here * (64 * 4 + 8));
             barrier_wait(&s.queries_full, parity);
             if (c.group > 16) weights<3, 1>(b, c, row0, tiles);
-            else weights<1, 2>(b, c, row0, tiles);
+            else weights<1, (kMostKeys + 1) / 6>(b, c, row0, tiles);
             float o[3][4][4] = {};
 #pragma unroll 1
             for (int p = 0; p < c.pieces; p++, ring.next()) {

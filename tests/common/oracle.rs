@@ -189,12 +189,15 @@ fn rotate(x: &mut [f32], heads: usize, head_dim: usize, position: impl Fn(usize)
 /// its chain so far.
 type Chains = Vec<Vec<Range<usize>>>;
 
-/// attention_wide.cu: passes of up to nine tiles of 64 where one is enough, else of up to eight. attention.cu: tiles of
-/// 64 of which two chains take halves.
+/// attention_vision.cu: all keys at once. attention_wide.cu: passes of up to nine tiles of 64 where one is enough, else of
+/// up to eight. attention.cu: tiles of 64 of which two chains take halves.
 fn encoder_chains(keys: usize, head_dim: usize) -> Chains {
     let chain = |first: usize, tile: usize, stride: usize| {
         (first..keys).step_by(stride).map(|at| at..(at + tile).min(keys)).collect()
     };
+    if head_dim <= 72 && keys <= 256 {
+        return vec![chain(0, 256, 256)];
+    }
     if head_dim == 256 {
         let tiles = keys.div_ceil(64);
         let passes = if tiles <= 9 { 1 } else { tiles.div_ceil(8) };

@@ -41,7 +41,7 @@ def edits() -> list[tuple[str, str]]:
         ("            product<1, 2>(acc, kWidth / kChunk);\n",
          f"            MARK({gate['operands asked']});\n            product<1, 2>(acc, kWidth / kChunk);\n            MARK({gate['product']});\n"),
         ("            if (u == 0) meet(6, kComputing);\n", f"            if (u == 0) meet(6, kComputing);\n            MARK({gate['received']});\n"),
-        ("        acts_parity ^= 1;\n    }\n\n    // Scores of 16 query rows", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // 16 query rows"),
+        ("        acts_parity ^= 1;\n    }\n\n    // Adds the scores of 16", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // 16 query rows"),
         ("            barrier_wait(&s.queries_full, parity);\n", f"            barrier_wait(&s.queries_full, parity);\n            MARK({att['queries']});\n"),
         ("        meet(1, kComputing);\n        if (threadIdx.x == 0) barrier_arrive(&s.queries_free, 1);\n",
          f"        MARK({att['scores']});\n        meet(1, kComputing);\n        MARK({att['all scores']});\n        if (threadIdx.x == 0) barrier_arrive(&s.queries_free, 1);\n"),

@@ -1,6 +1,7 @@
 //! Images and prompt to keys and values: SigLIP over all views at once, then the prefix trunk.
 //!
-//! Large products go to cuBLASLt or geglu_wide.cu, the rest is attention.cu and pointwise.cu. The residual streams stay in float32.
+//! Large products go to cuBLASLt or geglu_wide.cu, attention to attention_vision.cu, attention_wide.cu or attention.cu, the
+//! rest is pointwise.cu. The residual streams stay in float32.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -607,27 +608,29 @@ impl Queue<'_> {
         variant: (usize, usize),
         args: &AttentionArgs,
     ) -> Result<(), EngineError> {
+        let (rows, hopper) = (args.rows as usize, self.kernels.hopper().filter(|_| self.path == Path::Hopper));
+        let blocks = |rows_each: usize, shared: usize| Shape {
+            grid: [rows.div_ceil(rows_each) as u32, heads as u32, batch as u32],
+            threads: 256,
+            shared: shared as u32,
+            cluster: 1,
+            dependent: true,
+        };
         // The heads share their keys and values where those of the next head are no further on.
-        let wide = self.path == Path::Hopper && args.head_dim as usize == plan::WIDE_HEAD && args.kv_head == 0;
-        if let Some(hopper) = self.kernels.hopper().filter(|_| wide) {
-            let plan = plan::attention_wide(args.rows as usize * heads, self.sms);
+        if let Some(hopper) = hopper.filter(|_| args.head_dim as usize == plan::WIDE_HEAD && args.kv_head == 0) {
+            let plan = plan::attention_wide(rows * heads, self.sms);
             let shape = Shape {
                 grid: [plan.blocks as u32, 1, batch as u32],
-                threads: 256,
-                shared: plan.shared as u32,
                 cluster: plan.cluster as u32,
-                dependent: true,
+                ..blocks(rows, plan.shared)
             };
             let args = AttentionArgs { heads: heads as i32, ..*args };
             return hopper.attention_wide[plan.variant].launch(self.stream, shape, &args);
         }
-        let shape = Shape {
-            grid: [(args.rows as u32).div_ceil(plan::ATTENTION_ROWS as u32), heads as u32, batch as u32],
-            threads: 256,
-            shared: plan::attention_shared(variant.1) as u32,
-            cluster: 1,
-            dependent: true,
-        };
+        if let Some(hopper) = hopper.filter(|_| plan::attention_vision(args.head_dim as usize, args.keys as usize)) {
+            return hopper.attention_vision.launch(self.stream, blocks(plan::VISION_ROWS, plan::VISION_SHARED), args);
+        }
+        let shape = blocks(plan::ATTENTION_ROWS, plan::attention_shared(variant.1));
         self.kernels.attention[variant.0].launch(self.stream, shape, args)
     }
 

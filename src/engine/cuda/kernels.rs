@@ -515,11 +515,13 @@ pub(super) struct Hopper {
     pub decode_attention: [Kernel<DecodeAttentionArgs>; 4],
     /// For heads of [`plan::WIDE_HEAD`], by rows of a cluster, see [`plan::WIDE_ROWS`].
     pub attention_wide: Vec<Kernel<AttentionArgs>>,
+    /// For heads and key counts that [`plan::attention_vision`] covers.
+    pub attention_vision: Kernel<AttentionArgs>,
     /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert.
     pub persistent: Kernel<PersistentArgs>,
-    _modules: [Module; 5],
+    _modules: [Module; 6],
 }
 
 impl Hopper {
@@ -528,6 +530,7 @@ impl Hopper {
         let Some(skinny) = Module::load_if_there("skinny")? else { return Ok(None) };
         let (decode, wide) = (Module::load("decode_attention")?, Module::load("attention_wide")?);
         let (geglu, persistent) = (Module::load("geglu_wide")?, Module::load("persistent")?);
+        let vision = Module::load("attention_vision")?;
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| {
                 by(CLUSTERS, |c| skinny.kernel::<SkinnyArgs>(&format!("skinny_{kind}_{tiles}_{c}"), HOPPER_SHARED))
@@ -541,12 +544,13 @@ impl Hopper {
                 .iter()
                 .map(|n| wide.kernel(&format!("attention_wide_{n}"), plan::wide_shared(*n)))
                 .collect::<Result<_, _>>()?,
+            attention_vision: vision.kernel("attention_vision", plan::VISION_SHARED)?,
             geglu_wide: plan::GEGLU_TOKENS
                 .iter()
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
             persistent: persistent.kernel("persistent_step", plan::PERSISTENT_SHARED)?,
-            _modules: [skinny, decode, wide, geglu, persistent],
+            _modules: [skinny, decode, wide, geglu, persistent, vision],
         }))
     }
 }

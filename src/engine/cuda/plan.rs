@@ -193,6 +193,20 @@ pub(super) fn attention_wide(rows: usize, sms: usize) -> WidePlan {
     WidePlan { variant, blocks: WIDE_BLOCKS * clusters(n), cluster: WIDE_BLOCKS, shared: wide_shared(n) }
 }
 
+/// Head dimension and keys that attention_vision.cu is for, at most.
+const VISION_HEAD: usize = 72;
+const VISION_KEYS: usize = 256;
+
+/// Query rows of a block of it.
+pub(super) const VISION_ROWS: usize = 128;
+/// Shared memory of a block: queries, keys and values, rows of 80.
+pub(super) const VISION_SHARED: usize = (VISION_ROWS + 2 * VISION_KEYS) * 80 * 2;
+
+/// Whether it covers a shape.
+pub(super) fn attention_vision(head_dim: usize, keys: usize) -> bool {
+    head_dim <= VISION_HEAD && head_dim.is_multiple_of(8) && (1..=VISION_KEYS).contains(&keys)
+}
+
 /// Tokens of a tile that geglu_wide.cu is compiled for.
 pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
 /// Hidden units of a tile of it: as many rows of the gate and as many of the up projection.
@@ -465,6 +479,14 @@ mod tests {
         assert_eq!(token_tiles(51), Some(2));
         assert_eq!(token_tiles(9), Some(0));
         assert_eq!(token_tiles(65), None);
+    }
+
+    #[test]
+    fn vision_attention_covers_siglip_and_what_is_smaller() {
+        assert!(attention_vision(72, 256) && attention_vision(8, 1));
+        for (head_dim, keys) in [(72, 257), (72, 0), (80, 256), (36, 256), (256, 256)] {
+            assert!(!attention_vision(head_dim, keys), "{head_dim}, {keys} keys");
+        }
     }
 
     #[test]
