@@ -4,19 +4,10 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// The same value, from which nothing is worked out once for all layers: that would take all registers.
-__device__ __forceinline__ int fresh(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
-
 struct Compute {
     const PersistentArgs& a;
     Shared& s;
-    int tid, lane;  // tid: within the warpgroup; warp: likewise
-    const int warp, wg;
-    int rank, cluster;
-    const int clusters, prefix;
+    const int tid, lane, warp, wg, rank, cluster, clusters, prefix;  // tid: within the warpgroup; warp: likewise
     Ring ring;
     uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0;
 
@@ -316,7 +307,8 @@ struct Compute {
         acts_parity ^= 1;
     }
 
-    // Adds the scores of 16 query rows against three times 8 keys.
+    // Adds the scores of 16 query rows against N times 8 keys.
+    template <int N>
     __device__ __forceinline__ void scores(float (&d)[3][4], const uint8_t* queries, const uint8_t* const (&keys)[3]) {
         queries += (lane % 16) * kRow + (lane / 16) * 16;
 #pragma unroll
@@ -325,7 +317,7 @@ struct Compute {
             ldmatrix_x4(q[0], queries + k);
             ldmatrix_x4(q[1], queries + k + 32);
 #pragma unroll
-            for (int i = 0; i < 3; i++) {
+            for (int i = 0; i < N; i++) {
                 uint32_t k8[4];
                 ldmatrix_x4(k8, keys[i] + (lane % 8) * kRow + (lane / 8) * 16 + k);
                 mma_16816(d[i], q[0][0], q[0][1], q[0][2], q[0][3], k8[0], k8[1]);
@@ -360,7 +352,10 @@ struct Compute {
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
                 if (m >= tiles) break;
-                scores(d[m][batch], b.queries + m * 16 * kRow, keys);
+                const uint8_t* queries = b.queries + m * 16 * kRow;
+                if (wg + 6 * batch + 4 <= c.pieces) scores<3>(d[m][batch], queries, keys);
+                else if (wg + 6 * batch + 2 <= c.pieces) scores<2>(d[m][batch], queries, keys);
+                else scores<1>(d[m][batch], queries, keys);
             }
             __syncwarp();
 #pragma unroll
@@ -380,13 +375,16 @@ struct Compute {
                 const int row = m * 16 + g + 8 * r;
                 const uint32_t visible = (row0 + row) % a.rows == a.horizon ? own_state : own;
 #pragma unroll
-                for (int i = 0; i < kPieces; i++)
+                for (int i = 0; i < kPieces; i++) {
+                    if (BATCHES > 1 && 2 * i > c.pieces) break;
 #pragma unroll
                     for (int e = 2 * r; e < 2 * r + 2; e++) {
                         const int k = (wg + 2 * i) * kKeys + warp * 8 + 2 * t + (e & 1);
-                        d[m][i / 3][i % 3][e] = static_cast<uint32_t>(k) < seen || static_cast<uint32_t>(k - suffix) < visible ? d[m][i / 3][i % 3][e] * a.scale : -INFINITY;
-                        top[r] = fmaxf(top[r], d[m][i / 3][i % 3][e]);
+                        float& score = d[m][i / 3][i % 3][e];
+                        score = static_cast<uint32_t>(k) < seen || static_cast<uint32_t>(k - suffix) < visible ? score * a.scale : -INFINITY;
+                        top[r] = fmaxf(top[r], score);
                     }
+                }
                 top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
                 top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
                 if (t == 0) b.tops[row * 8 + w8] = top[r];
@@ -405,6 +403,7 @@ struct Compute {
                 float sum = 0.0f;
 #pragma unroll
                 for (int i = 0; i < kPieces; i++) {
+                    if (BATCHES > 1 && 2 * i > c.pieces) break;
                     const uint32_t p = pack_bf16(exp2_fast(d[m][i / 3][i % 3][2 * r] - base), exp2_fast(d[m][i / 3][i % 3][2 * r + 1] - base));
                     const float2 back = unpack_bf16(p);
                     sum += back.x + back.y;
@@ -446,10 +445,9 @@ struct Compute {
 
     __device__ __forceinline__ void attention() {
         begin();
-        lane = fresh(lane), rank = fresh(rank), cluster = fresh(cluster);
         const Cut c(a, prefix, rank, cluster, clusters);
         const Buffers b(s.acts, c);
-        const int all = fresh(threadIdx.x), w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, odd = t & 1;
+        const int all = threadIdx.x, w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, odd = t & 1;
         // Values of keys that are not there have no weight, but must be numbers.
         for (int i = all; i < (16 - c.suffix_keys) * (kHead / 8); i += kComputing)
             store_zero_16(b.values + (c.suffix_keys + i / (kHead / 8)) * kRow + i % (kHead / 8) * 16);
