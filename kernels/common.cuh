@@ -152,6 +152,13 @@ __device__ __forceinline__ void send(uint32_t remote, float2 v, uint32_t barrier
 #endif
 }
 
+__device__ __forceinline__ void send(uint32_t remote, float v, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote), "f"(v), "r"(barrier)
+                 : "memory");
+#endif
+}
+
 // 2^x in one instruction, to 2 ulp.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

@@ -1,4 +1,5 @@
-// Between two evaluations of the velocity: output projection, guidance, Euler step, and the way back in.
+// Between two evaluations of the velocity: output projection, guidance, Euler step, and the way back in. For the decoder by
+// launches; the persistent one has its own (persistent_flow.cuh).
 //
 // One block per token row, all in float32. Rows 0..horizon are actions; row `horizon` is the state token, which is
 // written once, before the first step.
@@ -27,8 +28,7 @@ struct FlowArgs {
     const float* scale;     // [width] of the first norm
     float inv_width, time, dt;
     int32_t width, horizon, action_dim, state_dim, stride;
-    int32_t square_tiles, square_rows, square_group, square_tile;  // partial sums of a row; rows that lie together; from such to such,
-                                                                   // and from one sum to the next
+    int32_t square_tiles;   // partial sums of a row, 64 apart
     int32_t step;           // the step that ends here; -1 before the first
     int32_t last;           // 1: only the output side
     int32_t direct;         // 1: the in-projection is the token itself (π0.5)
@@ -93,7 +93,6 @@ extern "C" __global__ void __launch_bounds__(256) flow_step(const __grid_constan
     }
     if (!action || a.direct) {
         sum = block_sum(sum, scratch);
-        float* to = a.squares + n / a.square_rows * a.square_group + n % a.square_rows;
-        for (int i = tid; i < a.square_tiles; i += 256) to[i * a.square_tile] = i == 0 ? sum : 0.0f;
+        for (int i = tid; i < a.square_tiles; i += 256) a.squares[i * 64 + n] = i == 0 ? sum : 0.0f;
     }
 }

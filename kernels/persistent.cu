@@ -1,12 +1,13 @@
-// All layers of one flow-matching step in one cooperative kernel: blocks stay on their SMs and meet at grid barriers.
+// All flow-matching steps in one cooperative kernel: blocks stay on their SMs and meet at grid barriers.
 //
 // A block is eight warps that compute and two that fetch. One keeps a ring of pieces filled, in the order of their use and
-// across barriers: weights, and the prefix's keys and values. The other waits at the grid barrier and brings the activations
-// of the next phase. Four blocks form a cluster. Products are cut by columns over clusters and by K over the blocks of a
+// across barriers and steps: weights, and the prefix's keys and values. The other waits at the grid barrier and brings the
+// activations of the next phase. Four blocks form a cluster. Products are cut by columns over clusters and by K over the blocks of a
 // cluster, which send each other their sums; gate/up has all of K in every block instead. Which block does a piece depends
 // on the number of blocks; slices of K and the order of sums do not, so results do not.
 //
-// A layer: QKV | attention | O | gate, up | down, with a barrier at each stroke and at the end.
+// A step: flow (persistent_flow.cuh) | time, for π0 | layers. A layer: QKV | attention | O | gate, up | down. There is a
+// barrier at each stroke and at the end, and the flow once more after the last step.
 #include "persistent_compute.cuh"
 #include "persistent_fetch.cuh"
 
@@ -19,19 +20,17 @@ __device__ __forceinline__ void whole_cluster() {
 #endif
 
 // grid: clusters·4 blocks that are all on the chip at once.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_step(const __grid_constant__ PersistentArgs a) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode(const __grid_constant__ PersistentArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     Shared& s = *reinterpret_cast<Shared*>(shared_memory);
     const int rank = blockIdx.x % kRanks, cluster = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(s.ring) / 16); i += kThreads) store_zero_16(s.ring[0] + i * 16);
-    for (int i = threadIdx.x; i < a.layer_count * static_cast<int>(sizeof(LayerArgs) / 8); i += kThreads)
-        reinterpret_cast<uint64_t*>(s.layers)[i] = reinterpret_cast<const uint64_t*>(a.layers)[i];
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) barrier_init_n(&s.full[i], 1), barrier_init_n(&s.empty[i], 8);
         for (int i = 0; i < 4; i++) barrier_init_n(&s.acts_full[i], 1);
         for (int i = 0; i < 2; i++) barrier_init_n(&s.received[i], 1), barrier_init_n(&s.inbox_free[i], kRanks);
         barrier_init_n(&s.queries_full, 1), barrier_init_n(&s.queries_free, 1);
-        barrier_init_n(&s.parts_received, 1), barrier_init_n(&s.parts_free, kRanks);
+        barrier_init_n(&s.parts_received, 1), barrier_init_n(&s.parts_free, kRanks), barrier_init_n(&s.x_received, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     fence_async();

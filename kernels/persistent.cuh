@@ -19,7 +19,6 @@ constexpr int kKeys = 32;             // keys of one piece
 constexpr int kRow = kHead * 2 + 16;  // bytes of a key, padded against bank conflicts; in the cache too
 constexpr int kOctet = kPanelRows * 16;  // bytes of 8 of K in a panel
 constexpr int kActs = kWidth / 8 * kOctet;
-constexpr int kMaxLayers = 24;
 constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
 static_assert(kKeys * kRow <= kSlot, "a piece of keys fits");
 static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
@@ -27,20 +26,36 @@ constexpr float kEps = 1e-6f;
 
 // Everything of one layer at one step.
 struct LayerArgs {
-    const bf16 *qkv, *out, *gate_up, *down;  // packed [k/128][tiles][16][8][8]
+    const bf16* weights[4];                  // of QKV, O, gate/up and down, packed [k/128][tiles][16][8][8]
     const float *qkv_bias, *gate_up_bias;    // in packed order, or null
     const float *mid_scale, *mid_gate;       // [width]: norm before gate/up; gate of the attention, or null
     const float *end_scale, *end_gate;       // norm after this layer; gate of the MLP, or null
 };
 
+// What of the flow differs by step.
+struct StepArgs {
+    const float *scale, *in_bias;       // [width] of the norm before the first layer and of the in-projection
+    const float *out_bias, *out_scale;  // [action_dim] of the out-projection, and [width] of the final norm
+    float time;
+};
+
 struct PersistentArgs {
-    const LayerArgs* layers;     // [layer_count] of this step
+    const LayerArgs* layers;     // [step_count][layer_count]
+    const StepArgs* steps;       // [step_count]
     const DecodeParams* params;
+    float* x;                    // [horizon, action_dim]
+    float* velocities;           // [step_count][horizon, action_dim]
+    const float* noise;          // [horizon, action_dim]
+    const float* previous;       // the same, zero where absent
+    const float* guidance;       // [horizon] weights
+    const float* gains;          // [step_count]
+    const float* state;          // [state_dim]
+    const float *out_w, *in_w;   // [action_dim, width]
+    const float *state_w, *state_b;  // [state_dim, width] and [width]
     const float2* rope;          // [positions][head_dim/2] cos, sin
-    const bf16* time_w;          // packed as above, or null: the residual is there already
+    const bf16* time_w;          // packed as above, or null: the in-projection is the residual itself (π0.5)
     const float* time_bias;      // [width]
-    const float* first_scale;    // [width]: norm before the first layer
-    const bf16* u;               // panel, input of time_w
+    bf16* u;                     // panel, input of time_w
     bf16* hb;                    // panel: residual times the next norm's scale
     bf16* q;                     // [heads][rows] of kRow bytes each
     bf16* suffix_keys;           // [layers, suffix] rows of kRow bytes
@@ -49,11 +64,14 @@ struct PersistentArgs {
     bf16* gated;                 // panel
     float* h;                    // [64, width], the residual
     float* squares;              // [ranks][width/8][16] sums of squares of a rank's rows by tile
-    uint32_t* arrived;           // blocks that have got to a barrier, over all steps
+    uint32_t* arrived;           // blocks that have got to a barrier
     uint32_t* error;             // in host memory; 1: a wait was given up
-    float scale, inv_width;      // 1/√head_dim · log2(e)
-    int32_t layer_count, horizon, has_state, rows, suffix, barriers;  // barriers: of the steps before
+    float scale, inv_width, dt;  // scale: 1/√head_dim · log2(e)
+    int32_t step_count, layer_count, horizon, has_state, suffix, action_dim, state_dim;
     int32_t delay;               // test: up to so many ns of sleep before each phase; negative: block 0 is never done
+
+    // Token rows of a step: the state's keys and values stay as the first one leaves them.
+    __device__ __forceinline__ int rows(int step) const { return horizon + (step == 0 ? has_state : 0); }
 };
 
 struct Shared {
@@ -61,10 +79,9 @@ struct Shared {
     alignas(128) uint8_t ring[kStages][kSlot];
     float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
     uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
-    uint64_t received[2], inbox_free[2], parts_received, parts_free;
+    uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received;
     float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
     float inverse_rms[64];        // of each token row, for gate/up
-    LayerArgs layers[kMaxLayers];
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "more than an SM has");
 
@@ -157,7 +174,8 @@ struct Cut {
     int first_key, keys, pieces, columns;  // of the prefix; columns: of the scores, suffix included
     int first_suffix, suffix_keys;
     int first_row, last_row, group;
-    __device__ __forceinline__ Cut(const PersistentArgs& a, int prefix, int rank, int cluster, int clusters) {
+    __device__ __forceinline__ Cut(const PersistentArgs& a, int tokens, int rank, int cluster, int clusters) {
+        const int prefix = a.params->prefix;
         const int each = ((prefix + kRanks - 1) / kRanks + 7) / 8 * 8;
         first_key = min(rank * each, prefix);
         keys = min(first_key + each, prefix) - first_key;
@@ -166,7 +184,7 @@ struct Cut {
         const int own = (a.suffix + kRanks - 1) / kRanks;
         first_suffix = min(rank * own, a.suffix);
         suffix_keys = min(first_suffix + own, a.suffix) - first_suffix;
-        const Span rows(a.rows * kHeads, cluster, clusters);
+        const Span rows(tokens * kHeads, cluster, clusters);
         first_row = rows.first, last_row = rows.last;
         // As many as the buffers hold, the same on every rank of a cluster: 40 while six pieces hold the keys and the suffix.
         group = each <= 5 * kKeys ? 40 : 16;

@@ -1,25 +1,26 @@
 // The eight warps of the persistent decoder that compute.
 #pragma once
-#include "persistent.cuh"
+#include "persistent_flow.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 struct Compute {
     const PersistentArgs& a;
     Shared& s;
-    const int tid, lane, warp, wg, rank, cluster, clusters, prefix;  // tid: within the warpgroup; warp: likewise
+    const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
     Ring ring;
     uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0;
+    int rows = 0;  // token rows of this step
 
     __device__ __forceinline__ Compute(const PersistentArgs& a, Shared& s, int rank, int cluster, int clusters)
         : a(a), s(s), tid(threadIdx.x % 128), lane(threadIdx.x % 32), warp(of_warp(threadIdx.x % 128 / 32)), wg(of_warp(threadIdx.x / 128)),
-          rank(rank), cluster(cluster), clusters(clusters), prefix(a.params->prefix) {}
+          rank(rank), cluster(cluster), clusters(clusters) {}
 
     __device__ __forceinline__ void begin() {
         if (a.delay > 0) {
-            uint32_t z = (blockIdx.x * 2654435761u) ^ (++phases * 0x9e3779b9u) ^ static_cast<uint32_t>(a.delay) ^ (a.barriers * 40503u);
+            uint32_t z = (blockIdx.x * 2654435761u) ^ (++phases * 0x9e3779b9u) ^ static_cast<uint32_t>(a.delay);
             z ^= z >> 16, z *= 0x7feb352du, z ^= z >> 15, z *= 0x846ca68bu, z ^= z >> 16;
-            __nanosleep(z % static_cast<uint32_t>(a.delay));
+            __nanosleep(__umulhi(z, a.delay));
         }
     }
     // This block has finished a phase: what it wrote is there for whoever sees the count. The release also waits for the weights
@@ -102,9 +103,9 @@ struct Compute {
     struct Squares {
         float4 parts[TILES];
         __device__ __forceinline__ void load(const float* squares, int rank, int first, int step, int quad) {
+            const float4* from = reinterpret_cast<const float4*>(squares) + (rank * kWidthTiles + first) * 4 + quad;
 #pragma unroll
-            for (int i = 0; i < TILES; i++)
-                parts[i] = __ldcg(reinterpret_cast<const float4*>(squares + squares_at(rank * kOwn, first + i * step)) + quad);
+            for (int i = 0; i < TILES; i++) parts[i] = __ldcg(from + i * step * 4);
         }
         // Over the warp: every fourth lane has other rows.
         __device__ __forceinline__ float4 sum() const {
@@ -162,10 +163,10 @@ struct Compute {
         float4 old[kRounds], scale[kRounds], gate[kRounds];
     };
     // h (+)= sums, and what the next norm needs of it. `init`: h = sums + bias, `gate` being the bias. A thread finds its own
-    // part of h as it left it.
+    // part of h as it left it, or as the flow did, phases ago.
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
-        const bool valid = own < kOwn && n < (init ? a.horizon : a.rows);
+        const bool valid = own < kOwn && n < (init ? a.horizon : rows);
         split<kNarrow, 2>(
             kWidthTiles, pieces,
             [&](Span tiles) {
@@ -207,7 +208,8 @@ struct Compute {
     // Columns 2p and 2p+1 are pair p of the rotation.
     __device__ __forceinline__ void qkv(const LayerArgs& w, int layer) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own;
-        const bool valid = own < kOwn && n < a.rows;
+        const bool valid = own < kOwn && n < rows;
+        const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
         split<kQkv, 1>(
             kQkvTiles, 2,
@@ -219,8 +221,8 @@ struct Compute {
                     const bool mine = valid && tile < tiles.last;
                     r.turn[i] = r.bias[i] = make_float4(0, 0, 0, 0);
                     if (mine && pair / (kHead / 2) <= kHeads)
-                        r.turn[i] = load4(reinterpret_cast<const float*>(a.rope + (prefix + key) * (kHead / 2) + pair % (kHead / 2)));
-                    if (mine && w.qkv_bias) r.bias[i] = load4(w.qkv_bias + 2 * pair);
+                        r.turn[i] = load4(reinterpret_cast<const float*>(a.rope + (a.params->prefix + key) * (kHead / 2) + pair % (kHead / 2)));
+                    if (mine && bias) r.bias[i] = load4(bias + 2 * pair);
                 }
                 return r;
             },
@@ -243,7 +245,7 @@ struct Compute {
                     const int head = pair / (kHead / 2), d = pair % (kHead / 2);
                     if (head <= kHeads) v = make_float4(v.x * c.x - v.y * c.y, v.y * c.x + v.x * c.y, v.z * c.z - v.w * c.w, v.w * c.z + v.z * c.w);
                     const size_t at = (static_cast<size_t>(layer) * a.suffix + key) * (kRow / 2);
-                    bf16* to = (head < kHeads ? a.q + (head * a.rows + n) * (kRow / 2) : (head == kHeads ? a.suffix_keys : a.suffix_values) + at) + d;
+                    bf16* to = (head < kHeads ? a.q + (head * rows + n) * (kRow / 2) : (head == kHeads ? a.suffix_keys : a.suffix_values) + at) + d;
                     *reinterpret_cast<uint32_t*>(to) = pack_bf16(v.x, v.z);
                     *reinterpret_cast<uint32_t*>(to + kHead / 2) = pack_bf16(v.y, v.w);
                 }
@@ -255,6 +257,7 @@ struct Compute {
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
         const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
+        const float* const biases = w.gate_up_bias;
         if (wg == 1) {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
             barrier_wait(&s.acts_full[0], acts_parity);
@@ -279,7 +282,7 @@ struct Compute {
 #pragma unroll
             for (int j = 0; j < kWide; j++) {
                 bias[j] = make_float2(0.0f, 0.0f);
-                if (w.gate_up_bias && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(w.gate_up_bias + (span.first + j) * 8 + 2 * t);
+                if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
             }
             float acc[4 * kWide];
             take_turn(u, kWidth / kChunk);
@@ -300,7 +303,7 @@ struct Compute {
                 const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
                 const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
                 const int k = j + t / 2, tile = span.first + k;
-                if (n < a.rows && k < kWide && tile < span.last)
+                if (n < rows && k < kWide && tile < span.last)
                     *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
             }
         }
@@ -373,7 +376,7 @@ struct Compute {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int row = m * 16 + g + 8 * r;
-                const uint32_t visible = (row0 + row) % a.rows == a.horizon ? own_state : own;
+                const uint32_t visible = (row0 + row) % rows == a.horizon ? own_state : own;
 #pragma unroll
                 for (int i = 0; i < kPieces; i++) {
                     if (BATCHES > 1 && 2 * i > c.pieces) break;
@@ -445,7 +448,7 @@ struct Compute {
 
     __device__ __forceinline__ void attention() {
         begin();
-        const Cut c(a, prefix, rank, cluster, clusters);
+        const Cut c(a, rows, rank, cluster, clusters);
         const Buffers b(s.acts, c);
         const int all = threadIdx.x, w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, odd = t & 1;
         // Values of keys that are not there have no weight, but must be numbers.
@@ -510,7 +513,7 @@ struct Compute {
                     if (f != 0.0f) v.x += f * p.x, v.y += f * p.y, v.z += f * p.z, v.w += f * p.w;
                 }
                 const float inv = 1.0f / sum;
-                *reinterpret_cast<uint2*>(a.attended + panel(row % a.rows, row / a.rows * kHead + rank * 64 + d8 * 8 + half * 4, kPanelRows)) =
+                *reinterpret_cast<uint2*>(a.attended + panel(row % rows, row / rows * kHead + rank * 64 + d8 * 8 + half * 4, kPanelRows)) =
                     pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
             }
             meet(1, kComputing);
@@ -525,21 +528,30 @@ struct Compute {
     __device__ __forceinline__ void run() {
         const int halves = 2 * a.layer_count;
 #pragma unroll 1
-        for (int i = a.time_w ? -1 : 0; i < halves; i++) {
-            const bool init = i < 0, mlp = i & 1;
-            const LayerArgs& w = s.layers[init ? 0 : i / 2];
-            if (!init && !mlp) {
-                qkv(w, i / 2);
-                done();
-                attention();
-                done();
-            } else if (!init) {
-                gate_up(w);
+        for (int step = 0; a.step_count > 0; step++) {
+            rows = a.rows(step);
+            begin();
+            Flow(a, s, rank, cluster, clusters, step).run(acts_parity);
+            acts_parity ^= 1;
+            if (step == a.step_count) break;
+            done();
+#pragma unroll 1
+            for (int i = a.time_w ? -1 : 0; i < halves; i++) {
+                const bool init = i < 0, mlp = i & 1;
+                const LayerArgs& w = a.layers[step * a.layer_count + max(i, 0) / 2];
+                if (!init && !mlp) {
+                    qkv(w, i / 2);
+                    done();
+                    attention();
+                    done();
+                } else if (!init) {
+                    gate_up(w);
+                    done();
+                }
+                residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
+                         init ? 1 : mlp ? 4 : 2, init);
                 done();
             }
-            residual(init ? a.first_scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
-                     init ? 1 : mlp ? 4 : 2, init);
-            if (i + 1 < halves) done();
         }
     }
 };

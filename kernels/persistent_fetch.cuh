@@ -51,27 +51,34 @@ struct Producer {
             copy_bulk(s.ring[ring.slot], from + static_cast<size_t>(i) * (kRow / 2), bytes, full);
         }
     }
+    // Product number `i` of all steps, but for those that make the residual.
+    __device__ __forceinline__ const bf16* matrix(int i) const { return a.layers[i / 4].weights[i % 4]; }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
-        if (lane != 0 || a.layer_count == 0) return;
-        const Cut cut(a, a.params->prefix, rank, cluster, clusters);
+        if (lane != 0) return;
         const Tiles narrow(kWidthTiles, kNarrow, cluster, clusters), qkv(kQkvTiles, kQkv, cluster, clusters),
             wide(kMlpTiles, kWide, blockIdx.x, gridDim.x);
-        // The products by turns: first, where there is one, what makes the residual; then QKV, O, gate/up and down of each layer.
-        const int count = 4 * a.layer_count;
+        const int count = 4 * a.layer_count, all = a.step_count * count;
+        const bf16* next = all > 0 ? matrix(0) : nullptr;
 #pragma unroll 1
-        for (int i = a.time_w ? -1 : 0; i < count; i++) {
-            const LayerArgs& l = s.layers[max(i, 0) / 4];
-            const int product = i < 0 ? -1 : i % 4;
-            const bf16* w = product < 0 ? a.time_w : product == 0 ? l.qkv : product == 1 ? l.out : product == 2 ? l.gate_up : l.down;
-            const int pieces = product < 0 ? 1 : product < 2 ? 2 : product == 2 ? 8 : 4, chunks = product % 2 == 0 ? 1 : 2;
-            weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
-                    pieces, chunks, product == 2 ? 0 : rank * pieces * chunks);
-            if (product != 0) continue;
-            const size_t at = i / 4 * a.params->layer_stride + static_cast<size_t>(cut.first_key) * (kRow / 2);
+        for (int step = 0; step < a.step_count; step++) {
+            const Cut cut(a, a.rows(step), rank, cluster, clusters);
+            // The products by turns: first, where there is one, what makes the residual; then QKV, O, gate/up and down of each layer.
 #pragma unroll 1
-            for (int r = cut.first_row; r < cut.last_row; r += cut.group)
+            for (int i = a.time_w ? -1 : 0; i < count; i++) {
+                const int product = i < 0 ? -1 : i % 4;
+                const bf16* const w = i < 0 ? a.time_w : next;
+                // On its way while this one's weights are fetched.
+                if (i >= 0) next = matrix(min(step * count + i + 1, all - 1));
+                const int pieces = product < 0 ? 1 : product < 2 ? 2 : product == 2 ? 8 : 4, chunks = product % 2 == 0 ? 1 : 2;
+                weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
+                        pieces, chunks, product == 2 ? 0 : rank * pieces * chunks);
+                if (product != 0) continue;
+                const size_t at = i / 4 * a.params->layer_stride + static_cast<size_t>(cut.first_key) * (kRow / 2);
 #pragma unroll 1
-                for (int v = 0; v < 2; v++) rows((v ? a.params->values : a.params->keys) + at, cut.keys);
+                for (int r = cut.first_row; r < cut.last_row; r += cut.group)
+#pragma unroll 1
+                    for (int v = 0; v < 2; v++) rows((v ? a.params->values : a.params->keys) + at, cut.keys);
+            }
         }
     }
 };
@@ -82,10 +89,10 @@ struct Loader {
     const PersistentArgs& a;
     Shared& s;
     int lane;
-    uint32_t target, groups = 0;
+    uint32_t target = 0, groups = 0;
 
     __device__ __forceinline__ Loader(const PersistentArgs& a, Shared& s)
-        : a(a), s(s), lane(threadIdx.x % 32), target(a.barriers * gridDim.x) {}
+        : a(a), s(s), lane(threadIdx.x % 32) {}
 
     // Until every block has finished the phase. One that does not come means that blocks are not all on the chip. The whole
     // warp looks, which is quicker than one lane of it.
@@ -111,7 +118,7 @@ struct Loader {
     // there are not turn as well, so that all four stay in step.
     __device__ __forceinline__ void slice(const bf16* panel, int k, int first, int parts) {
         if (lane != 0) return;
-        const uint32_t all = k / 8 * kOctet, bytes = all / parts;
+        const uint32_t all = k / 8 * kOctet, bytes = all / max(parts, 1);
         const uint8_t* from = reinterpret_cast<const uint8_t*>(panel) + static_cast<size_t>(first) * all;
 #pragma unroll 1
         for (int c = 0; c < 4; c++) {
@@ -135,20 +142,26 @@ struct Loader {
         }
     }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
-        const Cut cut(a, a.params->prefix, rank, cluster, clusters);
         const int phases = 5 * a.layer_count;
 #pragma unroll 1
-        for (int i = a.time_w ? -1 : 0; i < phases; i++) {
-            const int phase = i < 0 ? -1 : i % 5;
-            if (phase >= 0 && (i > 0 || a.time_w)) wait();
-            if (phase == 1) {
-                attention(cut, i / 5);
-                continue;
+        for (int step = 0; a.step_count > 0; step++) {
+            const Cut cut(a, a.rows(step), rank, cluster, clusters);
+            // The flow, where there is one the product that makes the residual, and the layers'.
+#pragma unroll 1
+            for (int i = -2; i < phases; i++) {
+                if (i == -1 && !a.time_w) continue;
+                const int phase = i < 0 ? i : i % 5;
+                if (step > 0 || i > -2) wait();
+                if (phase == 1) {
+                    attention(cut, i / 5);
+                    continue;
+                }
+                const bf16* panel = phase < 0 ? a.u : phase == 2 ? a.attended : phase == 4 ? a.gated : a.hb;
+                // As many parts as a product has pieces, at most four. The flow reads what it needs by itself.
+                slice(panel, phase <= 0 ? kWidth / kRanks : phase == 2 ? kAttention / kRanks : kWidth, phase == 3 ? 0 : rank,
+                      phase == -2 ? 0 : phase < 0 ? 1 : phase == 0 || phase == 2 ? 2 : 4);
+                if (step == a.step_count) return;
             }
-            const bf16* panel = phase < 0 ? a.u : phase == 2 ? a.attended : phase == 4 ? a.gated : a.hb;
-            // As many parts as a product has pieces, at most four.
-            slice(panel, phase <= 0 ? kWidth / kRanks : phase == 2 ? kAttention / kRanks : kWidth, phase == 3 ? 0 : rank,
-                  phase < 0 ? 1 : phase == 0 || phase == 2 ? 2 : 4);
         }
     }
 };

@@ -80,6 +80,12 @@ fn plain<'a>(state: &'a [f32], noise: &'a [f32]) -> DecodeInput<'a> {
     DecodeInput { state, noise, steps: 10, guidance: None }
 }
 
+fn guided<'a>(state: &'a [f32], noise: &'a [f32], previous: &'a [f32]) -> DecodeInput<'a> {
+    let schedule = GuidanceSchedule::Exp;
+    let guidance = Guidance { previous, inference_delay: 4, execution_horizon: 30, max_weight: 10.0, schedule };
+    DecodeInput { guidance: Some(guidance), ..plain(state, noise) }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn golden_cases_agree() {
@@ -231,7 +237,11 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
             pair.gpu.decoder.blocks()
         );
 
-        // By launches: as near, and without dependent launch the same bits.
+        let previous = normals(seed + 400, pair.noise.len());
+        let (_, steered) = pair.gpu.decode(&guided(&pair.state, &pair.noise, &previous));
+        assert!(relative_l2(&steered, &first.1) > 0.1, "guidance changes nothing");
+
+        // By launches: as near, with guidance too, and without dependent launch the same bits.
         let engine = pair.on(Packing::General);
         pair.gpu = Gpu::new(&engine, views, tokens);
         pair.encode();
@@ -239,6 +249,10 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
         let (velocities, actions) = pair.distances();
         println!("parity {family:?} full width, launches: velocities {velocities:.1e}, actions {actions:.1e}");
         assert!(velocities <= PEAKED_TOLERANCE && actions <= TOLERANCE && pair.gpu.decoder.blocks().is_none());
+        let (_, actions) = pair.gpu.decode(&guided(&pair.state, &pair.noise, &previous));
+        let distance = relative_l2(&steered, &actions);
+        println!("parity {family:?} full width, guided: actions {distance:.1e} from those by launches");
+        assert!(distance <= TOLERANCE);
         let dependent = pair.gpu.decode(&plain(&pair.state, &pair.noise));
         let mut serial = Gpu::new(&engine.tuned(tuning().dependent(false)), views, tokens);
         serial.encode(&pair.views, &pair.tokens);

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes kernels/persistent* with marks into a folder: clocks of one thread, in the middle layer of every step.
+"""Writes kernels/persistent* with marks into a folder: clocks of one thread, in the middle layer of every step and in the
+flow before it.
 
     clocks.py DIR [THREAD]
 
@@ -15,15 +16,27 @@ import sys
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
 
 # Name, file, text, and whether the mark stands before it instead of behind. {p} is the index of a piece.
-COMPUTE = "persistent_compute.cuh"
+COMPUTE, FLOW = "persistent_compute.cuh", "persistent_flow.cuh"
 PHASES = ["QKV", "O", "gate/up", "down"]
 IN_PHASE = ["operands asked", "activations", "product", "inbox free", "sent", "received", "finished", "done"]
 ATTENTION = ["queries", "scores", "all scores", "softmax", "all softmax", "values", "suffix", "sent", "received", "joined", "done"]
-NAMES = ["begin"] + [f"{p}: {m}" for p in PHASES for m in IN_PHASE] + [f"attention: {m}" for m in ATTENTION]
+IN_FLOW = ["begin", "asked", "activations", "sent", "received", "finished", "done"]
+NAMES = ["begin"] + [f"{p}: {m}" for p in PHASES for m in IN_PHASE] + [f"attention: {m}" for m in ATTENTION] + [f"flow: {m}" for m in IN_FLOW]
 
 
 def mark(phase: str, name: str) -> int:
     return NAMES.index(f"{phase}: {name}")
+
+
+def flow_edits() -> list[tuple[str, str]]:
+    at = {m: mark("flow", m) for m in IN_FLOW}
+    wait, received = "        barrier_wait(&s.acts_full[0], acts_parity);\n", "                barrier_wait(&s.x_received, step & 1);\n"
+    return [
+        (wait, f"        MARK({at['asked']});\n{wait}        MARK({at['activations']});\n"),
+        ("        if (last) return;\n", f"        MARK({at['sent']});\n        if (last) return;\n"),
+        (received, f"{received}                MARK({at['received']});\n"),
+        ("        fence_async_shared();\n", f"        MARK({at['finished']});\n        fence_async_shared();\n"),
+    ]
 
 
 def edits() -> list[tuple[str, str]]:
@@ -53,17 +66,19 @@ def edits() -> list[tuple[str, str]]:
          f"            MARK({att['sent']});\n            barrier_wait(&s.parts_received, parity);\n            MARK({att['received']});\n"),
         ("            meet(1, kComputing);\n            if (all < kRanks) barrier_arrive_remote",
          f"            MARK({att['joined']});\n            meet(1, kComputing);\n            if (all < kRanks) barrier_arrive_remote"),
-        ("                qkv(w, i / 2);\n                done();\n                attention();\n                done();\n",
-         f"                phase = {mark('QKV', IN_PHASE[0])};\n                MARK(0);\n                qkv(w, i / 2);\n                done();\n"
-         f"                MARK({mark('QKV', 'done')});\n                attention();\n                done();\n                MARK({att['done']});\n"),
-        ("                gate_up(w);\n                done();\n", f"                gate_up(w);\n                done();\n                MARK({gate['done']});\n"),
-        ("            residual(init ? a.first_scale", f"            phase = mlp ? {mark('down', IN_PHASE[0])} : {mark('O', IN_PHASE[0])};\n            residual(init ? a.first_scale"),
-        ("            if (i + 1 < halves) done();\n",
-         f"            if (i + 1 < halves) done();\n            MARK(phase + {at['done']});\n"
-         "            if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
-         "                for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
-        ("struct Compute {\n",
-         "#define MARK(i) do { if (threadIdx.x == kMarked) s.clocks[i] = clock_now(); } while (0)\nstruct Compute {\n    int phase = 0;\n"),
+        ("                    qkv(w, i / 2);\n                    done();\n                    attention();\n                    done();\n",
+         f"                    phase = {mark('QKV', IN_PHASE[0])};\n                    MARK(0);\n                    qkv(w, i / 2);\n                    done();\n"
+         f"                    MARK({mark('QKV', 'done')});\n                    attention();\n                    done();\n                    MARK({att['done']});\n"),
+        ("                    gate_up(w);\n                    done();\n", f"                    gate_up(w);\n                    done();\n                    MARK({gate['done']});\n"),
+        ("                residual(init ? a.steps", f"                phase = mlp ? {mark('down', IN_PHASE[0])} : {mark('O', IN_PHASE[0])};\n                residual(init ? a.steps"),
+        ("            begin();\n            Flow(", f"            MARK({mark('flow', 'begin')});\n            begin();\n            Flow("),
+        ("            if (step == a.step_count) break;\n            done();\n",
+         f"            if (step == a.step_count) break;\n            done();\n            MARK({mark('flow', 'done')});\n"),
+        ("                         init ? 1 : mlp ? 4 : 2, init);\n                done();\n",
+         f"                         init ? 1 : mlp ? 4 : 2, init);\n                done();\n                MARK(phase + {at['done']});\n"
+         "                if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
+         "                    for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
+        ("struct Compute {\n", "struct Compute {\n    int phase = 0;\n"),
     ]
 
 
@@ -81,18 +96,17 @@ def main() -> None:
     thread = int(sys.argv[2]) if len(sys.argv) == 3 else 0
     for source in [*KERNELS.glob("persistent*"), KERNELS / "common.cuh"]:
         text = source.read_text()
-        if source.name == COMPUTE:
-            for old, new in edits():
-                text = replace(text, old, new, source.name)
+        for old, new in edits() if source.name == COMPUTE else flow_edits() if source.name == FLOW else []:
+            text = replace(text, old, new, source.name)
         if source.name == "persistent.cuh":
             names = ", ".join(f'"{n}"' for n in NAMES)
-            text = replace(text, "constexpr int kMaxLayers = 24;", "constexpr int kMaxLayers = 18;", source.name)
-            text = replace(text, "    LayerArgs layers[kMaxLayers];\n};", "    LayerArgs layers[kMaxLayers];\n    uint32_t clocks[kMarks];\n};", source.name)
+            text = replace(text, "for gate/up\n};", "for gate/up\n    uint32_t clocks[kMarks];\n};", source.name)
             text = replace(
                 text, "struct Shared {\n",
-                f"constexpr int kMarks = {len(NAMES)}, kMostBlocks = 264, kMarked = {thread};\n"
+                f"constexpr int kMarks = {len(NAMES)}, kFlowMarks = {mark('flow', 'begin')}, kMostBlocks = 264, kMarked = {thread};\n"
                 f"static const char* const kNames[] = {{{names}}};\n"
                 "__device__ uint32_t clocks_of[kMostBlocks][kMarks];\n"
+                "#define MARK(i) do { if (threadIdx.x == kMarked) s.clocks[i] = clock_now(); } while (0)\n"
                 '__device__ __forceinline__ uint32_t clock_now() {\n    uint32_t c;\n    asm volatile("mov.u32 %0, %%clock;" : "=r"(c)::"memory");\n    return c;\n}\n'
                 "struct Shared {\n", source.name)
         (to / source.name).write_text(text)

@@ -1,8 +1,9 @@
 //! The action expert: ten flow-matching steps as one graph.
 //!
-//! One cooperative kernel a step where plan.rs allows it (persistent.rs), otherwise five kernels a layer (launches.rs), each
-//! started early enough to fetch its weights while the one in front still runs (docs/performance.md). The state row of π0 rides along in the first step only: its keys and values depend on
-//! neither actions nor time.
+//! One cooperative kernel for all of it where plan.rs allows it (persistent.rs), otherwise five kernels a layer (launches.rs)
+//! and one between steps, each started early enough to fetch its weights while the one in front still runs
+//! (docs/performance.md). The state row of π0 rides along in the first step only: its keys and values depend on neither
+//! actions nor time.
 
 mod launches;
 
@@ -224,24 +225,30 @@ impl CudaDecoder {
     fn queue(&self, tables: &Tables, key: Key) -> Result<(), EngineError> {
         let dims = &self.model.dims;
         let steps = tables.times.len();
-        self.persistent.as_ref().map_or(Ok(()), |p| p.begin(&self.stream))?;
+        if let Some(p) = &self.persistent {
+            return p.decode(&self.lane, &self.stream, dims, steps, self.persistent_args());
+        }
         self.flow(tables, None)?;
         for step in 0..steps {
             let rows = dims.horizon + if step == 0 { self.has_state() } else { 0 };
-            if let Some(p) = &self.persistent {
-                p.step(&self.lane, &self.stream, dims, (step, steps), self.persistent_args(tables, step, rows))?;
-                self.flow(tables, Some(step))?;
-                continue;
-            }
             self.launches(tables, key, step, rows)?;
             self.flow(tables, Some(step))?;
         }
         Ok(())
     }
 
-    fn persistent_args(&self, tables: &Tables, step: usize, rows: usize) -> PersistentArgs {
+    fn persistent_args(&self) -> PersistentArgs {
+        let at = |offset: usize| self.inputs.at(offset);
         let mut args = PersistentArgs {
-            params: self.inputs.pointer(),
+            params: at(0),
+            x: self.x.pointer(),
+            velocities: self.velocities.pointer(),
+            noise: at(self.block.noise),
+            previous: at(self.block.previous),
+            guidance: at(self.block.weights),
+            gains: at(self.block.gains),
+            state: at(self.block.state),
+            out_w: self.weights.out.pointer(),
             rope: self.model.rope.pointer(),
             u: self.u.pointer(),
             hb: self.hb.pointer(),
@@ -252,38 +259,30 @@ impl CudaDecoder {
             gated: self.gated.pointer(),
             h: self.h.pointer(),
             squares: self.squares.pointer(),
-            rows: rows as i32,
             ..PersistentArgs::default()
         };
-        if let Suffix::Pi0 { out, out_bias, .. } = &self.weights.suffix {
-            args.time_w = out.pointer();
-            args.time_bias = out_bias.pointer();
-            args.first_scale = tables.scale(&self.weights.layers[0].norm1, step, 0);
+        match &self.weights.suffix {
+            Suffix::Pi0 { fold, out, out_bias, state, state_bias, .. } => {
+                args.in_w = fold.pointer();
+                args.state_w = state.pointer();
+                args.state_b = state_bias.pointer();
+                args.time_w = out.pointer();
+                args.time_bias = out_bias.pointer();
+            }
+            Suffix::Pi05 { action, .. } => args.in_w = action.pointer(),
         }
         args
     }
 
     fn stride(&self) -> i32 {
-        match self.persistent {
-            Some(_) => plan::PANEL_ROWS as i32,
-            None => 8 * TOKEN_TILES[self.tokens] as i32 + 2,
-        }
+        8 * TOKEN_TILES[self.tokens] as i32 + 2
     }
 
     fn square_tiles(&self) -> i32 {
         square_tiles(&self.sizes, self.path) as i32
     }
 
-    /// Partial sums of squares of a token row, rows that lie together, elements from such a group of rows to the next, and
-    /// from one partial sum to the next.
-    fn squares_layout(&self) -> [i32; 4] {
-        match self.persistent {
-            Some(_) => [plan::SQUARES, plan::RANK_ROWS, plan::SQUARES * 16, 16].map(|n| n as i32),
-            None => [self.square_tiles(), 64, 0, 64],
-        }
-    }
-
-    /// Queues what lies between two steps: before the first (`done` is none), after step `done`.
+    /// Queues what lies between two steps by launches: before the first (`done` is none), after step `done`.
     fn flow(&self, tables: &Tables, done: Option<usize>) -> Result<(), EngineError> {
         let dims = &self.model.dims;
         let steps = tables.times.len();
@@ -291,7 +290,6 @@ impl CudaDecoder {
         let step = done.unwrap_or(0);
         let at = |offset: usize| self.inputs.at(offset);
         let final_index = 2 * self.weights.layers.len();
-        let [square_tiles, square_rows, square_group, square_tile] = self.squares_layout();
         let mut args = FlowArgs {
             x: self.x.pointer(),
             velocities: self.velocities.at(step * dims.horizon * dims.action_dim),
@@ -316,10 +314,7 @@ impl CudaDecoder {
             action_dim: dims.action_dim as i32,
             state_dim: dims.state_dim as i32,
             stride: self.stride(),
-            square_tiles,
-            square_rows,
-            square_group,
-            square_tile,
+            square_tiles: self.square_tiles(),
             step: done.map_or(-1, |s| s as i32),
             last: i32::from(next == steps),
             ..FlowArgs::default()

@@ -107,9 +107,6 @@ pub(super) struct FlowArgs {
     pub state_dim: i32,
     pub stride: i32,
     pub square_tiles: i32,
-    pub square_rows: i32,
-    pub square_group: i32,
-    pub square_tile: i32,
     pub step: i32,
     pub last: i32,
     pub direct: i32,
@@ -120,11 +117,22 @@ pub(super) struct FlowArgs {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct PersistentArgs {
     pub layers: u64,
+    pub steps: u64,
     pub params: u64,
+    pub x: u64,
+    pub velocities: u64,
+    pub noise: u64,
+    pub previous: u64,
+    pub guidance: u64,
+    pub gains: u64,
+    pub state: u64,
+    pub out_w: u64,
+    pub in_w: u64,
+    pub state_w: u64,
+    pub state_b: u64,
     pub rope: u64,
     pub time_w: u64,
     pub time_bias: u64,
-    pub first_scale: u64,
     pub u: u64,
     pub hb: u64,
     pub q: u64,
@@ -138,12 +146,14 @@ pub(super) struct PersistentArgs {
     pub error: u64,
     pub scale: f32,
     pub inv_width: f32,
+    pub dt: f32,
+    pub step_count: i32,
     pub layer_count: i32,
     pub horizon: i32,
     pub has_state: i32,
-    pub rows: i32,
     pub suffix: i32,
-    pub barriers: i32,
+    pub action_dim: i32,
+    pub state_dim: i32,
     pub delay: i32,
 }
 
@@ -549,7 +559,7 @@ impl Hopper {
                 .iter()
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
-            persistent: persistent.kernel("persistent_step", plan::PERSISTENT_SHARED)?,
+            persistent: persistent.kernel("persistent_decode", plan::PERSISTENT_SHARED)?,
             _modules: [skinny, decode, wide, geglu, persistent, vision],
         }))
     }

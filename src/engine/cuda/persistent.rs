@@ -1,4 +1,4 @@
-//! The persistent decoder: one cooperative kernel for all layers of a step (kernels/persistent.cu).
+//! The persistent decoder: one cooperative kernel for all steps (kernels/persistent.cu).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,10 +15,11 @@ use crate::model::Dims;
 
 /// Threads of a block: eight warps that compute, one that fetches weights, one that fetches activations.
 const THREADS: u32 = 320;
-/// Words of the kernel's `LayerArgs`.
+/// Words of the kernel's `LayerArgs` and `StepArgs`.
 const LAYER_WORDS: usize = 10;
+const STEP_WORDS: usize = 5;
 
-/// The counter's own piece of memory; an empty run reads zeros of its size as `DecodeParams`.
+/// The counter's own piece of memory.
 const COUNTER_BYTES: usize = 128;
 
 /// What it needs beside the buffers it shares with the launch-based decoder.
@@ -29,7 +30,7 @@ pub(super) struct Persistent {
     arrived: Buffer<u8>,
     /// 0, or 1 once a wait was given up; in host memory, since the context does not outlive that.
     error: Pinned<u8>,
-    /// The kernel's `LayerArgs` by step and layer, for a number of steps.
+    /// The kernel's `LayerArgs` by step and layer, and behind them its `StepArgs`, for a number of steps.
     tables: HashMap<usize, Buffer<u64>>,
 }
 
@@ -58,8 +59,10 @@ impl Persistent {
         let _decoding = device.decoding();
         for clusters in (1..=offered.min(clusters)).rev() {
             this.shape = sized(clusters);
-            let idle = PersistentArgs { params: this.arrived.pointer(), ..PersistentArgs::default() };
-            match kernel.launch_together(stream, this.shape, &idle).and_then(|()| stream.synchronize()) {
+            match kernel
+                .launch_together(stream, this.shape, &PersistentArgs::default())
+                .and_then(|()| stream.synchronize())
+            {
                 Ok(()) => {
                     tracing::debug!("persistent decoder: {clusters} clusters of {RANKS} on {} SMs", lane.sms());
                     return Ok(this);
@@ -79,56 +82,61 @@ impl Persistent {
         self.shape.grid[0] as usize
     }
 
-    /// Makes the address table of `tables` if there is none yet.
+    /// Makes the table of `tables` if there is none yet.
     pub fn prepare(&mut self, device: &Arc<Device>, w: &DecoderWeights, tables: &Tables) -> Result<(), EngineError> {
         let steps = tables.times.len();
         if self.tables.contains_key(&steps) {
             return Ok(());
         }
-        let mut layers = Vec::with_capacity(steps * w.layers.len() * LAYER_WORDS);
+        let mut table = Vec::with_capacity(steps * (w.layers.len() * LAYER_WORDS + STEP_WORDS));
         for step in 0..steps {
             for (l, layer) in w.layers.iter().enumerate() {
                 let after = w.layers.get(l + 1).map_or(&w.final_norm, |n| &n.norm1);
                 let (qkv_bias, gate_up_bias) = tables.biases(step, l);
-                layers.extend([&layer.qkv, &layer.out, &layer.gate_up, &layer.down].map(Buffer::pointer));
-                layers.extend([qkv_bias, gate_up_bias]);
-                layers.extend([tables.scale(&layer.norm2, step, 2 * l + 1), tables.gate(step, 2 * l)]);
-                layers.extend([tables.scale(after, step, 2 * l + 2), tables.gate(step, 2 * l + 1)]);
+                table.extend([&layer.qkv, &layer.out, &layer.gate_up, &layer.down].map(Buffer::pointer));
+                table.extend([qkv_bias, gate_up_bias]);
+                table.extend([tables.scale(&layer.norm2, step, 2 * l + 1), tables.gate(step, 2 * l)]);
+                table.extend([tables.scale(after, step, 2 * l + 2), tables.gate(step, 2 * l + 1)]);
             }
         }
-        self.tables.insert(steps, Buffer::from_slice(device, &layers)?);
+        for (step, time) in tables.times.iter().enumerate() {
+            table.extend(w.layers.first().map(|l| tables.scale(&l.norm1, step, 0)));
+            table.extend([tables.in_bias(step), tables.out_bias(step)]);
+            table.extend([tables.scale(&w.final_norm, step, 2 * w.layers.len()), u64::from((*time as f32).to_bits())]);
+        }
+        self.tables.insert(steps, Buffer::from_slice(device, &table)?);
         Ok(())
     }
 
-    /// Queues what comes before the first step.
-    pub fn begin(&self, stream: &Stream) -> Result<(), EngineError> {
-        stream.fill(&self.arrived, 0)
-    }
-
-    /// Queues all layers of step `step` of `steps`; `args` names the decoder's buffers.
-    pub fn step(
+    /// Queues a decode of `steps` steps, for which there is a table; `args` names the decoder's buffers and weights.
+    pub fn decode(
         &self,
         lane: &Lane,
         stream: &Stream,
         dims: &Dims,
-        (step, steps): (usize, usize),
+        steps: usize,
         args: PersistentArgs,
     ) -> Result<(), EngineError> {
-        let Some(layers) = self.tables.get(&steps) else { return Ok(()) };
+        let Some(table) = self.tables.get(&steps) else { return Ok(()) };
         let args = PersistentArgs {
-            layers: layers.at(step * dims.expert.layers * LAYER_WORDS),
+            layers: table.pointer(),
+            steps: table.at(steps * dims.expert.layers * LAYER_WORDS),
             arrived: self.arrived.pointer(),
             error: self.error.as_ptr() as u64,
             scale: std::f32::consts::LOG2_E / (dims.expert.head_dim as f32).sqrt(),
             inv_width: 1.0 / dims.expert.width as f32,
+            dt: (-1.0 / steps as f64) as f32,
+            step_count: steps as i32,
             layer_count: dims.expert.layers as i32,
             horizon: dims.horizon as i32,
             has_state: (plan::suffix_rows(dims) - dims.horizon) as i32,
             suffix: plan::suffix_rows(dims) as i32,
-            barriers: (step * plan::barriers(dims)) as i32,
+            action_dim: dims.action_dim as i32,
+            state_dim: dims.state_dim as i32,
             delay: self.delay,
             ..args
         };
+        stream.fill(&self.arrived, 0)?;
         kernel(lane)?.launch_together(stream, self.shape, &args)
     }
 

@@ -311,7 +311,7 @@ pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 /// What weights are packed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
-    /// The published model on sm_90a: one cooperative kernel a decoding step (persistent.cu), and the trunk's gated product
+    /// The published model on sm_90a: one cooperative kernel a decode (persistent.cu), and the trunk's gated product
     /// (geglu_wide.cu).
     Published,
     /// Any dimensions and chip: five kernels a layer of the decoder, and GEMMs of cuBLASLt.
@@ -347,29 +347,21 @@ pub(super) const PERSISTENT_SHARED: usize = 227 * 1024;
 /// Blocks of one of its clusters.
 pub(super) const RANKS: usize = 4;
 /// Token rows that each block of a cluster finishes.
-pub(super) const RANK_ROWS: usize = 13;
+const RANK_ROWS: usize = 13;
 /// Token rows of one of its activation panels.
 pub(super) const PANEL_ROWS: usize = 52;
 /// Partial sums of squares of a token row: one for eight columns.
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
 /// Token rows at most.
 const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
-/// Layers it has room to describe.
-const PERSISTENT_LAYERS: usize = 24;
 /// The action expert it is compiled for.
 const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
-
-/// Grid barriers of one step: one after each of a layer's five phases but the last, and one after the time layer of π0.
-pub(super) fn barriers(dims: &Dims) -> usize {
-    5 * dims.expert.layers - usize::from(dims.family == Family::Pi05)
-}
 
 /// The packing for these dimensions, on a chip that has the kernels of sm_90a or not; `asked` overrides the choice.
 pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Result<Packing, EngineError> {
     let e = &dims.expert;
-    let fits = *e == StackDims { layers: e.layers, ..PUBLISHED }
-        && (1..=PERSISTENT_LAYERS).contains(&e.layers)
-        && suffix_rows(dims) <= PERSISTENT_ROWS;
+    let fits =
+        *e == StackDims { layers: e.layers, ..PUBLISHED } && e.layers > 0 && suffix_rows(dims) <= PERSISTENT_ROWS;
     match asked {
         Some(Packing::Published) if !(fits && hopper) => Err(EngineError::Shape {
             what: "action expert",
@@ -497,13 +489,10 @@ mod tests {
         assert_eq!(path(&dims, false, None), Some(Packing::General), "another chip");
         assert_eq!(path(&dims, true, Some(Packing::General)), Some(Packing::General));
         assert_eq!(path(&dims, false, Some(Packing::Published)), None);
-        // One barrier after each phase but the last, and one after the time layer.
-        assert_eq!(barriers(&dims), 90);
         dims.horizon = 52;
         assert_eq!(path(&dims, true, None), Some(Packing::General), "53 rows with the state");
         dims.family = Family::Pi05;
         assert_eq!(path(&dims, true, None), Some(Packing::Published), "52 rows");
-        assert_eq!(barriers(&dims), 89);
         dims.expert.mlp = 2048;
         assert_eq!(path(&dims, true, None), Some(Packing::General));
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
