@@ -77,10 +77,10 @@ struct PersistentArgs {
 struct Shared {
     alignas(128) uint8_t acts[kActs];  // activations of a product, or the attention's buffers
     alignas(128) uint8_t ring[kStages][kSlot];
-    float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
+    alignas(16) float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
     uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received;
-    float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
+    alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
     float inverse_rms[64];        // of each token row, for gate/up
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "more than an SM has");
