@@ -1,7 +1,7 @@
 //! π0 and π0.5 on an NVIDIA GPU: bf16 weights, float32 sums and residuals.
 //!
 //! Data flow: `images` (bytes to patches) → `encoder` (SigLIP and trunk, fills the cache) → `decoder` (action expert,
-//! one graph of all steps), which runs `persistent` (one cooperative kernel a step, the published expert on Hopper),
+//! one graph of all steps), which runs `persistent` (one cooperative kernel, the published expert on Hopper),
 //! launches of its own, or `portable` (other chips). `device` owns the driver's objects, `lane` says where a stage runs,
 //! `stream` what runs there, `kernels` mirrors `kernels/*.cu`, `lt` the vendor's matrix products, `plan` every choice of
 //! kernel and shape, `load` and `weights` the way from a file to the layouts above, `time` what depends on flow time
@@ -41,7 +41,7 @@ use crate::model::{Checkpoint, Dims, Resampler};
 use device::Buffer;
 use lane::Lane;
 use load::Source;
-use weights::{DecoderWeights, EncoderWeights, MAX_VIEWS};
+use weights::{DecoderWeights, EncoderWeights};
 
 /// The GPU's name and what it offers, or why it cannot be used.
 pub fn probe(ordinal: usize) -> Result<String, EngineError> {
@@ -255,7 +255,7 @@ impl CudaEngine {
         };
         let vision_head = dims.vision.width / dims.vision.heads;
         let head = dims.trunk.head_dim;
-        let positions = MAX_VIEWS * dims.vision.tokens() + dims.max_tokens.max(256) + 64;
+        let positions = plan::positions(&dims);
         let packing = plan::packing(&dims, device.kernels().hopper().is_some(), packing)?;
         let (encoder, decoder) = weights::load(&device, &dims, source, packing)?;
         let model = Model {

@@ -4,6 +4,7 @@
 //! are bitwise equal whatever share of the GPU runs them.
 
 use super::device::Capability;
+use super::weights::MAX_VIEWS;
 use crate::engine::EngineError;
 use crate::model::{Dims, Family, StackDims};
 
@@ -354,19 +355,30 @@ pub(super) const PANEL_ROWS: usize = 52;
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
 /// Token rows at most.
 const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
+/// Rows of a prefix at most: of each rank the pieces of keys of persistent.cuh.
+const PERSISTENT_PREFIX: usize = RANKS * 23 * 32;
 /// The action expert it is compiled for.
 const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
+
+/// Positions that the model's tables cover.
+pub(super) fn positions(dims: &Dims) -> usize {
+    MAX_VIEWS * dims.vision.tokens() + dims.max_tokens.max(256) + 64
+}
 
 /// The packing for these dimensions, on a chip that has the kernels of sm_90a or not; `asked` overrides the choice.
 pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Result<Packing, EngineError> {
     let e = &dims.expert;
-    let fits =
-        *e == StackDims { layers: e.layers, ..PUBLISHED } && e.layers > 0 && suffix_rows(dims) <= PERSISTENT_ROWS;
+    let fits = *e == StackDims { layers: e.layers, ..PUBLISHED }
+        && e.layers > 0
+        && suffix_rows(dims) <= PERSISTENT_ROWS
+        && positions(dims) <= PERSISTENT_PREFIX;
     match asked {
         Some(Packing::Published) if !(fits && hopper) => Err(EngineError::Shape {
             what: "action expert",
-            expected: "the published one, at most 51 actions, on sm_90a".into(),
-            found: format!("{e:?}, {} actions", dims.horizon),
+            expected: format!(
+                "the published one, at most 51 actions and prefixes of {PERSISTENT_PREFIX} rows, on sm_90a"
+            ),
+            found: format!("{e:?}, {} actions, prefixes of {} rows", dims.horizon, positions(dims)),
         }),
         Some(packing) => Ok(packing),
         None if fits && hopper => Ok(Packing::Published),
@@ -493,6 +505,9 @@ mod tests {
         assert_eq!(path(&dims, true, None), Some(Packing::General), "53 rows with the state");
         dims.family = Family::Pi05;
         assert_eq!(path(&dims, true, None), Some(Packing::Published), "52 rows");
+        dims.max_tokens = 1000;
+        assert_eq!(path(&dims, true, None), Some(Packing::General), "prefixes of 3,048 rows");
+        dims.max_tokens = 200;
         dims.expert.mlp = 2048;
         assert_eq!(path(&dims, true, None), Some(Packing::General));
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
