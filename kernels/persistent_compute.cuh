@@ -311,8 +311,8 @@ struct Compute {
     }
 
     // Adds the scores of 16 query rows against N times 8 keys.
-    template <int N>
-    __device__ __forceinline__ void scores(float (&d)[3][4], const uint8_t* queries, const uint8_t* const (&keys)[3]) {
+    template <int N, int EACH>
+    __device__ __forceinline__ void scores(float (&d)[EACH][4], const uint8_t* queries, const uint8_t* const (&keys)[EACH]) {
         queries += (lane % 16) * kRow + (lane / 16) * 16;
 #pragma unroll
         for (int k = 0; k < kHead * 2; k += 64) {
@@ -330,22 +330,23 @@ struct Compute {
     }
 
     // Weights of `rows` query rows from row0 on over this rank's keys: scores, and softmax in the registers that hold them. A
-    // warpgroup has every other piece of keys, a warp 8 keys of each; behind the prefix comes the suffix, of which the state row
-    // sees itself only.
-    template <int TILES, int BATCHES>
+    // warpgroup has every other piece of keys, EACH of them at a time, a warp 8 keys of each; behind the prefix comes the suffix,
+    // of which the state row sees itself only. Where there is one batch there are at most as many pieces as the ring has.
+    template <int TILES, int BATCHES, int EACH>
     __device__ __forceinline__ void weights(const Buffers& b, const Cut& c, int row0, int tiles) {
-        constexpr int kPieces = 3 * BATCHES;
+        constexpr int kPieces = EACH * BATCHES;
+        static_assert(BATCHES == 1 || 2 * EACH < kStages, "a batch waits for no slot whose last piece nobody has waited for");
         const int w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, suffix = c.pieces * kKeys;
-        float d[TILES][BATCHES][3][4] = {};
+        float d[TILES][BATCHES][EACH][4] = {};
 #pragma unroll
         for (int batch = 0; batch < BATCHES; batch++) {
-            if (6 * batch > c.pieces) break;
+            if (2 * EACH * batch > c.pieces) break;
             // Neither warpgroup gets a round of the ring ahead of the other: it would take the round before for its own.
             if (batch > 0) meet(1, kComputing);
-            const uint8_t* keys[3];
+            const uint8_t* keys[EACH];
 #pragma unroll
-            for (int i = 0; i < 3; i++) {
-                const int p = wg + 6 * batch + 2 * i;
+            for (int i = 0; i < EACH; i++) {
+                const int p = wg + 2 * (EACH * batch + i);
                 keys[i] = b.keys + (p == c.pieces ? warp % 2 * 8 * kRow : 0);
                 if (p >= c.pieces) continue;
                 const Ring at = ring.ahead(p);
@@ -356,14 +357,15 @@ struct Compute {
             for (int m = 0; m < TILES; m++) {
                 if (m >= tiles) break;
                 const uint8_t* queries = b.queries + m * 16 * kRow;
-                if (wg + 6 * batch + 4 <= c.pieces) scores<3>(d[m][batch], queries, keys);
-                else if (wg + 6 * batch + 2 <= c.pieces) scores<2>(d[m][batch], queries, keys);
+                const int left = c.pieces - wg - 2 * EACH * batch;
+                if (EACH > 2 && left >= 4) scores<EACH>(d[m][batch], queries, keys);
+                else if (left >= 2) scores<2>(d[m][batch], queries, keys);
                 else scores<1>(d[m][batch], queries, keys);
             }
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < 3; i++) {
-                const int p = wg + 6 * batch + 2 * i;
+            for (int i = 0; i < EACH; i++) {
+                const int p = wg + 2 * (EACH * batch + i);
                 if (p < c.pieces && lane == 0) barrier_arrive(&s.empty[ring.ahead(p).slot], 2);
             }
         }
@@ -383,7 +385,7 @@ struct Compute {
 #pragma unroll
                     for (int e = 2 * r; e < 2 * r + 2; e++) {
                         const int k = (wg + 2 * i) * kKeys + warp * 8 + 2 * t + (e & 1);
-                        float& score = d[m][i / 3][i % 3][e];
+                        float& score = d[m][i / EACH][i % EACH][e];
                         score = static_cast<uint32_t>(k) < seen || static_cast<uint32_t>(k - suffix) < visible ? score * a.scale : -INFINITY;
                         top[r] = fmaxf(top[r], score);
                     }
@@ -407,7 +409,7 @@ struct Compute {
 #pragma unroll
                 for (int i = 0; i < kPieces; i++) {
                     if (BATCHES > 1 && 2 * i > c.pieces) break;
-                    const uint32_t p = pack_bf16(exp2_fast(d[m][i / 3][i % 3][2 * r] - base), exp2_fast(d[m][i / 3][i % 3][2 * r + 1] - base));
+                    const uint32_t p = pack_bf16(exp2_fast(d[m][i / EACH][i % EACH][2 * r] - base), exp2_fast(d[m][i / EACH][i % EACH][2 * r + 1] - base));
                     const float2 back = unpack_bf16(p);
                     sum += back.x + back.y;
                     if ((wg + 2 * i) * kKeys + warp * 8 < c.columns) *reinterpret_cast<uint32_t*>(to + 2 * i * kKeys) = p;
@@ -460,8 +462,8 @@ struct Compute {
             const int here = min(c.group, c.last_row - row0), tiles = (here + 15) / 16;
             if (all == 0) barrier_expect(&s.parts_received, kRanks * here * (64 * 4 + 8));
             barrier_wait(&s.queries_full, parity);
-            if (c.group > 16) weights<3, 1>(b, c, row0, tiles);
-            else weights<1, (kMostKeys + 1) / 6>(b, c, row0, tiles);
+            if (c.group > 16) weights<3, 1, 3>(b, c, row0, tiles);
+            else weights<1, (kMostKeys + 1) / 4, 2>(b, c, row0, tiles);
             float o[3][4][4] = {};
 #pragma unroll 1
             for (int p = 0; p < c.pieces; p++, ring.next()) {
