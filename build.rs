@@ -13,8 +13,8 @@ use std::process::Command;
 /// Machine code for every chip the engine is meant for.
 const ALL: [&str; 7] = ["80", "86", "87", "89", "90a", "100", "120"];
 /// Kernels of these files use what only sm_90a has: they are compiled for nothing else, and left out of a build without.
-const HOPPER: [&str; 6] =
-    ["attention_vision", "attention_wide", "decode_attention", "geglu_wide", "persistent", "skinny"];
+const HOPPER: [&str; 7] =
+    ["attention_vision", "attention_wide", "decode_attention", "geglu_wide", "persistent", "skinny", "tower"];
 const HOPPER_ARCH: &str = "90a";
 /// PTX of this level is embedded too, so that a newer chip can still start.
 const PTX: &str = "80";

@@ -10,6 +10,7 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;
     float scale;    // 1/√head_dim · log2(e)
+    int32_t heads, out_octets;  // for attention_wide.cu and attention_vision.cu only
 };
 
 // grid (row blocks, heads, batch).

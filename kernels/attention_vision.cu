@@ -23,6 +23,8 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;
     float scale;
+    int32_t heads;       // for attention_wide.cu only
+    int32_t out_octets;  // of the packed form of tower.cu, token batch·rows + row, rows a multiple of 8; 0: not packed
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -199,13 +201,25 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_vision(const __
     }
     __syncwarp();
     const int first = row0 + warp * 16, r = lane / 8, l = lane % 16;
+    auto store = [&](bool wanted, bf16* to, int n, int p) {
+        store_if(wanted && first + n < a.rows, to, own + (n * kPieces + p) * 16);
+    };
+    if (a.out_octets) {
+        const uint32_t octet = static_cast<uint32_t>(batch * a.rows + first) / 8;
+        auto place = [&](uint32_t n, uint32_t p) {
+            const uint32_t column = head * pieces + p, at = column / 8 * a.out_octets + octet + n / 8;
+            return a.out + static_cast<int64_t>(at * 64 + n % 8 * 8 + (column ^ n) % 8) * 8;
+        };
+#pragma unroll
+        for (int n = 0; n < 16; n += 4) store(c < pieces, place(r + n, c), r + n, c);
+        store(lane < 16 && lone < pieces, place(l, lone), l, lone);
+        return;
+    }
     bf16* out = a.out + batch * a.out_batch + static_cast<int64_t>(first) * a.out_row + head * a.head_dim;
     bf16* at = out + static_cast<int64_t>(r) * a.out_row + c * 8;
 #pragma unroll
-    for (int n = 0; n < 16; n += 4, at += 4 * a.out_row)
-        store_if(c < pieces && first + r + n < a.rows, at, own + ((r + n) * kPieces + c) * 16);
-    store_if(lane < 16 && lone < pieces && first + l < a.rows, out + static_cast<int64_t>(l) * a.out_row + lone * 8,
-             own + (l * kPieces + lone) * 16);
+    for (int n = 0; n < 16; n += 4, at += 4 * a.out_row) store(c < pieces, at, r + n, c);
+    store(lane < 16 && lone < pieces, out + static_cast<int64_t>(l) * a.out_row + lone * 8, l, lone);
 #else
     __trap();
 #endif

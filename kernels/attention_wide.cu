@@ -23,7 +23,7 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;  // kv_head is 0
     float scale;
-    int32_t heads;
+    int32_t heads, out_octets;  // out_octets: for attention_vision.cu only
 };
 
 template <int N>

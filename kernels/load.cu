@@ -44,8 +44,8 @@ __device__ __forceinline__ int64_t packed_row(int64_t r, int order, int first, i
 }
 
 // Layouts of packed weights: for skinny.cu [tiles][k/32][4][2][32][8], for persistent.cu [k/128][rows/8][16][8][8], for
-// geglu_wide.cu as is said there.
-enum Layout { kFragments = 0, kTiles = 1, kWide = 2 };
+// geglu_wide.cu and tower.cu as is said there.
+enum Layout { kFragments = 0, kTiles = 1, kWide = 2, kTower = 3 };
 
 // Where row r of a gate or up projection goes for geglu_wide.cu.
 __device__ __forceinline__ int64_t wide_row(int64_t r, int order) {
@@ -53,11 +53,17 @@ __device__ __forceinline__ int64_t wide_row(int64_t r, int order) {
     return r / 128 * 256 + in / 64 * 128 + in % 4 / 2 * 64 + in % 64 / 16 * 16 + (order == 3) * 8 + in % 16 / 4 * 2 + in % 2;
 }
 
+// Where row r of a matrix goes for tower.cu: two neighbours lie 8 apart.
+__device__ __forceinline__ int64_t tower_row(int64_t r) { return r / 16 * 16 + r % 2 * 8 + r % 16 / 2; }
+
 __device__ __forceinline__ int half_of(int layout) { return layout == kFragments ? 32 : 1; }
 
 // Offset of (row, k) of `rows` packed rows.
 __device__ __forceinline__ int64_t packed_at(int64_t row, int64_t k, int64_t padded_k, int64_t rows, int layout) {
-    if (layout == kWide) return (row / 256 * (padded_k / 64) + k / 64) * (256 * 64) + row % 256 * 64 + (k % 64 / 8 ^ row % 8) * 8 + k % 8;
+    if (layout == kWide || layout == kTower) {
+        const int64_t tall = layout == kWide ? 256 : 64;
+        return (row / tall * (padded_k / 64) + k / 64) * (tall * 64) + row % tall * 64 + (k % 64 / 8 ^ row % 8) * 8 + k % 8;
+    }
     if (layout == kTiles) return (k / 128 * (rows / 8) + row / 8) * 1024 + k % 128 / 8 * 64 + row % 8 * 8 + k % 8;
     const int64_t tile = row / 64, r = row % 64;
     const int64_t lane = (r % 8) * 4 + (k % 32) / 8;
@@ -75,7 +81,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) load_pack(const __grid_co
     const int64_t total = a.rows * a.cols;
     for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * kThreads) {
         const int64_t r = i / a.cols, k = i % a.cols;
-        const int64_t row = a.layout == kWide ? wide_row(r, a.order) : packed_row(r, a.order, a.first, a.head_dim, half_of(a.layout));
+        const int64_t row = a.layout == kWide    ? wide_row(r, a.order)
+                            : a.layout == kTower ? tower_row(r)
+                                                 : packed_row(r, a.order, a.first, a.head_dim, half_of(a.layout));
         a.to[packed_at(row, k, a.padded_k, a.packed_rows, a.layout)] = __float2bfloat16(read_as(a.from, i, a.type));
     }
 }

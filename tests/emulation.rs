@@ -60,8 +60,9 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("prefix + 1 - first", "prefix - first"),
         ("m * 1024 + lane * 8", "m * 512 + lane * 8"),
         ("a.squares_out[blockIdx.x * 64 + n] = sum", "a.squares_out[blockIdx.x * 64 + n] = 0.9f * sum"),
-        // Two units of a tile change places; pieces of a row are not exchanged.
+        // Two units of a tile change places; of the tower too; pieces of a row are not exchanged.
         ("in % 16 / 4 * 2 + in % 2", "in % 16 / 4 * 2 + 1 - in % 2"),
+        ("r % 2 * 8 + r % 16 / 2", "r % 2 * 4 + r % 16 / 2"),
         ("(c / 2 ^ row) % 8 * 2", "c / 2 % 8 * 2"),
     ]);
     for (name, faulty) in [
@@ -69,6 +70,7 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("decoder's attention", false),
         ("encoder's attention", false),
         ("packed gate and up", true),
+        ("packed for the tower", true),
         ("packed norm", true),
         ("qkv", true),
         ("rounded, gate and up", true),

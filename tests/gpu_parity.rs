@@ -17,8 +17,9 @@ mod seeded;
 use std::time::Instant;
 
 use golden::{CASES, Golden, relative_l2};
-use oracle::{Decoded, Encoded, Fault, Oracle, Point};
+use oracle::{Decoded, Encoded, Fault, Oracle, Point, Stack};
 use pi0_mps::engine::cpu::CpuEngine;
+use pi0_mps::engine::partition::{Backend, Split};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, KvCache, View};
 use pi0_mps::model::{Checkpoint, Dims, Family, Resampler};
 use seeded::{full_width, normals, write_checkpoint};
@@ -91,6 +92,12 @@ fn on_gpu(checkpoint: &Checkpoint, inputs: &Inputs, steps: usize) -> (Encoded, D
     (Encoded { vision: taps.vision, embeddings, trunk: taps.trunk, cache }, Decoded { suffix, velocities, actions })
 }
 
+/// What the engine rounds at full width: the kernels of sm_90a keep gate and up in float32 until their product, and fold
+/// norms into the products of SigLIP's layers.
+fn of_full_width(_: Stack, point: Point) -> bool {
+    kernels::portable() || !matches!(point, Point::GateUp | Point::Normed)
+}
+
 /// Distance of every tap, by name, in the order of the data's way.
 fn compare(ours: &(Encoded, Decoded), theirs: &(Encoded, Decoded)) -> Vec<(String, f64)> {
     let mut all = Vec::new();
@@ -160,9 +167,7 @@ fn every_layer_of_full_width_agrees_with_the_rounding_oracle() {
         let open = || Checkpoint::open(dir.path()).unwrap();
         let inputs = Inputs::drawn(open().dims(), views, tokens, seed);
         let ours = on_gpu(&open(), &inputs, 2);
-        // The kernels of sm_90a keep gate and up in float32 until their product.
-        let rounds = |_, point| kernels::portable() || point != Point::GateUp;
-        let mut oracle = Oracle::new(open(), rounds);
+        let mut oracle = Oracle::new(open(), of_full_width);
         let taps = compare(&ours, &follow(&oracle, &inputs, &ours));
         for (name, distance) in &taps {
             println!("parity {family:?}, {layers} layers, {name}: {distance:.1e}");
@@ -183,6 +188,55 @@ fn every_layer_of_full_width_agrees_with_the_rounding_oracle() {
         if sound > 1.0 {
             wrong.push(format!("{family:?}, {layers} layers: '{name}' is {sound:.2} times its limit"));
         }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_tower_agrees_with_the_rounding_oracle_for_any_views_on_any_share() {
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &full_width(Family::Pi05, 2), 15, PEAK[1]);
+    let open = || Checkpoint::open(dir.path()).unwrap();
+    let (engine, oracle) = (kernels::load(&open(), Resampler::LeRobot), Oracle::new(open(), of_full_width));
+    let whole = [engine.stages().unwrap().0];
+    let shares = [70, 50, 30, 20].into_iter().filter_map(|encoder| {
+        let split = Split { backend: Backend::Green, encoder, decoder: 100 - encoder };
+        let decision = engine.offer().unwrap().decide(split).ok()?;
+        Some(engine.stages_on(decision.grant).unwrap().0)
+    });
+    let mut encoders: Vec<_> = whole.into_iter().chain(shares).collect();
+    assert!(encoders.len() > 1, "no share of this GPU is to be had");
+    let mut wrong = Vec::new();
+    for views in [1, 2, 3, 5] {
+        let inputs = Inputs::drawn(open().dims(), views, 20, 15);
+        let planes = inputs.planes();
+        let input = EncodeInput { views: &planes, tokens: &inputs.tokens };
+        let mut taps = encoders.iter_mut().map(|encoder| {
+            let mut cache = engine.cache(views, 20).unwrap();
+            encoder.encode(&input, &mut cache).unwrap();
+            encoder.poison().unwrap();
+            encoder.encode_with_taps(&input, &mut cache).unwrap().vision
+        });
+        let ours = taps.next().unwrap();
+        let bits = |taps: &[Vec<f32>]| -> Vec<u32> { taps.iter().flatten().map(|v| v.to_bits()).collect() };
+        let other = taps.filter(|t| bits(t) != bits(&ours)).count();
+        let (_, theirs) = oracle.vision(&inputs.views, Some(&ours));
+        for (layer, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+            let distance = relative_l2(a, b);
+            println!("tower {views} views, layer {layer}: {distance:.1e} from the oracle");
+            if distance.is_nan() || distance > TAP_TOLERANCE {
+                wrong.push(format!("{views} views, layer {layer}: {distance}"));
+            }
+        }
+        if other > 0 {
+            wrong.push(format!("{views} views: {other} shares have other bits"));
+        }
+        let mut turned = inputs.views.clone();
+        turned.last_mut().unwrap().reverse();
+        let (_, faulty) = oracle.vision(&turned, Some(&ours));
+        let noticed = relative_l2(&ours[0], &faulty[0]);
+        assert!(noticed > 10.0 * TAP_TOLERANCE, "another last view goes unnoticed: {noticed}");
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }

@@ -18,11 +18,16 @@ use rayon::prelude::*;
 /// What is held in bf16 on the GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
-    /// Matrices of the three stacks, the projector, π0's second time layer, and the tower's biases before a bf16 store.
+    /// Matrices of the three stacks, the projector, π0's second time layer, and the tower's biases before a bf16 store
+    /// where no norm is folded in.
     /// Norms, other biases, and the projections of state, actions and velocities stay in float32.
     Weight,
     /// What enters a matrix product: patches, normalised rows, attention's output, the MLP's hidden layer.
     Activation,
+    /// What a norm in front of a product of SigLIP's layers makes, as [`Activation`](Self::Activation). Where it does not
+    /// round, the norm is folded into the product (tower.cu): what enters is the residual times the norm's weight, and the
+    /// sums get mean and deviation. That is the same but for rounding.
+    Normed,
     /// Queries, keys and values, before and after rotation.
     QueryKeyValue,
     /// Gate and up projections of the trunk, which a kernel of their own multiplies.
@@ -140,15 +145,19 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
+/// Mean of a row, and 1/√(variance + 1e-6).
+fn moments(x: &[f32]) -> (f64, f64) {
+    let mean = x.iter().map(|v| f64::from(*v)).sum::<f64>() / x.len() as f64;
+    let variance = x.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / x.len() as f64;
+    (mean, 1.0 / (variance + 1e-6).sqrt())
+}
+
 fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-    let n = weight.len();
     let row = |x: &[f32]| -> Vec<f32> {
-        let mean = x.iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
-        let variance = x.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n as f64;
-        let inverse = 1.0 / (variance + 1e-6).sqrt();
+        let (mean, inverse) = moments(x);
         x.iter().zip(weight).zip(bias).map(|((x, w), b)| ((f64::from(*x) - mean) * inverse) as f32 * w + b).collect()
     };
-    x.chunks_exact(n).flat_map(row).collect()
+    x.chunks_exact(weight.len()).flat_map(row).collect()
 }
 
 /// 1/√(mean(x²) + 1e-6) of every row.
@@ -313,7 +322,8 @@ impl Oracle {
         Encoded { vision, embeddings, trunk, cache }
     }
 
-    fn vision(&self, views: &[Vec<f32>], other: Option<&[Vec<f32>]>) -> (Vec<f32>, Vec<Vec<f32>>) {
+    /// Projected images, and the residual after each SigLIP layer.
+    pub fn vision(&self, views: &[Vec<f32>], other: Option<&[Vec<f32>]>) -> (Vec<f32>, Vec<Vec<f32>>) {
         let v = self.dims.vision;
         let (side, inputs, tokens) = (v.image / v.patch, 3 * v.patch * v.patch, v.tokens());
         let mut patches = Vec::with_capacity(views.len() * tokens * inputs);
@@ -334,9 +344,10 @@ impl Oracle {
         add_rows(&mut h, &self.exact(&format!("{patch}.bias"), &[v.width]));
         add_rows(&mut h, &self.exact(&name("embeddings.position_embedding.weight"), &[tokens, v.width]));
 
+        let vectors = |at: &str| ["weight", "bias"].map(|kind| self.exact(&format!("{at}.{kind}"), &[v.width]));
         let norm = |h: &[f32], at: &str| {
-            let vector = |kind: &str| self.exact(&format!("{at}.{kind}"), &[v.width]);
-            layer_norm(h, &vector("weight"), &vector("bias"))
+            let [weight, bias] = vectors(at);
+            layer_norm(h, &weight, &bias)
         };
         let biased = |x: Vec<f32>, at: &str, outputs: usize, inputs: usize, round_bias: bool| {
             let mut y = self.linear(Stack::Vision, x, &format!("{at}.weight"), outputs, inputs);
@@ -346,18 +357,35 @@ impl Oracle {
             add_rows(&mut y, &bias);
             y
         };
+        // A product of the residual behind a norm.
+        let behind = |h: &[f32], norm_at: &str, at: &str, outputs: usize| {
+            if (self.rounds)(Stack::Vision, Point::Normed) {
+                return biased(norm(h, norm_at), at, outputs, v.width, true);
+            }
+            let (weight, [scale, shift]) = (format!("{at}.weight"), vectors(norm_at));
+            let mut y = self.linear(Stack::Vision, scale_columns(h, &scale), &weight, outputs, v.width);
+            let weight = self.rounded(Stack::Vision, &weight, &[outputs, v.width]);
+            let (fold, mut bias) = (product(&scale, &weight, v.width), product(&shift, &weight, v.width));
+            add(&mut bias, &self.exact(&format!("{at}.bias"), &[outputs]));
+            for (y, h) in y.chunks_exact_mut(outputs).zip(h.chunks_exact(v.width)) {
+                let (mean, inverse) = moments(h);
+                for ((y, fold), bias) in y.iter_mut().zip(&fold).zip(&bias) {
+                    *y = inverse as f32 * (*y - mean as f32 * fold) + bias;
+                }
+            }
+            y
+        };
         let mut taps = Vec::new();
         for l in 0..v.layers {
             let at = |rest: &str| name(&format!("encoder.layers.{l}.{rest}"));
-            let normed = norm(&h, &at("layer_norm1"));
             let [q, k, values] = ["q", "k", "v"].map(|p| {
-                let mut y = biased(normed.clone(), &at(&format!("self_attn.{p}_proj")), v.width, v.width, true);
+                let mut y = behind(&h, &at("layer_norm1"), &at(&format!("self_attn.{p}_proj")), v.width);
                 self.round(Stack::Vision, Point::QueryKeyValue, &mut y);
                 y
             });
             let attended = self.attend_views(views.len(), &q, &k, &values);
             add(&mut h, &biased(attended, &at("self_attn.out_proj"), v.width, v.width, false));
-            let mut hidden = biased(norm(&h, &at("layer_norm2")), &at("mlp.fc1"), v.mlp, v.width, true);
+            let mut hidden = behind(&h, &at("layer_norm2"), &at("mlp.fc1"), v.mlp);
             hidden.iter_mut().for_each(|x| *x = gelu(*x));
             add(&mut h, &biased(hidden, &at("mlp.fc2"), v.width, v.mlp, false));
             taps.push(h.clone());

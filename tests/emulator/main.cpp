@@ -278,7 +278,27 @@ static void wide(int rows, int width, int mlp) {
     normed.tell("rounded, packed norm" + size);
 }
 
+// What tower.cu is given, read as its matrix instructions read it: tiles of 64 outputs, of which two neighbours are rows 8
+// apart, and zeros to the end of the last tile and of K.
+static void tower(int outputs, int width) {
+    const int tiles = (outputs + 63) / 64, k_blocks = (width + 63) / 64;
+    const Half w = halves(static_cast<size_t>(outputs) * width, 0.05f);
+    Half packed(static_cast<size_t>(tiles) * k_blocks * 64 * 64, __float2bfloat16(0.0f));
+    const loading::PackArgs a{w.data(), packed.data(), outputs, width, k_blocks * 64, 0, 0, 0, 0, 0, loading::kTower};
+    launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(a); });
+    Distance off;
+    for (int j = 0; j < tiles * 64; j++)
+        for (int k = 0; k < k_blocks * 64; k++) {
+            const int row = j % 64 / 16 * 16 + j % 16 / 2 + j % 2 * 8;
+            const size_t at = ((static_cast<size_t>(j / 64) * k_blocks + k / 64) * 64 + row) * 64 + (k % 64 / 8 ^ row % 8) * 8 + k % 8;
+            off.put(value(packed[at]), j < outputs && k < width ? value(w[static_cast<size_t>(j) * width + k]) : 0.0f);
+        }
+    off.tell("exact, weights packed for the tower, " + std::to_string(outputs) + " of " + std::to_string(width));
+}
+
 int main() {
+    tower(64, 64);
+    tower(208, 200);
     wide(2, 64, 128);
     wide(21, 256, 384);
     encode<32, 64>(2, 8, 17, 2);

@@ -1,6 +1,6 @@
 //! Images and prompt to keys and values: SigLIP over all views at once, then the prefix trunk.
 //!
-//! Large products go to cuBLASLt or geglu_wide.cu, attention to attention_vision.cu, attention_wide.cu or attention.cu, the
+//! Large products go to cuBLASLt, tower.cu or geglu_wide.cu, attention to attention_vision.cu, attention_wide.cu or attention.cu, the
 //! rest is pointwise.cu. The residual streams stay in float32.
 
 use std::collections::HashMap;
@@ -9,17 +9,22 @@ use std::sync::Arc;
 use super::Model;
 use super::device::{Buffer, Device, Pinned};
 use super::images::Images;
-use super::kernels::{AttentionArgs, GegluArgs, GegluWideArgs, Kernels, NormArgs, RopeArgs, Shape};
+use super::kernels::{
+    AttentionArgs, GegluArgs, GegluWideArgs, Hopper, Kernels, NormArgs, RopeArgs, Shape, TowerArgs, TowerBeginArgs,
+};
 use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands};
-use super::plan::{self, HEAD_DIMS, Path};
+use super::plan::{self, HEAD_DIMS, Path, TOWER_K, TOWER_TILE, TowerKind};
 use super::stream::{Event, Graph, Stream};
-use super::weights::{EncoderWeights, LayerNorm, MAX_VIEWS, TrunkRest};
+use super::weights::{EncoderWeights, Folded, LayerNorm, MAX_VIEWS, Tower, TowerLayer, TrunkRest, VisionLayer};
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
 use crate::model::Dims;
 
 /// Graphs kept before all are dropped.
 const KEPT_GRAPHS: usize = 32;
+
+/// What norms add to the variance.
+const EPSILON: f32 = 1e-6;
 
 /// Keys and values of one prefix on the device, `[layers, capacity, row]` each, of which `head_dim` are used.
 pub struct CudaCache {
@@ -108,6 +113,9 @@ struct Workspace {
     vision_qkv: Buffer<u16>,
     vision_attended: Buffer<u16>,
     vision_mlp: Buffer<u16>,
+    /// For tower.cu: sums and sums of squares that attention's output projection leaves of the residual, and those that
+    /// the MLP leaves.
+    vision_moments: [Buffer<f32>; 2],
     x: Buffer<f32>,
     normed: Buffer<u16>,
     qkv: Buffer<u16>,
@@ -120,13 +128,15 @@ impl Workspace {
     fn new(
         device: &Arc<Device>,
         dims: &Dims,
-        wide_geglu: bool,
+        weights: &EncoderWeights,
         views: usize,
         rows: usize,
     ) -> Result<Self, EngineError> {
         let (v, t) = (&dims.vision, &dims.trunk);
         let tokens = views * v.tokens();
         let half = |n: usize| Buffer::<u16>::zeroed(device, n);
+        let packed = weights.tower_packed();
+        let moments = || Buffer::zeroed(device, if packed { 2 * v.width / TOWER_TILE * tokens } else { 0 });
         Ok(Self {
             views,
             rows,
@@ -135,12 +145,13 @@ impl Workspace {
             vision_normed: half(tokens * v.width)?,
             vision_qkv: half(tokens * 3 * v.width)?,
             vision_attended: half(tokens * v.width)?,
-            vision_mlp: half(tokens * v.mlp)?,
+            vision_mlp: half(tokens * if packed { plan::tower_pad(v.mlp) } else { v.mlp })?,
+            vision_moments: [moments()?, moments()?],
             x: Buffer::zeroed(device, rows * t.width)?,
             normed: half(rows.next_multiple_of(8) * t.width)?,
             qkv: half(rows * (t.heads + 2) * t.head_dim)?,
             attended: half(rows * t.heads * t.head_dim)?,
-            gate_up: half(if wide_geglu { 0 } else { rows * 2 * t.mlp })?,
+            gate_up: half(if weights.wide_geglu { 0 } else { rows * 2 * t.mlp })?,
             mlp: half(rows * t.mlp)?,
         })
     }
@@ -191,7 +202,7 @@ impl CudaEncoder {
         lane: Arc<Lane>,
         path: Path,
     ) -> Result<Self, EngineError> {
-        if weights.wide_geglu && path == Path::Portable {
+        if (weights.wide_geglu || weights.tower_packed()) && path == Path::Portable {
             return Err(plan::packed_for_hopper());
         }
         let device = Arc::clone(&model.device);
@@ -243,8 +254,10 @@ impl CudaEncoder {
         ] {
             b.fill(0xff)?;
         }
-        w.vision.fill(0xff)?;
-        w.x.fill(0xff)
+        for b in [&w.vision, &w.x, &w.vision_moments[0], &w.vision_moments[1]] {
+            b.fill(0xff)?;
+        }
+        Ok(())
     }
 
     /// The patches of the last encode as bf16 bits, `[views · tokens, patch_stride]`: for tests of the image kernel.
@@ -290,8 +303,7 @@ impl CudaEncoder {
         self.trunk_graphs.clear();
         let (views, rows) = self.workspace.as_ref().map_or((views, rows), |w| (w.views.max(views), w.rows.max(rows)));
         self.workspace = None;
-        let wide_geglu = self.weights.wide_geglu;
-        self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, wide_geglu, views, rows)?);
+        self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, &self.weights, views, rows)?);
         Ok(())
     }
 
@@ -499,19 +511,21 @@ impl Queue<'_> {
         self.lt.run(self.stream, Key { rows, outputs, k, epilogue }, o)
     }
 
-    /// Plans for every product of the tower: the library may not be asked during a capture.
+    /// Plans for every product of the tower that is the library's: it may not be asked during a capture.
     fn prepare_vision(&mut self, views: usize) -> Result<(), EngineError> {
         let v = &self.model.dims.vision;
         let rows = views * v.tokens();
         let keys = [
             (v.width, plan::patch_stride(&self.model.dims), Epilogue::Add),
+            (self.model.dims.trunk.width, v.width, Epilogue::WideBias),
             (3 * v.width, v.width, Epilogue::Bias),
             (v.width, v.width, Epilogue::AddBias),
             (v.mlp, v.width, Epilogue::BiasGelu),
             (v.width, v.mlp, Epilogue::AddBias),
-            (self.model.dims.trunk.width, v.width, Epilogue::WideBias),
-        ];
-        self.lt.prepare(self.stream, &keys.map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue }))
+        ]
+        .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
+        let own = if self.weights.tower_packed() { 4 } else { 0 };
+        self.lt.prepare(self.stream, &keys[..keys.len() - own])
     }
 
     fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
@@ -544,7 +558,7 @@ impl Queue<'_> {
             shift: norm.shift.pointer(),
             width: width as i32,
             inv_width: 1.0 / width as f32,
-            eps: 1e-6,
+            eps: EPSILON,
             octets: 0,
         };
         self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
@@ -560,7 +574,7 @@ impl Queue<'_> {
             shift: 0,
             width: width as i32,
             inv_width: 1.0 / width as f32,
-            eps: 1e-6,
+            eps: EPSILON,
             octets: octets as i32,
         };
         self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
@@ -634,12 +648,149 @@ impl Queue<'_> {
         self.kernels.attention[variant.0].launch(self.stream, shape, args)
     }
 
+    /// SigLIP's attention within each view; `octets` groups of 8 tokens where the result is wanted packed.
+    fn vision_attention(&self, views: usize, octets: usize) -> Result<(), EngineError> {
+        let (v, w) = (self.model.dims.vision, self.w);
+        let (tokens, head_dim) = (v.tokens(), v.width / v.heads);
+        let args = AttentionArgs {
+            q: w.vision_qkv.pointer(),
+            k: w.vision_qkv.at(v.width),
+            v: w.vision_qkv.at(2 * v.width),
+            out: w.vision_attended.pointer(),
+            q_batch: (tokens * 3 * v.width) as i64,
+            kv_batch: (tokens * 3 * v.width) as i64,
+            out_batch: (tokens * v.width) as i64,
+            q_row: 3 * v.width as i32,
+            kv_row: 3 * v.width as i32,
+            kv_head: head_dim as i32,
+            out_row: v.width as i32,
+            rows: tokens as i32,
+            keys: tokens as i32,
+            head_dim: head_dim as i32,
+            scale: std::f32::consts::LOG2_E / (head_dim as f32).sqrt(),
+            out_octets: octets as i32,
+            ..AttentionArgs::default()
+        };
+        self.attention(v.heads, views, self.model.vision_head, &args)
+    }
+
+    /// SigLIP's layers on the residual of `views`, products by the library.
+    fn tower_of_rows(&mut self, layers: &[VisionLayer], views: usize) -> Result<(), EngineError> {
+        let (v, w) = (self.model.dims.vision, self.w);
+        let rows = views * v.tokens();
+        let [normed, qkv, attended, mlp] =
+            [&w.vision_normed, &w.vision_qkv, &w.vision_attended, &w.vision_mlp].map(Buffer::pointer);
+        let h = w.vision.pointer();
+        for layer in layers {
+            self.layer_norm(&w.vision, &w.vision_normed, &layer.norm1, rows, v.width)?;
+            let o = Operands { w: layer.qkv.pointer(), x: normed, bias: layer.qkv_bias.pointer(), c: qkv, d: qkv };
+            self.product(rows, 3 * v.width, v.width, Epilogue::Bias, o)?;
+            self.vision_attention(views, 0)?;
+            let o = Operands { w: layer.out.pointer(), x: attended, bias: layer.out_bias.pointer(), c: h, d: h };
+            self.product(rows, v.width, v.width, Epilogue::AddBias, o)?;
+            self.layer_norm(&w.vision, &w.vision_normed, &layer.norm2, rows, v.width)?;
+            let o = Operands { w: layer.fc1.pointer(), x: normed, bias: layer.fc1_bias.pointer(), c: mlp, d: mlp };
+            self.product(rows, v.mlp, v.width, Epilogue::BiasGelu, o)?;
+            let o = Operands { w: layer.fc2.pointer(), x: mlp, bias: layer.fc2_bias.pointer(), c: h, d: h };
+            self.product(rows, v.width, v.mlp, Epilogue::AddBias, o)?;
+            self.tap(&w.vision, rows * v.width)?;
+        }
+        Ok(())
+    }
+
+    /// The same by tower.cu: a product that adds to the residual leaves it times the scale of the norm behind, and that
+    /// norm's sums.
+    fn packed_tower(&mut self, layers: &[TowerLayer], views: usize) -> Result<(), EngineError> {
+        let (v, w) = (self.model.dims.vision, self.w);
+        let rows = views * v.tokens();
+        let [normed, qkv, attended, mlp] =
+            [&w.vision_normed, &w.vision_qkv, &w.vision_attended, &w.vision_mlp].map(Buffer::pointer);
+        let [attention_left, mlp_left] = w.vision_moments.each_ref().map(Buffer::pointer);
+        let (residual, mlp_width) = (w.vision.pointer(), plan::tower_pad(v.mlp));
+        let Some(hopper) = self.kernels.hopper() else { return Err(plan::packed_for_hopper()) };
+        let Some(first) = layers.first() else { return Ok(()) };
+        let begin = TowerBeginArgs {
+            x: residual,
+            scale: first.norm1.scale.pointer(),
+            y: normed,
+            moments: mlp_left,
+            tokens: rows as i32,
+            width: v.width as i32,
+        };
+        hopper.tower_begin.launch(self.stream, Shape::blocks(rows, 256), &begin)?;
+        for (l, layer) in layers.iter().enumerate() {
+            let next = layers.get(l + 1).map_or(0, |next| next.norm1.scale.pointer());
+            let folded = |weights: &Folded, moments: u64, y: u64| TowerArgs {
+                w: weights.w.pointer(),
+                x: normed,
+                moments,
+                fold: weights.fold.pointer(),
+                bias: weights.bias.pointer(),
+                y,
+                ..TowerArgs::default()
+            };
+            let added = |w: &Buffer<u16>, bias: &Buffer<f32>, x: u64, scale: u64, left: u64| TowerArgs {
+                w: w.pointer(),
+                x,
+                bias: bias.pointer(),
+                residual,
+                scale,
+                y: normed,
+                left,
+                ..TowerArgs::default()
+            };
+            self.tower_product(
+                hopper,
+                TowerKind::Normed,
+                [rows, 3 * v.width, v.width],
+                folded(&layer.qkv, mlp_left, qkv),
+            )?;
+            self.vision_attention(views, rows / 8)?;
+            let out = added(&layer.out, &layer.out_bias, attended, layer.norm2.scale.pointer(), attention_left);
+            self.tower_product(hopper, TowerKind::Added, [rows, v.width, v.width], out)?;
+            let fc1 = folded(&layer.fc1, attention_left, mlp);
+            self.tower_product(hopper, TowerKind::Gelu, [rows, mlp_width, v.width], fc1)?;
+            let fc2 = added(&layer.fc2, &layer.fc2_bias, mlp, next, mlp_left);
+            self.tower_product(hopper, TowerKind::Added, [rows, v.width, mlp_width], fc2)?;
+            self.tap(&w.vision, rows * v.width)?;
+        }
+        Ok(())
+    }
+
+    /// A product of tower.cu of `[rows, outputs, k]`, whole tiles all; `args` says what it reads and writes.
+    fn tower_product(
+        &self,
+        hopper: &Hopper,
+        kind: TowerKind,
+        [rows, outputs, k]: [usize; 3],
+        args: TowerArgs,
+    ) -> Result<(), EngineError> {
+        let width = self.model.dims.vision.width;
+        let tiles = outputs / TOWER_TILE;
+        let plan = plan::tower(kind, tiles, rows, self.sms);
+        let args = TowerArgs {
+            kind: kind as i32,
+            tokens: rows as i32,
+            octets: (rows / 8) as i32,
+            token_tiles: plan.token_tiles as i32,
+            tiles: tiles as i32,
+            weight_tiles: plan.weight_tiles as i32,
+            k_blocks: (k / TOWER_K) as i32,
+            width_tiles: (width / TOWER_TILE) as i32,
+            inv_width: 1.0 / width as f32,
+            eps: EPSILON,
+            ..args
+        };
+        let shape = Shape { shared: plan.shared as u32, ..Shape::blocks(plan.blocks, plan.threads as u32) };
+        hopper.tower[plan.variant].launch(self.stream, shape, &args)
+    }
+
     /// Patches to the first rows of x.
     fn vision(&mut self, views: usize) -> Result<(), EngineError> {
         let dims = self.model.dims;
         let v = dims.vision;
         let w = self.w;
-        let (tokens, rows) = (v.tokens(), views * v.tokens());
+        let rows = views * v.tokens();
         let weights = self.weights;
         let h = w.vision.pointer();
         let patch = Operands {
@@ -650,47 +801,9 @@ impl Queue<'_> {
             d: h,
         };
         self.product(rows, v.width, plan::patch_stride(&dims), Epilogue::Add, patch)?;
-        let head_dim = v.width / v.heads;
-        for layer in &weights.vision {
-            self.layer_norm(&w.vision, &w.vision_normed, &layer.norm1, rows, v.width)?;
-            let normed = w.vision_normed.pointer();
-            let qkv = w.vision_qkv.pointer();
-            let o = Operands { w: layer.qkv.pointer(), x: normed, bias: layer.qkv_bias.pointer(), c: qkv, d: qkv };
-            self.product(rows, 3 * v.width, v.width, Epilogue::Bias, o)?;
-            let args = AttentionArgs {
-                q: qkv,
-                k: w.vision_qkv.at(v.width),
-                v: w.vision_qkv.at(2 * v.width),
-                out: w.vision_attended.pointer(),
-                q_batch: (tokens * 3 * v.width) as i64,
-                kv_batch: (tokens * 3 * v.width) as i64,
-                out_batch: (tokens * v.width) as i64,
-                q_row: 3 * v.width as i32,
-                kv_row: 3 * v.width as i32,
-                kv_head: head_dim as i32,
-                out_row: v.width as i32,
-                rows: tokens as i32,
-                keys: tokens as i32,
-                head_dim: head_dim as i32,
-                scale: std::f32::consts::LOG2_E / (head_dim as f32).sqrt(),
-                ..AttentionArgs::default()
-            };
-            self.attention(v.heads, views, self.model.vision_head, &args)?;
-            let o = Operands {
-                w: layer.out.pointer(),
-                x: w.vision_attended.pointer(),
-                bias: layer.out_bias.pointer(),
-                c: h,
-                d: h,
-            };
-            self.product(rows, v.width, v.width, Epilogue::AddBias, o)?;
-            self.layer_norm(&w.vision, &w.vision_normed, &layer.norm2, rows, v.width)?;
-            let mlp = w.vision_mlp.pointer();
-            let o = Operands { w: layer.fc1.pointer(), x: normed, bias: layer.fc1_bias.pointer(), c: mlp, d: mlp };
-            self.product(rows, v.mlp, v.width, Epilogue::BiasGelu, o)?;
-            let o = Operands { w: layer.fc2.pointer(), x: mlp, bias: layer.fc2_bias.pointer(), c: h, d: h };
-            self.product(rows, v.width, v.mlp, Epilogue::AddBias, o)?;
-            self.tap(&w.vision, rows * v.width)?;
+        match &weights.tower {
+            Tower::Rows(layers) => self.tower_of_rows(layers, views)?,
+            Tower::Packed(layers) => self.packed_tower(layers, views)?,
         }
         self.layer_norm(&w.vision, &w.vision_normed, &weights.post_norm, rows, v.width)?;
         let x = w.x.pointer();

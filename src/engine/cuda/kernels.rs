@@ -157,8 +157,7 @@ pub(super) struct PersistentArgs {
     pub delay: i32,
 }
 
-/// `AttentionArgs` of attention_wide.cu, and of attention.cu, which has no `heads`: they lie in what fills its last eight
-/// bytes.
+/// `AttentionArgs` of attention.cu, attention_wide.cu and attention_vision.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct AttentionArgs {
@@ -179,7 +178,10 @@ pub(super) struct AttentionArgs {
     pub head_dim: i32,
     pub layer: i32,
     pub scale: f32,
+    /// For attention_wide.cu.
     pub heads: i32,
+    /// For attention_vision.cu: of the packed form of tower.cu, or 0 for rows.
+    pub out_octets: i32,
 }
 
 /// `NormArgs` of pointwise.cu.
@@ -224,6 +226,58 @@ pub(super) struct GegluWideArgs {
     pub weight_tiles: i32,
     pub k_blocks: i32,
     pub lead: i32,
+}
+
+/// `TowerArgs` of tower.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TowerArgs {
+    pub w: u64,
+    pub x: u64,
+    pub moments: u64,
+    pub fold: u64,
+    pub bias: u64,
+    pub residual: u64,
+    pub scale: u64,
+    pub y: u64,
+    pub left: u64,
+    pub kind: i32,
+    pub tokens: i32,
+    pub octets: i32,
+    pub token_tiles: i32,
+    pub tiles: i32,
+    pub weight_tiles: i32,
+    pub k_blocks: i32,
+    pub width_tiles: i32,
+    pub inv_width: f32,
+    pub eps: f32,
+}
+
+/// `TowerBeginArgs` of tower.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TowerBeginArgs {
+    pub x: u64,
+    pub scale: u64,
+    pub y: u64,
+    pub moments: u64,
+    pub tokens: i32,
+    pub width: i32,
+}
+
+/// `TowerFoldArgs` of tower.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TowerFoldArgs {
+    pub w: u64,
+    pub scale: u64,
+    pub shift: u64,
+    pub bias: u64,
+    pub fold: u64,
+    pub folded_bias: u64,
+    pub outputs: i32,
+    pub tiles: i32,
+    pub k_blocks: i32,
 }
 
 /// `GegluArgs` of pointwise.cu.
@@ -531,7 +585,11 @@ pub(super) struct Hopper {
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert.
     pub persistent: Kernel<PersistentArgs>,
-    _modules: [Module; 6],
+    /// Every product of the tower's layers, by block, see [`plan::TOWER_VARIANTS`].
+    pub tower: Vec<Kernel<TowerArgs>>,
+    pub tower_begin: Kernel<TowerBeginArgs>,
+    pub tower_fold: Kernel<TowerFoldArgs>,
+    _modules: [Module; 7],
 }
 
 impl Hopper {
@@ -540,7 +598,7 @@ impl Hopper {
         let Some(skinny) = Module::load_if_there("skinny")? else { return Ok(None) };
         let (decode, wide) = (Module::load("decode_attention")?, Module::load("attention_wide")?);
         let (geglu, persistent) = (Module::load("geglu_wide")?, Module::load("persistent")?);
-        let vision = Module::load("attention_vision")?;
+        let (vision, tower) = (Module::load("attention_vision")?, Module::load("tower")?);
         let family = |tiles: usize| -> Result<Skinny, EngineError> {
             let by_cluster = |kind: &str| {
                 by(CLUSTERS, |c| skinny.kernel::<SkinnyArgs>(&format!("skinny_{kind}_{tiles}_{c}"), HOPPER_SHARED))
@@ -560,7 +618,13 @@ impl Hopper {
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
             persistent: persistent.kernel("persistent_decode", plan::PERSISTENT_SHARED)?,
-            _modules: [skinny, decode, wide, geglu, persistent, vision],
+            tower: plan::TOWER_VARIANTS
+                .iter()
+                .map(|(g, n)| tower.kernel(&format!("tower_{g}_{n}"), plan::tower_shared(*g, *n)))
+                .collect::<Result<_, _>>()?,
+            tower_begin: tower.kernel("tower_begin", 0)?,
+            tower_fold: tower.kernel("tower_fold", 0)?,
+            _modules: [skinny, decode, wide, geglu, persistent, vision, tower],
         }))
     }
 }

@@ -200,6 +200,11 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Queues a kernel of 256 threads a block that takes a warp for each of `count` results.
+    pub fn per_warp<A: Copy>(&self, kernel: &Kernel<A>, count: usize, args: &A) -> Result<(), EngineError> {
+        kernel.launch(&self.stream, Shape { dependent: false, ..Shape::blocks(count.div_ceil(8), 256) }, args)
+    }
+
     /// Queues a conversion of `count` elements out of the staging buffer.
     pub fn convert<A: Copy>(&self, kernel: &Kernel<A>, count: usize, args: &A) -> Result<(), EngineError> {
         kernel.launch(&self.stream, conversion(count), args)

@@ -6,7 +6,7 @@
 use super::device::Capability;
 use super::weights::MAX_VIEWS;
 use crate::engine::EngineError;
-use crate::model::{Dims, Family, StackDims};
+use crate::model::{Dims, Family, StackDims, VisionDims};
 
 /// Which kernels the stages run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -262,6 +262,100 @@ pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Opt
     (plan.k_blocks >= GEGLU_STAGES).then_some(plan)
 }
 
+/// Groups of 64 outputs and tokens of a block of tower.cu: what it is compiled for. Those of one group are for
+/// [`TowerKind::Added`], the others for the rest.
+pub(super) const TOWER_VARIANTS: [(usize, usize); 13] = [
+    (1, 40),
+    (1, 48),
+    (1, 80),
+    (1, 112),
+    (2, 64),
+    (2, 88),
+    (2, 128),
+    (3, 56),
+    (3, 80),
+    (3, 104),
+    (3, 128),
+    (3, 160),
+    (4, 112),
+];
+/// Outputs of a tile of it.
+pub(super) const TOWER_TILE: usize = 64;
+/// K of a block of its packed matrices.
+pub(super) const TOWER_K: usize = 64;
+/// Outputs or K of a product, padded so that tiles are whole and any stage of a ring, of this product or of the one that
+/// takes its outputs, is full.
+pub(super) fn tower_pad(n: usize) -> usize {
+    pad(n, TOWER_TILE.max(TOWER_K * tower_deep(1)))
+}
+
+/// Stages of its ring at most.
+const TOWER_STAGES: usize = 8;
+
+/// What becomes of the sums of a product of tower.cu, which has the same numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TowerKind {
+    /// They are those of rows behind a norm.
+    Normed = 0,
+    /// The same, then GELU.
+    Gelu = 1,
+    /// They are added to the residual.
+    Added = 2,
+}
+
+/// Blocks of K that a stage of its ring holds: with one group they are short.
+fn tower_deep(groups: usize) -> usize {
+    if groups == 1 { 2 } else { 1 }
+}
+
+/// Stages of the ring of a block, and bytes of shared memory beside it: what a block's norms, sums and barriers take.
+fn tower_ring(groups: usize, tokens: usize) -> (usize, usize) {
+    let stage = (TOWER_TILE * groups + tokens) * TOWER_K * 2 * tower_deep(groups);
+    let beside = pad(4 * groups * tokens * 8 + tokens * 8 + 1024, 1024);
+    (((HOPPER_SHARED - beside) / stage).min(TOWER_STAGES) * stage, beside)
+}
+
+/// Shared memory of a block: the ring, what lies beside it, and what aligns both; so much that an SM holds one block.
+pub(super) fn tower_shared(groups: usize, tokens: usize) -> usize {
+    let (ring, beside) = tower_ring(groups, tokens);
+    (ring + beside + 1024).max(EXCLUSIVE_SHARED)
+}
+
+/// One launch of tower.cu.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TowerPlan {
+    /// Index into [`TOWER_VARIANTS`].
+    pub variant: usize,
+    pub token_tiles: usize,
+    pub weight_tiles: usize,
+    pub blocks: usize,
+    pub threads: usize,
+    pub shared: usize,
+}
+
+/// The plan of a product with `tiles` tiles of 64 outputs for `tokens` on `sms` SMs. Only the cut into blocks follows
+/// the SMs: what a sum adds, and in which order, is the same for all.
+pub(super) fn tower(kind: TowerKind, tiles: usize, tokens: usize, sms: usize) -> TowerPlan {
+    let units = |(g, n): (usize, usize)| tiles.div_ceil(g) * tokens.div_ceil(n);
+    // Cycles for 64 of K, in 45ths: what the matrix unit takes or what comes in from L2, and what a step costs.
+    let cost = |(g, n): (usize, usize)| {
+        let unit = (2 * g * n * 45).max((TOWER_TILE * g + n) * 128) + 8 * 45;
+        units((g, n)).div_ceil(sms.max(1)) * unit
+    };
+    let of_kind = |(g, _): (usize, usize)| (g == 1) == (kind == TowerKind::Added);
+    let fit = (0..TOWER_VARIANTS.len()).filter(|i| of_kind(TOWER_VARIANTS[*i]));
+    let variant = fit.min_by_key(|i| cost(TOWER_VARIANTS[*i])).unwrap_or(0);
+    let (g, n) = TOWER_VARIANTS[variant];
+    TowerPlan {
+        variant,
+        token_tiles: tokens.div_ceil(n),
+        weight_tiles: tiles.div_ceil(g),
+        blocks: units((g, n)).min(sms),
+        threads: 128 * g + 32,
+        shared: tower_shared(g, n),
+    }
+}
+
 /// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
 pub(super) fn head_dim(compiled: &[usize], head_dim: usize) -> Option<(usize, usize)> {
     compiled.iter().position(|d| *d >= head_dim).map(|i| (i, compiled[i]))
@@ -312,8 +406,8 @@ pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 /// What weights are packed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
-    /// The published model on sm_90a: one cooperative kernel a decode (persistent.cu), and the trunk's gated product
-    /// (geglu_wide.cu).
+    /// The published model on sm_90a: one cooperative kernel a decode (persistent.cu), the trunk's gated product
+    /// (geglu_wide.cu), and the products of SigLIP's layers (tower.cu).
     Published,
     /// Any dimensions and chip: five kernels a layer of the decoder, and GEMMs of cuBLASLt.
     General,
@@ -331,6 +425,19 @@ impl Packing {
     /// Whether the trunk's gate and up projections are packed for geglu_wide.cu.
     pub(super) fn wide_geglu(self, trunk: &StackDims) -> bool {
         self == Self::Published && geglu_wide(1, trunk.mlp, trunk.width, 1).is_some()
+    }
+
+    /// Whether the matrices of SigLIP's layers are packed for tower.cu: whole tiles and octets of tokens, attention that
+    /// leaves packed rows, and a K that fills the ring.
+    pub(super) fn tower(self, v: &VisionDims) -> bool {
+        let longest_ring = TOWER_STAGES * TOWER_K * tower_deep(1);
+        self == Self::Published
+            && v.heads > 0
+            && v.width.is_multiple_of(v.heads)
+            && v.width.is_multiple_of(TOWER_K * tower_deep(1))
+            && v.width.min(v.mlp) >= longest_ring
+            && v.tokens().is_multiple_of(8)
+            && attention_vision(v.width / v.heads, v.tokens())
     }
 
     /// Elements from one row of keys or values in the cache to the next: padded where the decoder takes many at once into
@@ -576,6 +683,65 @@ mod tests {
             assert_eq!(geglu_wide(tokens, mlp, k, sms), None);
         }
         assert_eq!(geglu_wide(1, 256, 256, 0), None);
+    }
+
+    #[test]
+    fn the_published_tower_is_packed_where_its_kernels_are() {
+        let published = Dims::published(50).vision;
+        assert!(Packing::Published.tower(&published));
+        assert!(!Packing::General.tower(&published), "another chip");
+        for other in [
+            VisionDims { width: 1152 + 64, heads: 19, ..published },
+            VisionDims { heads: 12, ..published },
+            VisionDims { heads: 0, ..published },
+            VisionDims { image: 14 * 15, ..published },
+            VisionDims { image: 14 * 20, ..published },
+            VisionDims { width: 128, heads: 16, ..published },
+            VisionDims { mlp: 512, ..published },
+        ] {
+            assert!(!Packing::Published.tower(&other), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn products_of_the_tower_cover_every_share_and_fit() {
+        use TowerKind::{Added, Gelu, Normed};
+        for (kind, tiles) in [(Normed, 54), (Added, 18), (Gelu, 68)] {
+            for views in 1..=MAX_VIEWS {
+                for sms in 16..=132 {
+                    let (tokens, case) = (views * 256, format!("{kind:?}, {views} views on {sms}"));
+                    let p = tower(kind, tiles, tokens, sms);
+                    let (g, n) = TOWER_VARIANTS[p.variant];
+                    assert_eq!(g == 1, kind == Added, "{case}");
+                    assert!((p.token_tiles - 1) * n < tokens && tokens <= p.token_tiles * n, "{case}");
+                    assert!((p.weight_tiles - 1) * g < tiles && tiles <= p.weight_tiles * g, "{case}");
+                    assert!(p.blocks > 0 && p.blocks <= sms.min(p.token_tiles * p.weight_tiles), "{case}");
+                }
+            }
+        }
+        for (g, n) in TOWER_VARIANTS {
+            let stage = (64 * g + n) * 128 * tower_deep(g);
+            let (ring, beside) = tower_ring(g, n);
+            assert!(stage.is_multiple_of(1024) && ring >= 3 * stage && ring.is_multiple_of(stage), "{g}, {n}");
+            assert!(beside.is_multiple_of(1024) && tower_shared(g, n) <= 227 * 1024, "{g}, {n}");
+            assert!(2 * tower_shared(g, n) > 227 * 1024, "an SM would hold two blocks: {g}, {n}");
+        }
+    }
+
+    #[test]
+    fn products_of_the_tower_keep_their_rounds_full() {
+        use TowerKind::{Added, Gelu, Normed};
+        // QKV, a product that adds to the residual, and the MLP's first: block, and how many there are.
+        let cut = |views: usize, sms| {
+            [(Normed, 54), (Added, 18), (Gelu, 68)].map(|(kind, tiles)| {
+                let p = tower(kind, tiles, views * 256, sms);
+                (TOWER_VARIANTS[p.variant], p.blocks)
+            })
+        };
+        assert_eq!(cut(1, 132), [((2, 64), 108), ((1, 40), 126), ((2, 88), 102)]);
+        assert_eq!(cut(2, 132), [((2, 128), 108), ((1, 80), 126), ((3, 104), 115)]);
+        assert_eq!(cut(3, 132), [((3, 128), 108), ((1, 112), 126), ((3, 160), 115)]);
+        assert_eq!(cut(2, 92), [((3, 104), 90), ((1, 112), 90), ((3, 128), 92)]);
     }
 
     #[test]

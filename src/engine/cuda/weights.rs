@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::device::{Buffer, Device};
 use super::faults;
-use super::kernels::{CopyArgs, PackArgs};
+use super::kernels::{CopyArgs, PackArgs, TowerFoldArgs};
 use super::load::{Loader, Source};
-use super::plan::{self, Packing, STEP_K, TILE, pad};
+use super::plan::{self, Packing, STEP_K, TILE, TOWER_K, TOWER_TILE, pad};
 use crate::engine::EngineError;
 use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
 
@@ -33,6 +33,34 @@ pub(super) struct VisionLayer {
     pub fc2_bias: Buffer<f32>,
 }
 
+/// One SigLIP layer for tower.cu. Matrices are packed.
+pub(super) struct TowerLayer {
+    pub norm1: LayerNorm,
+    pub qkv: Folded,
+    pub out: Buffer<u16>,
+    pub out_bias: Buffer<f32>,
+    pub norm2: LayerNorm,
+    pub fc1: Folded,
+    pub fc2: Buffer<u16>,
+    pub fc2_bias: Buffer<f32>,
+}
+
+/// A matrix with the norm in front of it folded in: the product takes rows times the norm's scale, and its sums get the
+/// row's mean and deviation.
+pub(super) struct Folded {
+    pub w: Buffer<u16>,
+    /// Of every output, the weights times the norm's scale, summed.
+    pub fold: Buffer<f32>,
+    /// The bias, and the weights times the norm's shift, summed.
+    pub bias: Buffer<f32>,
+}
+
+/// SigLIP's layers: packed where [`Packing::tower`] says so.
+pub(super) enum Tower {
+    Rows(Vec<VisionLayer>),
+    Packed(Vec<TowerLayer>),
+}
+
 /// The part of a trunk layer after its keys and values; the last layer has none.
 pub(super) struct TrunkRest {
     pub out: Buffer<u16>,
@@ -56,7 +84,7 @@ pub(super) struct EncoderWeights {
     pub patch: Buffer<u16>,
     /// Position embedding plus patch bias, once per view: `[MAX_VIEWS, tokens, width]`.
     pub position: Buffer<f32>,
-    pub vision: Vec<VisionLayer>,
+    pub tower: Tower,
     pub post_norm: LayerNorm,
     pub projector: Buffer<u16>,
     pub projector_bias: Buffer<f32>,
@@ -64,6 +92,13 @@ pub(super) struct EncoderWeights {
     /// Gate and up projections are packed for geglu_wide.cu, or one above the other.
     pub wide_geglu: bool,
     pub tokens: TokenTable,
+}
+
+impl EncoderWeights {
+    /// Whether SigLIP's layers are packed for tower.cu.
+    pub fn tower_packed(&self) -> bool {
+        matches!(self.tower, Tower::Packed(_))
+    }
 }
 
 /// Where prompt embeddings come from: the table stays on the host, a prompt needs a few rows of it.
@@ -441,6 +476,87 @@ impl Reader<'_, '_> {
         })
     }
 
+    /// Matrices of `cols` columns, one below the other, packed for tower.cu; all but the last are whole tiles.
+    fn tower_matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Buffer<u16>, EngineError> {
+        let k = plan::tower_pad(cols);
+        let rows = parts.iter().map(|p| p.1).sum();
+        let to = Buffer::zeroed(&self.device, plan::tower_pad(rows) * k)?;
+        let mut at = 0;
+        for (name, rows) in parts {
+            let (from, dtype) = self.loader.stage(name, &[*rows, cols])?;
+            let args = PackArgs {
+                from,
+                to: to.at(at * k),
+                rows: *rows as i64,
+                cols: cols as i64,
+                padded_k: k as i64,
+                packed_rows: 0,
+                dtype,
+                order: 0,
+                first: 0,
+                head_dim: 0,
+                layout: 3,
+            };
+            self.loader.convert(&self.device.kernels().pack, rows * cols, &args)?;
+            at += rows;
+        }
+        Ok(to)
+    }
+
+    /// The layers `names` of `rows` outputs each, one below the other, behind `norm`.
+    fn folded(&mut self, names: &[String], rows: usize, norm: &LayerNorm) -> Result<Folded, EngineError> {
+        let (width, outputs) = (norm.scale.len(), names.len() * rows);
+        let parts: Vec<_> = names.iter().map(|n| (format!("{n}.weight"), rows)).collect();
+        let w = self.tower_matrix(&parts, width)?;
+        let padded = plan::tower_pad(outputs);
+        let [fold, bias] = [Buffer::zeroed(&self.device, padded)?, Buffer::zeroed(&self.device, padded)?];
+        for (part, name) in names.iter().enumerate() {
+            self.place(&format!("{name}.bias"), &[rows], &bias, part * rows, rows, 0.0)?;
+        }
+        let hopper = self.device.kernels().hopper().ok_or_else(plan::packed_for_hopper)?;
+        let args = TowerFoldArgs {
+            w: w.pointer(),
+            scale: norm.scale.pointer(),
+            shift: norm.shift.pointer(),
+            bias: bias.pointer(),
+            fold: fold.pointer(),
+            folded_bias: bias.pointer(),
+            outputs: outputs as i32,
+            tiles: (padded / TOWER_TILE) as i32,
+            k_blocks: (plan::tower_pad(width) / TOWER_K) as i32,
+        };
+        self.loader.per_warp(&hopper.tower_fold, padded, &args)?;
+        Ok(Folded { w, fold, bias })
+    }
+
+    fn tower_layer(&mut self, i: usize, dims: &Dims) -> Result<TowerLayer, EngineError> {
+        let v = &dims.vision;
+        let layer = format!("{VISION}.encoder.layers.{i}");
+        let norm1 = self.layer_norm(&format!("{layer}.layer_norm1"), v.width)?;
+        let norm2 = self.layer_norm(&format!("{layer}.layer_norm2"), v.width)?;
+        let attention = |part: &str| format!("{layer}.self_attn.{part}_proj");
+        let (out, fc1, fc2) = (attention("out"), format!("{layer}.mlp.fc1"), format!("{layer}.mlp.fc2"));
+        Ok(TowerLayer {
+            qkv: self.folded(&["q", "k", "v"].map(attention), v.width, &norm1)?,
+            out: self.tower_matrix(&[(format!("{out}.weight"), v.width)], v.width)?,
+            out_bias: self.vector(&format!("{out}.bias"), v.width, v.width, 0.0)?,
+            fc1: self.folded(&[fc1], v.mlp, &norm2)?,
+            fc2: self.tower_matrix(&[(format!("{fc2}.weight"), v.width)], v.mlp)?,
+            fc2_bias: self.vector(&format!("{fc2}.bias"), v.width, v.width, 0.0)?,
+            norm1,
+            norm2,
+        })
+    }
+
+    fn tower(&mut self, dims: &Dims) -> Result<Tower, EngineError> {
+        let layers = 0..dims.vision.layers;
+        Ok(if self.packing.tower(&dims.vision) {
+            Tower::Packed(layers.map(|i| self.tower_layer(i, dims)).collect::<Result<_, _>>()?)
+        } else {
+            Tower::Rows(layers.map(|i| self.vision_layer(i, dims)).collect::<Result<_, _>>()?)
+        })
+    }
+
     fn gate_up(&mut self, gate: &str, up: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
         if !self.packing.wide_geglu(t) {
             return self.stacked(&[(gate.into(), t.mlp), (up.into(), t.mlp)], t.width);
@@ -490,7 +606,7 @@ impl Reader<'_, '_> {
         Ok(EncoderWeights {
             patch,
             position: Buffer::from_slice(&self.device, &position.repeat(MAX_VIEWS))?,
-            vision: (0..v.layers).map(|i| self.vision_layer(i, dims)).collect::<Result<_, _>>()?,
+            tower: self.tower(dims)?,
             post_norm: self.layer_norm(&format!("{VISION}.post_layernorm"), v.width)?,
             projector: self.matrix(&format!("{PROJECTOR}.weight"), dims.trunk.width, v.width)?,
             projector_bias: self.vector(&format!("{PROJECTOR}.bias"), dims.trunk.width, dims.trunk.width, 0.0)?,
