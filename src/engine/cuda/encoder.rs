@@ -741,17 +741,17 @@ impl Queue<'_> {
             };
             self.tower_product(
                 hopper,
-                TowerKind::Normed,
+                TowerKind::Rows,
                 [rows, 3 * v.width, v.width],
                 folded(&layer.qkv, mlp_left, qkv),
             )?;
             self.vision_attention(views, rows / 8)?;
             let out = added(&layer.out, &layer.out_bias, attended, layer.norm2.scale.pointer(), attention_left);
-            self.tower_product(hopper, TowerKind::Added, [rows, v.width, v.width], out)?;
+            self.tower_product(hopper, TowerKind::Add, [rows, v.width, v.width], out)?;
             let fc1 = folded(&layer.fc1, attention_left, mlp);
             self.tower_product(hopper, TowerKind::Gelu, [rows, mlp_width, v.width], fc1)?;
             let fc2 = added(&layer.fc2, &layer.fc2_bias, mlp, next, mlp_left);
-            self.tower_product(hopper, TowerKind::Added, [rows, v.width, mlp_width], fc2)?;
+            self.tower_product(hopper, TowerKind::Add, [rows, v.width, mlp_width], fc2)?;
             self.tap(&w.vision, rows * v.width)?;
         }
         Ok(())
@@ -766,16 +766,15 @@ impl Queue<'_> {
         args: TowerArgs,
     ) -> Result<(), EngineError> {
         let width = self.model.dims.vision.width;
-        let tiles = outputs / TOWER_TILE;
-        let plan = plan::tower(kind, tiles, rows, self.sms);
+        let (tiles, k_blocks) = (outputs / TOWER_TILE, k / TOWER_K);
+        let plan = plan::tower(kind, tiles, k_blocks, rows, self.sms);
         let args = TowerArgs {
-            kind: kind as i32,
             tokens: rows as i32,
             octets: (rows / 8) as i32,
             token_tiles: plan.token_tiles as i32,
             tiles: tiles as i32,
             weight_tiles: plan.weight_tiles as i32,
-            k_blocks: (k / TOWER_K) as i32,
+            k_blocks: k_blocks as i32,
             width_tiles: (width / TOWER_TILE) as i32,
             inv_width: 1.0 / width as f32,
             eps: EPSILON,

@@ -241,7 +241,6 @@ pub(super) struct TowerArgs {
     pub scale: u64,
     pub y: u64,
     pub left: u64,
-    pub kind: i32,
     pub tokens: i32,
     pub octets: i32,
     pub token_tiles: i32,
@@ -620,7 +619,10 @@ impl Hopper {
             persistent: persistent.kernel("persistent_decode", plan::PERSISTENT_SHARED)?,
             tower: plan::TOWER_VARIANTS
                 .iter()
-                .map(|(g, n)| tower.kernel(&format!("tower_{g}_{n}"), plan::tower_shared(*g, *n)))
+                .map(|(kind, g, n)| {
+                    let name = format!("tower_{kind:?}_{g}_{n}").to_lowercase();
+                    tower.kernel(&name, plan::tower_shared((*kind, *g, *n)))
+                })
                 .collect::<Result<_, _>>()?,
             tower_begin: tower.kernel("tower_begin", 0)?,
             tower_fold: tower.kernel("tower_fold", 0)?,

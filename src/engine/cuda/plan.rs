@@ -262,22 +262,30 @@ pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Opt
     (plan.k_blocks >= GEGLU_STAGES).then_some(plan)
 }
 
-/// Groups of 64 outputs and tokens of a block of tower.cu: what it is compiled for. Those of one group are for
-/// [`TowerKind::Added`], the others for the rest.
-pub(super) const TOWER_VARIANTS: [(usize, usize); 13] = [
-    (1, 40),
-    (1, 48),
-    (1, 80),
-    (1, 112),
-    (2, 64),
-    (2, 88),
-    (2, 128),
-    (3, 56),
-    (3, 80),
-    (3, 104),
-    (3, 128),
-    (3, 160),
-    (4, 112),
+/// What becomes of the sums of a product of tower.cu.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TowerKind {
+    /// They are those of rows behind a norm.
+    Rows,
+    /// The same, then GELU.
+    Gelu,
+    /// They are added to the residual.
+    Add,
+}
+
+/// What tower.cu is compiled for: groups of 64 outputs of a block, and tokens.
+pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 11] = [
+    (TowerKind::Rows, 2, 64),
+    (TowerKind::Rows, 2, 128),
+    (TowerKind::Rows, 3, 80),
+    (TowerKind::Rows, 3, 112),
+    (TowerKind::Gelu, 2, 88),
+    (TowerKind::Gelu, 2, 128),
+    (TowerKind::Gelu, 3, 104),
+    (TowerKind::Gelu, 3, 160),
+    (TowerKind::Add, 1, 48),
+    (TowerKind::Add, 1, 80),
+    (TowerKind::Add, 1, 112),
 ];
 /// Outputs of a tile of it.
 pub(super) const TOWER_TILE: usize = 64;
@@ -291,34 +299,29 @@ pub(super) fn tower_pad(n: usize) -> usize {
 
 /// Stages of its ring at most.
 const TOWER_STAGES: usize = 8;
+/// Shared memory of a block but for what aligns it.
+const TOWER_SHARED: usize = 225 * 1024;
 
-/// What becomes of the sums of a product of tower.cu, which has the same numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum TowerKind {
-    /// They are those of rows behind a norm.
-    Normed = 0,
-    /// The same, then GELU.
-    Gelu = 1,
-    /// They are added to the residual.
-    Added = 2,
-}
+/// What starting and finishing a unit of work costs, in cycles.
+const TOWER_UNIT_COST: usize = 3000;
 
 /// Blocks of K that a stage of its ring holds: with one group they are short.
 fn tower_deep(groups: usize) -> usize {
     if groups == 1 { 2 } else { 1 }
 }
 
-/// Stages of the ring of a block, and bytes of shared memory beside it: what a block's norms, sums and barriers take.
-fn tower_ring(groups: usize, tokens: usize) -> (usize, usize) {
+/// Bytes of a stage of the ring of a block, and of what else it keeps in shared memory: results, and norms or sums.
+fn tower_stage((kind, groups, tokens): (TowerKind, usize, usize)) -> (usize, usize) {
     let stage = (TOWER_TILE * groups + tokens) * TOWER_K * 2 * tower_deep(groups);
-    let beside = pad(4 * groups * tokens * 8 + tokens * 8 + 1024, 1024);
-    (((HOPPER_SHARED - beside) / stage).min(TOWER_STAGES) * stage, beside)
+    let small = if kind == TowerKind::Add { 4 } else { 1 } * tokens * 8;
+    (stage, groups * tokens * TOWER_TILE * 2 + small)
 }
 
-/// Shared memory of a block: the ring, what lies beside it, and what aligns both; so much that an SM holds one block.
-pub(super) fn tower_shared(groups: usize, tokens: usize) -> usize {
-    let (ring, beside) = tower_ring(groups, tokens);
-    (ring + beside + 1024).max(EXCLUSIVE_SHARED)
+/// Shared memory of a block: the ring, the rest, and what aligns both; so much that an SM holds one block.
+pub(super) fn tower_shared(variant: (TowerKind, usize, usize)) -> usize {
+    let (stage, rest) = tower_stage(variant);
+    let stages = ((TOWER_SHARED - rest) / stage).min(TOWER_STAGES);
+    (stages * stage + rest + 1024).max(EXCLUSIVE_SHARED)
 }
 
 /// One launch of tower.cu.
@@ -333,26 +336,26 @@ pub(super) struct TowerPlan {
     pub shared: usize,
 }
 
-/// The plan of a product with `tiles` tiles of 64 outputs for `tokens` on `sms` SMs. Only the cut into blocks follows
-/// the SMs: what a sum adds, and in which order, is the same for all.
-pub(super) fn tower(kind: TowerKind, tiles: usize, tokens: usize, sms: usize) -> TowerPlan {
-    let units = |(g, n): (usize, usize)| tiles.div_ceil(g) * tokens.div_ceil(n);
-    // Cycles for 64 of K, in 45ths: what the matrix unit takes or what comes in from L2, and what a step costs.
-    let cost = |(g, n): (usize, usize)| {
-        let unit = (2 * g * n * 45).max((TOWER_TILE * g + n) * 128) + 8 * 45;
-        units((g, n)).div_ceil(sms.max(1)) * unit
+/// The plan of a product with `tiles` tiles of 64 outputs and `k_blocks` blocks of K for `tokens` on `sms` SMs. Only the
+/// cut into blocks follows the SMs: what a sum adds, and in which order, is the same for all.
+pub(super) fn tower(kind: TowerKind, tiles: usize, k_blocks: usize, tokens: usize, sms: usize) -> TowerPlan {
+    let units = |(_, g, n): (TowerKind, usize, usize)| tiles.div_ceil(g) * tokens.div_ceil(n);
+    // Shared memory moves 128 bytes a cycle: what comes in, and what the matrix unit reads for each group.
+    let cost = |(kind, g, n): (TowerKind, usize, usize)| {
+        let unit = k_blocks * (2 * TOWER_TILE * g + n + g * n) + TOWER_UNIT_COST;
+        units((kind, g, n)).div_ceil(sms.max(1)) * unit
     };
-    let of_kind = |(g, _): (usize, usize)| (g == 1) == (kind == TowerKind::Added);
-    let fit = (0..TOWER_VARIANTS.len()).filter(|i| of_kind(TOWER_VARIANTS[*i]));
+    let fit = (0..TOWER_VARIANTS.len()).filter(|i| TOWER_VARIANTS[*i].0 == kind);
     let variant = fit.min_by_key(|i| cost(TOWER_VARIANTS[*i])).unwrap_or(0);
-    let (g, n) = TOWER_VARIANTS[variant];
+    let chosen @ (_, g, n) = TOWER_VARIANTS[variant];
     TowerPlan {
         variant,
         token_tiles: tokens.div_ceil(n),
         weight_tiles: tiles.div_ceil(g),
-        blocks: units((g, n)).min(sms),
-        threads: 128 * g + 32,
-        shared: tower_shared(g, n),
+        blocks: units(chosen).min(sms),
+        // One warp fetches; where there are norms another one measures.
+        threads: 128 * g + if kind == TowerKind::Add { 32 } else { 64 },
+        shared: tower_shared(chosen),
     }
 }
 
@@ -703,45 +706,48 @@ mod tests {
         }
     }
 
+    /// Of the published tower: kinds, tiles and blocks of K.
+    const TOWER: [(TowerKind, usize, usize); 4] =
+        [(TowerKind::Rows, 54, 18), (TowerKind::Add, 18, 18), (TowerKind::Gelu, 68, 18), (TowerKind::Add, 18, 68)];
+
     #[test]
     fn products_of_the_tower_cover_every_share_and_fit() {
-        use TowerKind::{Added, Gelu, Normed};
-        for (kind, tiles) in [(Normed, 54), (Added, 18), (Gelu, 68)] {
+        for (kind, tiles, k_blocks) in TOWER {
             for views in 1..=MAX_VIEWS {
-                for sms in 16..=132 {
+                for sms in 1..=132 {
                     let (tokens, case) = (views * 256, format!("{kind:?}, {views} views on {sms}"));
-                    let p = tower(kind, tiles, tokens, sms);
-                    let (g, n) = TOWER_VARIANTS[p.variant];
-                    assert_eq!(g == 1, kind == Added, "{case}");
+                    let p = tower(kind, tiles, k_blocks, tokens, sms);
+                    let (of, g, n) = TOWER_VARIANTS[p.variant];
+                    assert_eq!(of, kind, "{case}");
                     assert!((p.token_tiles - 1) * n < tokens && tokens <= p.token_tiles * n, "{case}");
                     assert!((p.weight_tiles - 1) * g < tiles && tiles <= p.weight_tiles * g, "{case}");
                     assert!(p.blocks > 0 && p.blocks <= sms.min(p.token_tiles * p.weight_tiles), "{case}");
                 }
             }
         }
-        for (g, n) in TOWER_VARIANTS {
-            let stage = (64 * g + n) * 128 * tower_deep(g);
-            let (ring, beside) = tower_ring(g, n);
-            assert!(stage.is_multiple_of(1024) && ring >= 3 * stage && ring.is_multiple_of(stage), "{g}, {n}");
-            assert!(beside.is_multiple_of(1024) && tower_shared(g, n) <= 227 * 1024, "{g}, {n}");
-            assert!(2 * tower_shared(g, n) > 227 * 1024, "an SM would hold two blocks: {g}, {n}");
+        for variant in TOWER_VARIANTS {
+            let (stage, rest) = tower_stage(variant);
+            assert!(stage.is_multiple_of(1024) && (TOWER_SHARED - rest) / stage >= 3, "{variant:?}");
+            // Barriers lie beside it.
+            assert!(tower_shared(variant) + 16 * TOWER_STAGES <= 227 * 1024, "{variant:?}");
+            assert!(2 * tower_shared(variant) > 227 * 1024, "an SM would hold two blocks: {variant:?}");
         }
     }
 
     #[test]
-    fn products_of_the_tower_keep_their_rounds_full() {
-        use TowerKind::{Added, Gelu, Normed};
-        // QKV, a product that adds to the residual, and the MLP's first: block, and how many there are.
+    fn products_of_the_tower_are_cut_as_was_fastest() {
+        // Blocks measured on an H200; those of smaller shares follow from them.
         let cut = |views: usize, sms| {
-            [(Normed, 54), (Added, 18), (Gelu, 68)].map(|(kind, tiles)| {
-                let p = tower(kind, tiles, views * 256, sms);
-                (TOWER_VARIANTS[p.variant], p.blocks)
+            TOWER.map(|(kind, tiles, k_blocks)| {
+                let p = tower(kind, tiles, k_blocks, views * 256, sms);
+                let (_, g, n) = TOWER_VARIANTS[p.variant];
+                (g, n, p.blocks)
             })
         };
-        assert_eq!(cut(1, 132), [((2, 64), 108), ((1, 40), 126), ((2, 88), 102)]);
-        assert_eq!(cut(2, 132), [((2, 128), 108), ((1, 80), 126), ((3, 104), 115)]);
-        assert_eq!(cut(3, 132), [((3, 128), 108), ((1, 112), 126), ((3, 160), 115)]);
-        assert_eq!(cut(2, 92), [((3, 104), 90), ((1, 112), 90), ((3, 128), 92)]);
+        assert_eq!(cut(1, 132), [(2, 64, 108), (1, 48, 108), (2, 88, 102), (1, 48, 108)]);
+        assert_eq!(cut(2, 132), [(2, 128, 108), (1, 80, 126), (3, 104, 115), (1, 80, 126)]);
+        assert_eq!(cut(3, 132), [(3, 112, 126), (1, 112, 126), (3, 160, 115), (1, 112, 126)]);
+        assert_eq!(cut(2, 92), [(3, 112, 90), (1, 112, 90), (3, 160, 92), (1, 112, 90)]);
     }
 
     #[test]
