@@ -23,7 +23,8 @@ struct AttentionArgs {
     int64_t q_batch, kv_batch, out_batch;
     int32_t q_row, kv_row, kv_head, out_row, rows, keys, head_dim, layer;  // kv_head is 0
     float scale;
-    int32_t heads, out_octets;  // out_octets: for attention_vision.cu only
+    int32_t heads;
+    int32_t out_octets;  // of the packed form of tower.cu, one batch only; 0: rows
 };
 
 template <int N>
@@ -369,13 +370,14 @@ __device__ __forceinline__ void attention_wide(const AttentionArgs& a) {
                              pack_bf16(o[4 * c + 2] * inv.x, o[4 * c + 3] * inv.y));
         }
         group_sync();
-        bf16* out = a.out + batch * a.out_batch + rank * 128 + group * 64 + own % 8 * 8;
         Walk at(a.heads, row0 + own / 8, 16);
+        const int piece = rank * 128 + group * 64 + own % 8 * 8;
 #pragma unroll 1
-        for (int r = own / 8; r < N; r += 16, at.next())
-            if (row0 + r < total)
-                *reinterpret_cast<uint4*>(out + at.offset(a.out_row)) =
-                    *reinterpret_cast<const uint4*>(keys + swizzled(N, r, own % 8));
+        for (int r = own / 8; r < N; r += 16, at.next()) {
+            bf16* out = a.out + batch * a.out_batch + at.offset(a.out_row) + piece;
+            if (a.out_octets) out = a.out + ((static_cast<size_t>(at.head * 4 + rank * 2 + group) * a.out_octets + at.token / 8) * 8 + at.token % 8) * 64 + ((own ^ at.token) % 8) * 8;
+            if (row0 + r < total) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(keys + swizzled(N, r, own % 8));
+        }
     };
     if (tiles <= kMost)
         attend(Number<3>{});

@@ -3,7 +3,8 @@
 // Weights are the rows of the matrix instructions and tokens their columns, so that any number of tokens is cut into
 // equal tiles almost without waste. A block multiplies 256 weight rows (128 hidden units) by N tokens: one warp fetches,
 // two groups of four warps multiply 128 rows each and finish in registers. Units of work go over token tiles first, so
-// weights come from memory once and from L2 after.
+// weights come from memory once and from L2 after. The norm in front of the product is folded in as in tower.cu: x is
+// the residual times the norm's weight, and three warps find what the sums are divided by.
 //
 // One tile sums K in order, so results do not depend on the number of blocks or on N.
 //
@@ -13,18 +14,21 @@
 // Packed activations: [K/64][octets][8 tokens][64], the same swizzle. What tokens past the last hold is of no meaning.
 #include "wgmma.cuh"
 
-constexpr int kGroup = 128;  // threads of one group
+constexpr int kGroup = 128;     // threads of one group
+constexpr int kMeasuring = 96;  // threads that find norms
 
 struct GegluWideArgs {
-    const bf16* w;             // packed
-    const bf16* x;             // packed
-    const float* inverse_rms;  // [tokens], a factor of the sums before the GELU, or null
-    bf16* y;                   // [tokens, mlp]
+    const bf16* w;          // packed
+    const bf16* x;          // packed
+    const float2* moments;  // [width_tiles][tokens], as tower.cu leaves them
+    bf16* y;                // [tokens, mlp]
     int32_t tokens, octets;    // octets: groups of 8 tokens from one K to the next, at least tokens/8
     int32_t token_tiles;       // tiles of N tokens
     int32_t weight_tiles;      // mlp/128
     int32_t k_blocks;          // K/64, at least the stages of the ring
     int32_t lead;              // K blocks that the first group is ahead of the second, fewer than the stages
+    int32_t width_tiles;
+    float inv_width, eps;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -44,6 +48,14 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) 
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// Waits until `threads` have come here; `pass` only says that these have.
+__device__ __forceinline__ void meet(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // A store without a branch, so that the code around it is one piece to schedule.
@@ -87,7 +99,8 @@ struct Wide {
     static_assert(kN % 8 == 0 && kStages >= 4, "tokens of a tile");
 
     const GegluWideArgs& a;
-    uint8_t* ring;  // stages of weights, then activations
+    uint8_t* ring;          // stages of weights, then activations
+    float (*norms)[kN];     // of this unit of work and the next: 1/√(mean(x²) + eps) of each token
     uint64_t *full, *empty;
     int first, step, units;
 
@@ -123,26 +136,36 @@ struct Wide {
         grid_wait();
     }
 
+    // Three warps stay up to two units ahead of each group. Barriers 2 and 3: norms are there; 4 and 5: they have been read.
+    __device__ __forceinline__ void measure() const {
+        grid_wait();
+        int n = 0;
+        for (int unit = first; unit < units; unit += step, n++) {
+            if (n > 1) meet(4, kGroup + kMeasuring), meet(5, kGroup + kMeasuring);
+            for (int i = threadIdx.x % kGroup - 32; i < kN; i += kMeasuring) {
+                const float2* m = a.moments + min(token(unit) + i, a.tokens - 1);
+                float squares = 0.0f;
+#pragma unroll 4
+                for (int j = 0; j < a.width_tiles; j++) squares += m[static_cast<size_t>(j) * a.tokens].y;
+                norms[n % 2][i] = rsqrtf(squares * a.inv_width + a.eps);
+            }
+            pass(2, kGroup + kMeasuring), pass(3, kGroup + kMeasuring);
+        }
+    }
+
     // GELU of a group's sums, and a transposition 8×8 by 8×8: a thread stores four hidden units of a token.
-    template <bool kScaled>
-    __device__ __forceinline__ void finish(const float (&d)[2][kN / 2], const float (&scale)[(kN + 31) / 32], int unit,
-                                           int group) const {
+    __device__ __forceinline__ void finish(const float (&d)[2][kN / 2], const float* norms, int unit, int group) const {
         const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const int mlp = a.weight_tiles * 128, row = token(unit) + g;
         bf16* to = a.y + static_cast<size_t>(row) * mlp + weight_tile(unit) * 128 + group * 64 + warp * 16 + t * 4;
 #pragma unroll
         for (int i = 0; i < kN / 8; i++) {
-            float s0 = 1.0f, s1 = 1.0f;
-            if (kScaled) {
-                s0 = __shfl_sync(0xffffffffu, scale[i / 4], i % 4 * 8 + t * 2);
-                s1 = __shfl_sync(0xffffffffu, scale[i / 4], i % 4 * 8 + t * 2 + 1);
-            }
+            const float2 r = *reinterpret_cast<const float2*>(norms + 8 * i + 2 * t);
             uint32_t v[2];
 #pragma unroll
             for (int b = 0; b < 2; b++) {
                 const float* s = &d[b][4 * i];
-                v[b] = transpose_8x8(kScaled ? pack_bf16(gated(s[0] * s0, s[2] * s0), gated(s[1] * s1, s[3] * s1))
-                                             : pack_bf16(gated(s[0], s[2]), gated(s[1], s[3])));
+                v[b] = transpose_8x8(pack_bf16(gated(s[0] * r.x, s[2] * r.x), gated(s[1] * r.y, s[3] * r.y)));
             }
             store_if(row + i * 8 < a.tokens, to, v[0], v[1]);
             to += 8 * mlp;
@@ -161,13 +184,8 @@ struct Wide {
         int ahead = a.lead;
         if (group == 1 && a.lead > 0 && first < units) asm volatile("bar.sync 1, 256;" ::: "memory");
         Slot<kStages> slot;
-        for (int unit = first; unit < units; unit += step) {
-            float scale[(kN + 31) / 32];
-#pragma unroll
-            for (int i = 0; i < (kN + 31) / 32; i++) {
-                const int row = token(unit) + i * 32 + lane;
-                scale[i] = a.inverse_rms && row < a.tokens ? a.inverse_rms[row] : 1.0f;
-            }
+        int n = 0;
+        for (int unit = first; unit < units; unit += step, n++) {
             float d[2][kN / 2];
             int before = 0;
             for (int k = 0; k < a.k_blocks; k++) {
@@ -195,10 +213,9 @@ struct Wide {
             // No sum is looked at before this.
 #pragma unroll
             for (int i = 0; i < kN / 2; i++) asm volatile("" : "+f"(d[0][i]), "+f"(d[1][i])::"memory");
-            if (a.inverse_rms)
-                finish<true>(d, scale, unit, group);
-            else
-                finish<false>(d, scale, unit, group);
+            meet(2 + group, kGroup + kMeasuring);
+            finish(d, norms[n % 2], unit, group);
+            if (unit + 2 * step < units) pass(4 + group, kGroup + kMeasuring);
         }
     }
 };
@@ -210,6 +227,7 @@ __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t raw[];
     __shared__ uint64_t barriers[2 * Wide<kN>::kStages];
+    __shared__ __align__(8) float norms[2][kN];
     constexpr int kStages = Wide<kN>::kStages;
     uint64_t *full = barriers, *empty = barriers + kStages;
     // The compiler shall see that this is the same for a warp: descriptors made of it stay in uniform registers.
@@ -224,15 +242,17 @@ __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
     }
     __syncthreads();
     uint8_t* ring = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    const Wide<kN> wide{a, ring, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), a.weight_tiles * a.token_tiles};
+    const Wide<kN> wide{a, ring, norms, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), a.weight_tiles * a.token_tiles};
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 2 * kGroup)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x >= 2 * kGroup + 32)
+            wide.measure();
+        else if (threadIdx.x == 2 * kGroup)
             wide.produce();
         else
             grid_wait();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wide.consume(group);
     }
 #else

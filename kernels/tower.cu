@@ -1,4 +1,5 @@
-// The four products of a SigLIP layer on sm_90a, the norms before them folded in.
+// The four products of a SigLIP layer on sm_90a, the norms before them folded in, and the output projection of the trunk's
+// attention, whose norm geglu_wide.cu folds in.
 //
 // A norm in front of a product is r·(x − μ)·γ + β for each token, so w·norm(x) = r·(w·(xγ) − μ·S) + B with S = w·γ and
 // B = w·β + bias, which do not depend on the token. Whatever adds to the residual therefore leaves xγ in bf16 for the next
@@ -18,12 +19,12 @@ struct TowerArgs {
     const bf16* x;          // packed
     const float2* moments;  // [width_tiles][tokens]: sums over 64 features of what the norm is of, and of its squares
     const float* fold;      // [outputs]: S
-    const float* bias;      // [outputs]: B, or where nothing is normed the bias
+    const float* bias;      // [outputs]: B, or where nothing is normed the bias or null
     float* residual;        // [tokens, outputs], added to
     const float* scale;     // [outputs]: γ of the next norm; null: none follows
     bf16* y;
     float2* left;           // moments of the residual for the next norm
-    int32_t tokens, octets;  // octets: tokens/8
+    int32_t tokens, octets;  // octets: tokens/8 rounded up; what tokens past the last hold is of no meaning
     int32_t token_tiles;     // tiles of kTokens
     int32_t tiles;           // tiles of 64 outputs
     int32_t weight_tiles;    // blocks' shares of them
@@ -43,12 +44,15 @@ enum Kind {
 
 WGMMA(wgmma, 48, 24, 24, 25, 26, 0)
 WGMMA(wgmma, 64, 32, 32, 33, 34, 0)
+WGMMA(wgmma, 72, 36, 36, 37, 38, 0)
 WGMMA(wgmma, 80, 40, 40, 41, 42, 0)
 WGMMA(wgmma, 88, 44, 44, 45, 46, 0)
 WGMMA(wgmma, 104, 52, 52, 53, 54, 0)
 WGMMA(wgmma, 112, 56, 56, 57, 58, 0)
 WGMMA(wgmma, 128, 64, 64, 65, 66, 0)
+WGMMA(wgmma, 136, 68, 68, 69, 70, 0)
 WGMMA(wgmma, 160, 80, 80, 81, 82, 0)
+WGMMA(wgmma, 200, 100, 100, 101, 102, 0)
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
@@ -90,14 +94,14 @@ template <Kind kKind, int kGroups, int kTokens>
 struct Tower {
     static constexpr bool kAdds = kKind == kAdd;
     static_assert(!kAdds || kGroups == 1, "one group adds");
-    static constexpr int kDeep = kAdds ? 2 : 1;  // times 64 of K a stage
+    static constexpr int kDeep = kAdds && kTokens <= 136 ? 2 : 1;  // times 64 of K a stage
     static constexpr int kTile = 64 * 128, kPanel = kTokens * 128, kPart = kGroups * kTile;
     static constexpr int kStage = kDeep * (kPart + kPanel);
     static constexpr int kThreads = kGroups * 128;   // that multiply
     static constexpr int kResults = kGroups * kPanel;
     static constexpr int kSmall = (kAdds ? 4 : 1) * kTokens * 8;
     static constexpr int kFit = (225 * 1024 - kResults - kSmall) / kStage, kStages = kFit < 8 ? kFit : 8;
-    static_assert(kTokens % 8 == 0 && kTokens <= kThreads && kStages >= 3, "tokens of a tile");
+    static_assert(kTokens % 8 == 0 && kStages >= 3, "tokens of a tile");
 
     const TowerArgs& a;
     uint8_t* ring;     // stages: weights, then activations
@@ -224,23 +228,31 @@ struct Tower {
             const bool another = unit + static_cast<int>(gridDim.x) < units();
             const int own = tile(unit), first = token(unit);
             const int feature = own * 64 + warp * 16 + 2 * g;  // and the next
-            const float2 bias = *reinterpret_cast<const float2*>(a.bias + feature);
+            const float2 bias = a.bias ? *reinterpret_cast<const float2*>(a.bias + feature) : float2{};
             const float2 scale = a.scale ? *reinterpret_cast<const float2*>(a.scale + feature) : float2{};
             if (unit == static_cast<int>(blockIdx.x)) grid_wait();
             auto there = [&](int i, int e) { return first + 8 * i + 2 * t + e < a.tokens; };
+            // Of so many octets of tokens the residual is fetched while the product runs, of the rest behind it.
+            constexpr int kEarly = kTokens <= 112 ? kTokens / 8 : kTokens <= 136 ? 14 : 8;
             float2 before[kTokens / 8][2];
             float* residual = a.residual + (first + 2 * t) * outputs + feature;
-#pragma unroll
-            for (int i = 0; i < kTokens / 8; i++)
+            auto fetch = [&](int i) {
 #pragma unroll
                 for (int e = 0; e < 2; e++)
                     before[i][e] = there(i, e) ? *reinterpret_cast<const float2*>(residual + (8 * i + e) * outputs) : float2{};
+            };
+#pragma unroll
+            for (int i = 0; i < kEarly; i++) fetch(i);
             float d[kTokens / 2];
             multiply(d, slot, 0);
             // Moments of two octets of tokens at a time: each step of the sum over g halves what a thread keeps.
             uint8_t* to[2] = {place(results, 0), place(results, 1)};
 #pragma unroll
             for (int i = 0; i < kTokens / 8; i += 2) {
+                // Into registers that the octets before have left.
+#pragma unroll
+                for (int j = kEarly + i; j < kEarly + i + 2; j++)
+                    if (j < kTokens / 8) fetch(j);
                 float kept[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
@@ -267,8 +279,7 @@ struct Tower {
             }
             if (a.scale) {
                 store_packed(results, own, first, 1);
-                const int n = threadIdx.x;
-                if (n < kTokens && first + n < a.tokens) {
+                for (int n = threadIdx.x; n < min(kTokens, a.tokens - first); n += 128) {
                     const float2 *p = small + n, *q = p + kTokens, *r = q + kTokens, *s = r + kTokens;
                     a.left[static_cast<size_t>(own) * a.tokens + first + n] = make_float2(p->x + q->x + (r->x + s->x), p->y + q->y + (r->y + s->y));
                 }
@@ -381,6 +392,9 @@ TOWER(kGelu, gelu, 3, 160)
 TOWER(kAdd, add, 1, 48)
 TOWER(kAdd, add, 1, 80)
 TOWER(kAdd, add, 1, 112)
+TOWER(kAdd, add, 1, 72)
+TOWER(kAdd, add, 1, 136)
+TOWER(kAdd, add, 1, 200)
 
 struct TowerBeginArgs {
     const float* x;      // [tokens, width]

@@ -57,6 +57,7 @@ __device__ __forceinline__ uint64_t with_upper(uint32_t lower, uint64_t descript
 #define WGMMA_FLOATS_88 WGMMA_FLOATS_84 ", %84, %85, %86, %87"
 #define WGMMA_FLOATS_92 WGMMA_FLOATS_88 ", %88, %89, %90, %91"
 #define WGMMA_FLOATS_96 WGMMA_FLOATS_92 ", %92, %93, %94, %95"
+#define WGMMA_FLOATS_100 WGMMA_FLOATS_96 ", %96, %97, %98, %99"
 #define WGMMA_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_OUTS_20 WGMMA_OUT_4(0), WGMMA_OUT_4(4), WGMMA_OUT_4(8), WGMMA_OUT_4(12), WGMMA_OUT_4(16)
 #define WGMMA_OUTS_24 WGMMA_OUTS_20, WGMMA_OUT_4(20)
@@ -78,6 +79,7 @@ __device__ __forceinline__ uint64_t with_upper(uint32_t lower, uint64_t descript
 #define WGMMA_OUTS_88 WGMMA_OUTS_84, WGMMA_OUT_4(84)
 #define WGMMA_OUTS_92 WGMMA_OUTS_88, WGMMA_OUT_4(88)
 #define WGMMA_OUTS_96 WGMMA_OUTS_92, WGMMA_OUT_4(92)
+#define WGMMA_OUTS_100 WGMMA_OUTS_96, WGMMA_OUT_4(96)
 
 // NAME: d = a·bᵀ (+ d), a 64×16 and b N×16 in shared memory. K is contiguous in b, and in a too unless ROWS is 1: then
 // M is. A, B, ADD: the operand numbers behind the floats.

@@ -116,6 +116,8 @@ struct Workspace {
     /// For tower.cu: sums and sums of squares that attention's output projection leaves of the residual, and those that
     /// the MLP leaves.
     vision_moments: [Buffer<f32>; 2],
+    /// The same of the trunk's attention, for geglu_wide.cu.
+    moments: Buffer<f32>,
     x: Buffer<f32>,
     normed: Buffer<u16>,
     qkv: Buffer<u16>,
@@ -150,8 +152,9 @@ impl Workspace {
             x: Buffer::zeroed(device, rows * t.width)?,
             normed: half(rows.next_multiple_of(8) * t.width)?,
             qkv: half(rows * (t.heads + 2) * t.head_dim)?,
-            attended: half(rows * t.heads * t.head_dim)?,
-            gate_up: half(if weights.wide_geglu { 0 } else { rows * 2 * t.mlp })?,
+            attended: half(rows.next_multiple_of(8) * t.heads * t.head_dim)?,
+            moments: Buffer::zeroed(device, if weights.wide_trunk { 2 * t.width / TOWER_TILE * rows } else { 0 })?,
+            gate_up: half(if weights.wide_trunk { 0 } else { rows * 2 * t.mlp })?,
             mlp: half(rows * t.mlp)?,
         })
     }
@@ -202,7 +205,7 @@ impl CudaEncoder {
         lane: Arc<Lane>,
         path: Path,
     ) -> Result<Self, EngineError> {
-        if (weights.wide_geglu || weights.tower_packed()) && path == Path::Portable {
+        if (weights.wide_trunk || weights.tower_packed()) && path == Path::Portable {
             return Err(plan::packed_for_hopper());
         }
         let device = Arc::clone(&model.device);
@@ -254,7 +257,7 @@ impl CudaEncoder {
         ] {
             b.fill(0xff)?;
         }
-        for b in [&w.vision, &w.x, &w.vision_moments[0], &w.vision_moments[1]] {
+        for b in [&w.vision, &w.x, &w.vision_moments[0], &w.vision_moments[1], &w.moments] {
             b.fill(0xff)?;
         }
         Ok(())
@@ -534,12 +537,12 @@ impl Queue<'_> {
         let keys = [
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
-            (t.width, attention, Epilogue::Add),
             (t.width, t.mlp, Epilogue::Add),
+            (t.width, attention, Epilogue::Add),
             (2 * t.mlp, t.width, Epilogue::Store),
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
-        let own = usize::from(self.weights.wide_geglu);
+        let own = if self.weights.wide_trunk { 2 } else { 0 };
         self.lt.prepare(self.stream, &keys[..keys.len() - own])
     }
 
@@ -564,8 +567,8 @@ impl Queue<'_> {
         self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
-    /// The trunk's norm; `octets` groups of 8 rows where the result is wanted packed.
-    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize, octets: usize) -> Result<(), EngineError> {
+    /// The trunk's norm.
+    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
         let width = self.model.dims.trunk.width;
         let args = NormArgs {
             x: self.w.x.pointer(),
@@ -575,44 +578,63 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: EPSILON,
-            octets: octets as i32,
+            octets: 0,
         };
         self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
     }
 
-    /// mlp = gelu(gate) ⊙ up of `rows` rows of x behind its norm.
+    /// What follows the trunk's attention up to the MLP's hidden layer: x += out·attended, mlp = gelu(gate) ⊙ up of x
+    /// behind its norm.
     fn gated(&mut self, rest: &TrunkRest, rows: usize) -> Result<(), EngineError> {
         let (t, w) = (self.model.dims.trunk, self.w);
-        if self.weights.wide_geglu {
-            let wide = plan::geglu_wide(rows, t.mlp, t.width, self.sms);
-            let (Some(plan), Some(hopper)) = (wide, self.kernels.hopper()) else {
-                return Err(plan::packed_for_hopper());
-            };
-            let octets = rows.div_ceil(8);
-            self.rms_norm(&rest.norm2, rows, octets)?;
-            let [tokens, octets, token_tiles, weight_tiles, k_blocks, lead] =
-                [rows, octets, plan.token_tiles, plan.weight_tiles, plan.k_blocks, plan.lead].map(|n| n as i32);
-            let args = GegluWideArgs {
-                w: rest.gate_up.pointer(),
-                x: w.normed.pointer(),
-                y: w.mlp.pointer(),
-                inverse_rms: 0,
-                tokens,
-                octets,
-                token_tiles,
-                weight_tiles,
-                k_blocks,
-                lead,
-            };
-            let shape = Shape { shared: plan.shared as u32, dependent: true, ..Shape::blocks(plan.blocks, 384) };
-            return hopper.geglu_wide[plan.variant].launch(self.stream, shape, &args);
-        }
-        self.rms_norm(&rest.norm2, rows, 0)?;
+        let (x, attention) = (w.x.pointer(), t.heads * t.head_dim);
+        let o = Operands { w: rest.out.pointer(), x: w.attended.pointer(), bias: 0, c: x, d: x };
+        self.product(rows, t.width, attention, Epilogue::Add, o)?;
+        self.rms_norm(&rest.norm2, rows)?;
         let gate_up = w.gate_up.pointer();
         let o = Operands { w: rest.gate_up.pointer(), x: w.normed.pointer(), bias: 0, c: gate_up, d: gate_up };
         self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
         let geglu = GegluArgs { gate_up, y: w.mlp.pointer(), rows: rows as i32, mlp: t.mlp as i32 };
         self.kernels.geglu.launch(self.stream, Shape::items(rows * t.mlp / 8, 256), &geglu)
+    }
+
+    /// The same by tower.cu and geglu_wide.cu, which fold the norm in; attention has left its result packed.
+    fn gated_wide(&mut self, rest: &TrunkRest, rows: usize) -> Result<(), EngineError> {
+        let (t, w) = (self.model.dims.trunk, self.w);
+        let wide = plan::geglu_wide(rows, t.mlp, t.width, self.sms);
+        let (Some(plan), Some(hopper)) = (wide, self.kernels.hopper()) else {
+            return Err(plan::packed_for_hopper());
+        };
+        let (normed, moments) = (w.normed.pointer(), w.moments.pointer());
+        let out = TowerArgs {
+            w: rest.out.pointer(),
+            x: w.attended.pointer(),
+            residual: w.x.pointer(),
+            scale: rest.norm2.pointer(),
+            y: normed,
+            left: moments,
+            ..TowerArgs::default()
+        };
+        self.tower_product(hopper, TowerKind::Add, [rows, t.width, t.heads * t.head_dim], out)?;
+        let [tokens, octets, token_tiles, weight_tiles, k_blocks, lead] =
+            [rows, rows.div_ceil(8), plan.token_tiles, plan.weight_tiles, plan.k_blocks, plan.lead].map(|n| n as i32);
+        let args = GegluWideArgs {
+            w: rest.gate_up.pointer(),
+            x: normed,
+            moments,
+            y: w.mlp.pointer(),
+            tokens,
+            octets,
+            token_tiles,
+            weight_tiles,
+            k_blocks,
+            lead,
+            width_tiles: (t.width / TOWER_TILE) as i32,
+            inv_width: 1.0 / t.width as f32,
+            eps: EPSILON,
+        };
+        let shape = Shape { shared: plan.shared as u32, dependent: true, ..Shape::blocks(plan.blocks, 384) };
+        hopper.geglu_wide[plan.variant].launch(self.stream, shape, &args)
     }
 
     fn attention(
@@ -770,7 +792,7 @@ impl Queue<'_> {
         let plan = plan::tower(kind, tiles, k_blocks, rows, self.sms);
         let args = TowerArgs {
             tokens: rows as i32,
-            octets: (rows / 8) as i32,
+            octets: rows.div_ceil(8) as i32,
             token_tiles: plan.token_tiles as i32,
             tiles: tiles as i32,
             weight_tiles: plan.weight_tiles as i32,
@@ -830,7 +852,7 @@ impl Queue<'_> {
         let (x, normed, qkv) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer());
         let attention = t.heads * t.head_dim;
         for (l, layer) in weights.trunk.iter().enumerate() {
-            self.rms_norm(&layer.norm1, rows, 0)?;
+            self.rms_norm(&layer.norm1, rows)?;
             let heads = if layer.rest.is_some() { t.heads } else { 0 };
             let o = Operands { w: layer.qkv.pointer(), x: normed, bias: 0, c: qkv, d: qkv };
             self.product(rows, (heads + 2) * t.head_dim, t.width, Epilogue::Store, o)?;
@@ -859,12 +881,15 @@ impl Queue<'_> {
                 head_dim: t.head_dim as i32,
                 layer: l as i32,
                 scale: std::f32::consts::LOG2_E / (t.head_dim as f32).sqrt(),
+                out_octets: if weights.wide_trunk { rows.div_ceil(8) as i32 } else { 0 },
                 ..AttentionArgs::default()
             };
             self.attention(t.heads, 1, self.model.trunk_head, &args)?;
-            let o = Operands { w: rest.out.pointer(), x: w.attended.pointer(), bias: 0, c: x, d: x };
-            self.product(rows, t.width, attention, Epilogue::Add, o)?;
-            self.gated(rest, rows)?;
+            if weights.wide_trunk {
+                self.gated_wide(rest, rows)?;
+            } else {
+                self.gated(rest, rows)?;
+            }
             let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
             self.tap(&w.x, rows * t.width)?;

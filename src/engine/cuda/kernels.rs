@@ -180,7 +180,7 @@ pub(super) struct AttentionArgs {
     pub scale: f32,
     /// For attention_wide.cu.
     pub heads: i32,
-    /// For attention_vision.cu: of the packed form of tower.cu, or 0 for rows.
+    /// For attention_vision.cu and attention_wide.cu: of the packed form of tower.cu, or 0 for rows.
     pub out_octets: i32,
 }
 
@@ -218,7 +218,7 @@ pub(super) struct RopeArgs {
 pub(super) struct GegluWideArgs {
     pub w: u64,
     pub x: u64,
-    pub inverse_rms: u64,
+    pub moments: u64,
     pub y: u64,
     pub tokens: i32,
     pub octets: i32,
@@ -226,6 +226,9 @@ pub(super) struct GegluWideArgs {
     pub weight_tiles: i32,
     pub k_blocks: i32,
     pub lead: i32,
+    pub width_tiles: i32,
+    pub inv_width: f32,
+    pub eps: f32,
 }
 
 /// `TowerArgs` of tower.cu.

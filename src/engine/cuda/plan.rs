@@ -274,7 +274,7 @@ pub(super) enum TowerKind {
 }
 
 /// What tower.cu is compiled for: groups of 64 outputs of a block, and tokens.
-pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 11] = [
+pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 14] = [
     (TowerKind::Rows, 2, 64),
     (TowerKind::Rows, 2, 128),
     (TowerKind::Rows, 3, 80),
@@ -286,6 +286,9 @@ pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 11] = [
     (TowerKind::Add, 1, 48),
     (TowerKind::Add, 1, 80),
     (TowerKind::Add, 1, 112),
+    (TowerKind::Add, 1, 72),
+    (TowerKind::Add, 1, 136),
+    (TowerKind::Add, 1, 200),
 ];
 /// Outputs of a tile of it.
 pub(super) const TOWER_TILE: usize = 64;
@@ -294,9 +297,11 @@ pub(super) const TOWER_K: usize = 64;
 /// Outputs or K of a product, padded so that tiles are whole and any stage of a ring, of this product or of the one that
 /// takes its outputs, is full.
 pub(super) fn tower_pad(n: usize) -> usize {
-    pad(n, TOWER_TILE.max(TOWER_K * tower_deep(1)))
+    pad(n, TOWER_TILE.max(TOWER_K * TOWER_DEEP))
 }
 
+/// Blocks of K of a stage at most.
+const TOWER_DEEP: usize = 2;
 /// Stages of its ring at most.
 const TOWER_STAGES: usize = 8;
 /// Shared memory of a block but for what aligns it.
@@ -305,14 +310,14 @@ const TOWER_SHARED: usize = 225 * 1024;
 /// What starting and finishing a unit of work costs, in cycles.
 const TOWER_UNIT_COST: usize = 3000;
 
-/// Blocks of K that a stage of its ring holds: with one group they are short.
-fn tower_deep(groups: usize) -> usize {
-    if groups == 1 { 2 } else { 1 }
+/// Blocks of K that a stage of its ring holds: with one group and few tokens they are short.
+fn tower_deep(groups: usize, tokens: usize) -> usize {
+    if groups == 1 && tokens <= 136 { TOWER_DEEP } else { 1 }
 }
 
 /// Bytes of a stage of the ring of a block, and of what else it keeps in shared memory: results, and norms or sums.
 fn tower_stage((kind, groups, tokens): (TowerKind, usize, usize)) -> (usize, usize) {
-    let stage = (TOWER_TILE * groups + tokens) * TOWER_K * 2 * tower_deep(groups);
+    let stage = (TOWER_TILE * groups + tokens) * TOWER_K * 2 * tower_deep(groups, tokens);
     let small = if kind == TowerKind::Add { 4 } else { 1 } * tokens * 8;
     (stage, groups * tokens * TOWER_TILE * 2 + small)
 }
@@ -425,19 +430,25 @@ impl Packing {
         }
     }
 
-    /// Whether the trunk's gate and up projections are packed for geglu_wide.cu.
-    pub(super) fn wide_geglu(self, trunk: &StackDims) -> bool {
-        self == Self::Published && geglu_wide(1, trunk.mlp, trunk.width, 1).is_some()
+    /// Whether the trunk's output projection is packed for tower.cu, and its gate and up projections for geglu_wide.cu, with
+    /// the norm between them folded in.
+    pub(super) fn wide_trunk(self, trunk: &StackDims) -> bool {
+        let whole = |n: usize| n.is_multiple_of(TOWER_K * TOWER_DEEP);
+        self == Self::Published
+            && geglu_wide(1, trunk.mlp, trunk.width, 1).is_some()
+            && trunk.head_dim == WIDE_HEAD
+            && whole(trunk.width)
+            && whole(trunk.heads * trunk.head_dim)
     }
 
     /// Whether the matrices of SigLIP's layers are packed for tower.cu: whole tiles and octets of tokens, attention that
     /// leaves packed rows, and a K that fills the ring.
     pub(super) fn tower(self, v: &VisionDims) -> bool {
-        let longest_ring = TOWER_STAGES * TOWER_K * tower_deep(1);
+        let longest_ring = TOWER_STAGES * TOWER_K * TOWER_DEEP;
         self == Self::Published
             && v.heads > 0
             && v.width.is_multiple_of(v.heads)
-            && v.width.is_multiple_of(TOWER_K * tower_deep(1))
+            && v.width.is_multiple_of(TOWER_K * TOWER_DEEP)
             && v.width.min(v.mlp) >= longest_ring
             && v.tokens().is_multiple_of(8)
             && attention_vision(v.width / v.heads, v.tokens())
@@ -748,6 +759,12 @@ mod tests {
         assert_eq!(cut(2, 132), [(2, 128, 108), (1, 80, 126), (3, 104, 115), (1, 80, 126)]);
         assert_eq!(cut(3, 132), [(3, 112, 126), (1, 112, 126), (3, 160, 115), (1, 112, 126)]);
         assert_eq!(cut(2, 92), [(3, 112, 90), (1, 112, 90), (3, 160, 92), (1, 112, 90)]);
+        // The trunk's output projection behind one, two and three views with 20 tokens.
+        let out = |rows| {
+            let p = tower(TowerKind::Add, 32, 32, rows, 132);
+            (TOWER_VARIANTS[p.variant].2, p.blocks)
+        };
+        assert_eq!([276, 532, 788].map(out), [(72, 128), (136, 128), (200, 128)]);
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub(super) enum Tower {
 pub(super) struct TrunkRest {
     pub out: Buffer<u16>,
     pub norm2: Buffer<f32>,
-    /// Packed where [`EncoderWeights::wide_geglu`] says so.
+    /// Packed where [`EncoderWeights::wide_trunk`] says so.
     pub gate_up: Buffer<u16>,
     pub down: Buffer<u16>,
 }
@@ -89,8 +89,9 @@ pub(super) struct EncoderWeights {
     pub projector: Buffer<u16>,
     pub projector_bias: Buffer<f32>,
     pub trunk: Vec<TrunkLayer>,
-    /// Gate and up projections are packed for geglu_wide.cu, or one above the other.
-    pub wide_geglu: bool,
+    /// Output projections are packed for tower.cu, gate and up projections for geglu_wide.cu; or they are as in the
+    /// checkpoint, gate above up.
+    pub wide_trunk: bool,
     pub tokens: TokenTable,
 }
 
@@ -557,8 +558,15 @@ impl Reader<'_, '_> {
         })
     }
 
+    fn trunk_out(&mut self, name: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
+        if self.packing.wide_trunk(t) {
+            return self.tower_matrix(&[(name.into(), t.width)], t.heads * t.head_dim);
+        }
+        self.matrix(name, t.width, t.heads * t.head_dim)
+    }
+
     fn gate_up(&mut self, gate: &str, up: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
-        if !self.packing.wide_geglu(t) {
+        if !self.packing.wide_trunk(t) {
             return self.stacked(&[(gate.into(), t.mlp), (up.into(), t.mlp)], t.width);
         }
         let to = Buffer::zeroed(&self.device, 2 * t.mlp * t.width)?;
@@ -582,7 +590,7 @@ impl Reader<'_, '_> {
             None
         } else {
             Some(TrunkRest {
-                out: self.matrix(&name("self_attn.o"), t.width, t.heads * t.head_dim)?,
+                out: self.trunk_out(&name("self_attn.o"), t)?,
                 norm2: self.vector(&format!("{layer}.post_attention_layernorm.weight"), t.width, t.width, 1.0)?,
                 gate_up: self.gate_up(&name("mlp.gate"), &name("mlp.up"), t)?,
                 down: self.matrix(&name("mlp.down"), t.width, t.mlp)?,
@@ -611,7 +619,7 @@ impl Reader<'_, '_> {
             projector: self.matrix(&format!("{PROJECTOR}.weight"), dims.trunk.width, v.width)?,
             projector_bias: self.vector(&format!("{PROJECTOR}.bias"), dims.trunk.width, dims.trunk.width, 0.0)?,
             trunk: (0..dims.trunk.layers).map(|i| self.trunk_layer(i, dims)).collect::<Result<_, _>>()?,
-            wide_geglu: self.packing.wide_geglu(&dims.trunk),
+            wide_trunk: self.packing.wide_trunk(&dims.trunk),
             tokens: self.loader.token_table()?,
         })
     }
