@@ -2,6 +2,7 @@
 #include "common.cuh"
 
 constexpr int kThreads = 256;
+constexpr int kMostViews = 8;
 
 struct ImageArgs {
     const uint8_t* bytes;    // rows `step` apart
@@ -13,6 +14,10 @@ struct ImageArgs {
     int32_t width, height, step, pixel, red, green, blue;  // pixel: bytes; the rest: byte offsets of the channels
     int32_t size, resized_w, resized_h, left, top, patch, patch_stride, taps;
     int32_t resampler;       // 0: as it is (size × size), 1: Pillow bilinear, 2: bilinear without antialiasing
+};
+
+struct ImagesArgs {
+    ImageArgs views[kMostViews];
 };
 
 __device__ __forceinline__ int clamp_byte(int v) { return min(max(v, 0), 255); }
@@ -49,8 +54,9 @@ __device__ float bilinear(const ImageArgs& a, int x, int y, int channel) {
     return fminf(fmaxf((1.0f - ly) * upper + ly * lower, 0.0f), 1.0f);
 }
 
-// One thread per pixel and channel of the square image.
-extern "C" __global__ void __launch_bounds__(kThreads) image_patches(const __grid_constant__ ImageArgs a) {
+// One thread per pixel and channel of the square image, one row of blocks per view.
+extern "C" __global__ void __launch_bounds__(kThreads, 6) image_patches(const __grid_constant__ ImagesArgs all) {
+    const ImageArgs& a = all.views[blockIdx.y];
     const int id = blockIdx.x * kThreads + threadIdx.x;
     if (id >= 3 * a.size * a.size) return;
     // Channels innermost: neighbouring threads read neighbouring bytes.

@@ -395,6 +395,111 @@ fn frames_become_the_patches_of_the_reference() {
     }
 }
 
+/// Rows of `w` pixels `step` bytes apart, the last one without padding, of values that depend on `seed`.
+fn random_frame(seed: u64, (w, h): (usize, usize), padding: usize, encoding: Encoding, name: &str) -> Frame {
+    let row = w * encoding.bytes_per_pixel();
+    let step = row + padding;
+    let bytes = normals(seed, step * (h - 1) + row).iter().map(|x| (128.0 + 60.0 * x) as u8).collect();
+    Frame::new(w, h, step, name, bytes).unwrap()
+}
+
+/// The patches and the whole cache of an observation, each bit of them.
+fn bits_of(gpu: &mut Gpu, layers: usize, frames: &[Frame], tokens: &[u32]) -> (Vec<u16>, Vec<[Vec<f32>; 2]>) {
+    gpu.poison();
+    let views: Vec<_> = frames.iter().map(View::Frame).collect();
+    gpu.encoder.encode(&EncodeInput { views: &views, tokens }, &mut gpu.cache).unwrap();
+    let (patches, _) = gpu.encoder.patches(frames.len()).unwrap();
+    (patches, (0..layers).map(|l| gpu.cache.layer(l).unwrap()).collect())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn frames_encode_to_the_same_bits_from_page_locked_memory() {
+    const LAYERS: usize = 2;
+    let mut dims = full_width(Family::Pi0, LAYERS);
+    dims.trunk.mlp = 1024;
+    for resampler in [Resampler::OpenPi, Resampler::LeRobot] {
+        let engine = kernels::random(&dims, resampler, 5);
+        let memory = engine.frame_memory().unwrap();
+        let mut gpu = Gpu::new(&engine, 3, 4);
+        let mut seen = Vec::new();
+        // The frames of one round go before the next: their memory is used again.
+        for (round, padding) in [0, 0, 13, 1, 64].into_iter().enumerate() {
+            let sizes = [(640, 480), (224, 224), (301, 517)];
+            let (on_the_heap, locked): (Vec<_>, Vec<_>) =
+                (sizes.into_iter().zip(Encoding::ALL.into_iter().skip(round % 3)))
+                    .zip(10 * round as u64..)
+                    .map(|((size, (encoding, name)), seed)| {
+                        let frame = random_frame(seed, size, padding, encoding, name);
+                        let locked = frame.clone().kept_in(Some(&*memory));
+                        assert!(locked.pixels().held_by::<Vec<u8>>().is_none() && locked == frame);
+                        (frame, locked)
+                    })
+                    .unzip();
+            // Another prompt each time: its upload goes behind the images.
+            let tokens = [1, 2, 3, round as u32 + 4];
+            let expected = bits_of(&mut gpu, LAYERS, &on_the_heap, &tokens);
+            assert!(bits_of(&mut gpu, LAYERS, &locked, &tokens) == expected, "{resampler:?}, round {round}");
+            let mixed = [locked[0].clone(), on_the_heap[1].clone(), locked[2].clone()];
+            assert!(bits_of(&mut gpu, LAYERS, &mixed, &tokens) == expected, "{resampler:?}, round {round}, mixed");
+            // One after the other, and on an encoder that knows neither sizes nor prompt.
+            let mut fresh = Gpu::new(&engine, 3, 4);
+            assert!(bits_of(&mut fresh, LAYERS, &locked, &tokens) == expected, "{resampler:?}, round {round}, fresh");
+            assert!(!seen.contains(&expected), "other frames, other bits");
+            seen.push(expected);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn more_frame_sizes_than_are_kept_are_still_each_resized_right() {
+    const LAYERS: usize = 1;
+    let mut dims = full_width(Family::Pi0, LAYERS);
+    dims.trunk.mlp = 1024;
+    let engine = kernels::random(&dims, Resampler::OpenPi, 5);
+    let memory = engine.frame_memory();
+    let frame = |i: u64| {
+        let size = (200 + 31 * i as usize, 300 - 17 * i as usize);
+        random_frame(i, size, 0, Encoding::Rgb8, "rgb8").kept_in(memory.as_deref())
+    };
+    let mut gpu = Gpu::new(&engine, 8, 1);
+    let alone: Vec<_> = (0..12).map(|i| bits_of(&mut gpu, LAYERS, &[frame(i)], &[1]).0).collect();
+    // Of the sizes kept now one is used again and seven are pushed out, and so on.
+    for first in [4, 0, 3, 11, 5] {
+        let chosen: Vec<u64> = (0..8).map(|k| (first + k * 5) % 12).collect();
+        let frames: Vec<_> = chosen.iter().map(|i| frame(*i)).collect();
+        let (patches, _) = bits_of(&mut gpu, LAYERS, &frames, &[1]);
+        for (i, found) in chosen.iter().zip(patches.chunks(patches.len() / 8)) {
+            assert!(found == alone[*i as usize], "size {i} among {chosen:?}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn frames_outlive_their_engine_and_go_on_any_thread() {
+    let mut dims = full_width(Family::Pi0, 1);
+    dims.trunk.mlp = 1024;
+    let engine = kernels::random(&dims, Resampler::OpenPi, 5);
+    let memory = engine.frame_memory().unwrap();
+    let frame = random_frame(1, (640, 480), 0, Encoding::Rgb8, "rgb8");
+    let kept = frame.clone().kept_in(Some(&*memory));
+    let clones: Vec<_> = (0..4).map(|_| kept.clone()).collect();
+    drop((engine, memory));
+    assert!(kept == frame);
+    std::thread::scope(|scope| clones.into_iter().for_each(|c| drop(scope.spawn(move || drop(c)))));
+    assert!(kept == frame);
+    std::thread::spawn(move || drop(kept)).join().unwrap();
+    // The last one has taken the device along; a new one works.
+    let engine = kernels::random(&dims, Resampler::OpenPi, 5);
+    let again = frame.clone().kept_in(engine.frame_memory().as_deref());
+    assert!(again == frame && again.pixels().held_by::<Vec<u8>>().is_none());
+    let (mut gpu, frames) = (Gpu::new(&engine, 1, 1), [again]);
+    let expected = bits_of(&mut gpu, 1, &[frame], &[1]);
+    assert!(bits_of(&mut gpu, 1, &frames, &[1]) == expected);
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn wrong_input_is_refused_by_name() {

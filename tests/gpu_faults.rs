@@ -15,7 +15,7 @@ use cudarc::driver::sys;
 use golden::Golden;
 use pi0_mps::engine::cuda::{CudaEngine, Gpu, Tuning, probe};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, View};
-use pi0_mps::model::{Checkpoint, Family, Resampler};
+use pi0_mps::model::{Checkpoint, Family, Frame, Resampler};
 
 /// Enters the GPU's primary context for calls of this test's own.
 fn primary_context() {
@@ -121,6 +121,10 @@ fn zz_a_sticky_error_is_fatal_and_asks_for_a_restart() {
     let views: Vec<View<'_>> = case.views.iter().map(|v| View::Planes(v)).collect();
     let input = EncodeInput { views: &views, tokens: &case.tokens };
     encoder.encode(&input, &mut cache).unwrap();
+    let memory = engine.frame_memory();
+    let frame = |side| Frame::new(side, side, side, "mono8", vec![side as u8; side * side]).unwrap();
+    let kept = frame(100).kept_in(memory.as_deref());
+    assert!(kept.pixels().held_by::<Vec<u8>>().is_none());
     primary_context();
     let (source, name) = (CString::new(ILLEGAL).unwrap(), CString::new("illegal").unwrap());
     let (mut module, mut function) = (null_mut(), null_mut());
@@ -136,4 +140,13 @@ fn zz_a_sticky_error_is_fatal_and_asks_for_a_restart() {
         println!("faults: {e}");
         assert!(e.is_fatal() && e.to_string().contains("restart the process"), "{e}");
     }
+    // The cameras go on all the same: what is kept stays readable and is lent again, what cannot be goes to the heap.
+    assert!(kept == frame(100));
+    drop(kept);
+    let again = frame(99).kept_in(memory.as_deref());
+    assert!(again == frame(99) && again.pixels().held_by::<Vec<u8>>().is_none());
+    let large = frame(1000).kept_in(memory.as_deref());
+    assert!(large == frame(1000));
+    let on_the_heap = large.pixels().held_by::<Vec<u8>>().is_some();
+    println!("faults: frames go on without a GPU, new sizes on the heap: {on_the_heap}");
 }

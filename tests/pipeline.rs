@@ -10,12 +10,13 @@ use pi0_mps::clock::{Clock, Monotonic, RosTime};
 use pi0_mps::control::PlanView;
 use pi0_mps::control::chunk::ActionChunk;
 use pi0_mps::engine::cpu::CpuEngine;
+use pi0_mps::engine::frames::{FramePool, Lent};
 use pi0_mps::engine::partition::{Backend, Grant, Granularity, Offer, Split};
 use pi0_mps::engine::{
     DecodeInput, Decoder, EncodeInput, Encoder, Engine, EngineError, GuidanceSchedule, KvCache, View,
 };
 use pi0_mps::model::synthetic::{self, JOINT_NAMES, MEAN_POSE};
-use pi0_mps::model::{Checkpoint, Dims, Frame, Policy, PolicyOptions};
+use pi0_mps::model::{Checkpoint, Dims, Frame, FrameMemory, Policy, PolicyOptions};
 use pi0_mps::pipeline::inputs::InputSlots;
 use pi0_mps::pipeline::joint_map::JointBinding;
 use pi0_mps::pipeline::{
@@ -349,6 +350,8 @@ struct Canary {
     built: Mutex<Vec<Grant>>,
     /// Every encoder holds one.
     alive: Arc<()>,
+    /// Where frames are to wait; encodes of others fail.
+    memory: Option<Arc<FramePool<Vec<u8>>>>,
 }
 
 impl Canary {
@@ -361,6 +364,7 @@ impl Canary {
             offer: Offer { sms: 132, chip: 132, mps: false, green },
             built: Mutex::default(),
             alive: Arc::default(),
+            memory: None,
         }
     }
 }
@@ -378,9 +382,15 @@ struct CanaryEncoder {
     shared: Option<Arc<Vec<AtomicU64>>>,
     rng: ChaCha8Rng,
     _alive: Arc<()>,
+    lends: bool,
 }
 
 struct CanaryDecoder(ChaCha8Rng);
+
+/// Whether a frame is where an engine asked for it.
+fn lent(frame: &Frame) -> bool {
+    frame.pixels().held_by::<Lent<Vec<u8>>>().is_some()
+}
 
 fn dawdle(rng: &mut ChaCha8Rng) {
     std::thread::sleep(Duration::from_micros(rng.random_range(0..200)));
@@ -403,6 +413,10 @@ impl Engine for Canary {
         Some(&self.offer)
     }
 
+    fn frame_memory(&self) -> Option<Arc<dyn FrameMemory>> {
+        self.memory.clone().map(|m| m as Arc<dyn FrameMemory>)
+    }
+
     fn stages_on(&self, grant: Grant) -> Result<(CanaryEncoder, CanaryDecoder), EngineError> {
         self.built.lock().unwrap().push(grant);
         self.stages()
@@ -415,7 +429,8 @@ impl Engine for Canary {
     fn stages(&self) -> Result<(CanaryEncoder, CanaryDecoder), EngineError> {
         let shared = self.planted.then(|| Arc::new((0..16).map(|_| AtomicU64::new(0)).collect()));
         let rng = ChaCha8Rng::seed_from_u64(1);
-        let encoder = CanaryEncoder { poison: self.poison.clone(), shared, rng, _alive: self.alive.clone() };
+        let (poison, lends) = (self.poison.clone(), self.memory.is_some());
+        let encoder = CanaryEncoder { poison, shared, rng, _alive: self.alive.clone(), lends };
         Ok((encoder, CanaryDecoder(ChaCha8Rng::seed_from_u64(2))))
     }
 }
@@ -428,6 +443,10 @@ impl Encoder for CanaryEncoder {
             cache.1 = 1;
             return Ok(());
         };
+        if self.lends != lent(frame) {
+            let found = format!("lent memory: {}", lent(frame));
+            return Err(EngineError::Shape { what: "frame", expected: format!("lent memory: {}", self.lends), found });
+        }
         let value = frame.data()[0];
         if self.poison.contains(&value) {
             let found = format!("poison {value}");
@@ -472,6 +491,27 @@ impl Decoder for CanaryDecoder {
     ) -> Result<Vec<f32>, EngineError> {
         self.decode(cache, input, actions).map(|()| Vec::new())
     }
+}
+
+#[test]
+fn frames_wait_where_the_engine_wants_them_and_leave_it_nothing_when_it_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    let memory = Arc::new(FramePool::new(|bytes| Ok(vec![0; bytes])));
+    let engine = Arc::new(Canary { memory: Some(memory.clone()), ..Canary::new(&policy) });
+    let mut rig = Rig::start(&engine, policy.clone(), config(PipelineMode::Pipelined));
+    rig.joints(&MEAN_POSE);
+    for value in 0..20 {
+        let stamp = rig.observe(&frame(value));
+        rig.wait_for("chunk", |c| c.oldest_image_stamp == stamp);
+    }
+    assert_eq!(rig.pipeline.report().encode.errors, 0, "{:?}", rig.pipeline.report().last_error);
+    assert!(memory.size().0 <= 2 * 8, "{} buffers for two cameras", memory.size().0);
+    let Rig { inputs, pipeline, .. } = rig;
+    drop((pipeline, engine));
+    let newest = inputs.frame(0).unwrap().frame;
+    assert!(newest == frame(19) && !lent(&newest));
+    assert_eq!(Arc::strong_count(&memory), 1);
 }
 
 /// What the canary's answers 0 and 1 become as a position of the first joint.

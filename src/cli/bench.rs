@@ -31,7 +31,7 @@ const ALONE: [u8; 3] = [25, 50, 75];
 /// Time encoder and decoder one after the other, alone and together on every kind of share, and as a pipeline.
 ///
 /// The inputs are random frames, prompt tokens and noise; with --random-weights the weights are too. Times are host to
-/// host, the GPU idle before each; GPU times of the stages come from events. The floor of a stage is the larger of its
+/// host, from frames in page-locked memory as in the node, the GPU idle before each; GPU times of the stages come from events. The floor of a stage is the larger of its
 /// operations over the GPU's bf16 rate and its bytes over the memory's, for perfect kernels.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -128,6 +128,7 @@ impl Setup {
         };
         let Size(w, h) = self.frame;
         let load = Load::random(engine.dims(), self.views as usize, self.prompt_tokens as usize, (w, h))?;
+        let load = load.kept_by(&engine);
         Ok((engine, load))
     }
 
@@ -135,7 +136,8 @@ impl Setup {
     pub(super) fn about(&self, load: &Load) -> String {
         let Size(w, h) = self.frame;
         let (views, tokens, horizon) = (load.views(), load.tokens(), load.horizon());
-        format!("{views} views of {w}x{h}, {tokens} prompt tokens, horizon {horizon}, 10 steps")
+        let memory = load.memory();
+        format!("{views} views of {w}x{h} in {memory} memory, {tokens} prompt tokens, horizon {horizon}, 10 steps")
     }
 }
 
@@ -407,7 +409,7 @@ fn json(args: &Args, engine: &CudaEngine, load: &Load, load_s: f64, r: &Results)
             )
         })
         .collect();
-    json!({ "engine": engine.describe(), "views": load.views(), "prompt_tokens": load.tokens(),
+    json!({ "engine": engine.describe(), "views": load.views(), "memory": load.memory(), "prompt_tokens": load.tokens(),
         "horizon": load.horizon(), "runs": args.runs, "load_s": load_s, "tflops": args.tflops,
         "bandwidth": args.bandwidth, "ms": sequential, "alone": alone, "concurrent": concurrent,
         "running": running, "clocks": r.clocks.iter().map(|(a, c)| json!({ "after": a, "read": c })).collect::<Vec<_>>() })

@@ -275,6 +275,7 @@ fn measure<E: Engine>(engine: &E, policy: &Policy, settings: &Settings) -> Resul
     let views = settings.inputs.cameras.len();
     let mut slot = engine.cache(views, dims.max_tokens)?;
     let frame = Frame::new(224, 224, 3 * 224, "rgb8", vec![128; 3 * 224 * 224])?;
+    let frame = frame.kept_in(engine.frame_memory().as_deref());
     let views = vec![View::Frame(&frame); views];
     let tokens = policy.tokens(&settings.model.prompt, &vec![0.0; policy.state_len()])?;
     let len = dims.horizon * dims.action_dim;

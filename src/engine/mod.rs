@@ -11,15 +11,17 @@ pub mod cuda;
 #[path = "cuda_stub.rs"]
 pub mod cuda;
 mod device;
+pub mod frames;
 pub mod guidance;
 pub mod partition;
 
 pub use device::{Device, Resolved};
 use partition::{Grant, Offer, Refusal};
+use std::sync::Arc;
 
 use crate::choice::choice;
 use crate::error::{Blame, Fault};
-use crate::model::{Dims, Frame, ModelError};
+use crate::model::{Dims, Frame, FrameMemory, ModelError};
 
 /// One valid camera view, in the model's order. Views that are missing are simply not there:
 /// a masked view is no key to anybody and moves no position, so leaving it out is exact.
@@ -149,6 +151,11 @@ pub trait Engine: Send + Sync + 'static {
 
     /// An empty cache slot for up to `views` views and `tokens` prompt tokens.
     fn cache(&self, views: usize, tokens: usize) -> Result<Self::Cache, EngineError>;
+
+    /// Where frames should wait for its encoder; `None` where one memory is as good as another.
+    fn frame_memory(&self) -> Option<Arc<dyn FrameMemory>> {
+        None
+    }
 
     /// What of the device each stage could be given; `None` where it has nothing to divide.
     fn offer(&self) -> Option<&Offer> {

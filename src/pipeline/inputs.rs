@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::clock::{Monotonic, RosTime};
 use crate::control::{InputFault, MAX_JOINTS};
-use crate::model::Frame;
+use crate::model::{Frame, FrameMemory};
 use crate::rt::latest::{Reader, Writer, latest};
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -169,9 +169,21 @@ struct JointSlot {
     unknown: Vec<String>,
 }
 
+/// Frames wait in an engine's memory until this goes; then those that are here go to the heap, so that the engine's device
+/// is given back though no camera sends any more.
+pub struct KeptFrames(Arc<InputSlots>);
+
+impl Drop for KeptFrames {
+    fn drop(&mut self) {
+        self.0.move_frames(None);
+    }
+}
+
 /// Every input slot of the node.
 pub struct InputSlots {
     cameras: Vec<CameraSlot>,
+    /// Where frames wait. Whoever brings one reads it until the frame is in its slot.
+    memory: RwLock<Option<Arc<dyn FrameMemory>>>,
     joint_index: HashMap<String, usize>,
     joints: Mutex<JointSlot>,
     prompt: Mutex<Prompt>,
@@ -185,6 +197,7 @@ impl InputSlots {
         let (control, reader) = latest(JointSample::default());
         let slots = Self {
             cameras: (0..cameras).map(|_| CameraSlot::default()).collect(),
+            memory: RwLock::default(),
             joint_index: joint_names.iter().take(MAX_JOINTS).cloned().zip(0..).collect(),
             joints: Mutex::new(JointSlot { merged: JointSample::default(), control, unknown: Vec::new() }),
             prompt: Mutex::new(Prompt { text: prompt.into(), generation: 0 }),
@@ -199,10 +212,28 @@ impl InputSlots {
         self.cameras.len()
     }
 
+    /// Lets frames wait in an engine's memory as long as the guard is there.
+    pub fn keep_frames_in(self: &Arc<Self>, memory: Option<Arc<dyn FrameMemory>>) -> KeptFrames {
+        self.move_frames(memory);
+        KeptFrames(self.clone())
+    }
+
+    fn move_frames(&self, to: Option<Arc<dyn FrameMemory>>) {
+        let mut memory = self.memory.write().unwrap_or_else(PoisonError::into_inner);
+        *memory = to;
+        for slot in &self.cameras {
+            for sample in &mut lock(&slot.newest).0 {
+                sample.frame = sample.frame.clone().kept_in(memory.as_deref());
+            }
+        }
+    }
+
     /// A frame of camera `i` has arrived. Unknown cameras are ignored.
     pub fn put_frame(&self, i: usize, frame: Frame, stamp: RosTime, arrived: Monotonic) {
         let Some(slot) = self.cameras.get(i) else { return };
         {
+            let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+            let frame = frame.kept_in(memory.as_deref());
             let mut newest = lock(&slot.newest);
             let same = newest.0.back().is_some_and(|old| old.frame == frame);
             slot.frozen.store(if same { slot.frozen.load(Ordering::Relaxed) + 1 } else { 0 }, Ordering::Relaxed);
@@ -393,6 +424,37 @@ mod tests {
         assert_eq!((slots.freshness(0).frozen, slots.freshness(0).frames), (3, 4));
         slots.put_frame(0, frame(8), RosTime(5), Monotonic(5));
         assert_eq!(slots.freshness(0).frozen, 0);
+    }
+
+    #[test]
+    fn frames_wait_in_the_memory_of_the_engine_while_there_is_one() {
+        use crate::engine::frames::{FramePool, Lent};
+
+        let (slots, _control) = InputSlots::new(2, &[], "");
+        let slots = Arc::new(slots);
+        let lent = |s: &CameraSample| s.frame.pixels().held_by::<Lent<Vec<u8>>>().is_some();
+        let put = |i, value| slots.put_frame(i, frame(value), RosTime(value.into()), Monotonic(value.into()));
+        put(0, 1);
+        put(1, 1);
+        let pool = Arc::new(FramePool::new(|bytes| Ok(vec![0; bytes])));
+        let guard = slots.keep_frames_in(Some(pool.clone()));
+        assert!(lent(&slots.frame(0).unwrap()) && lent(&slots.frame(1).unwrap()), "those that had come before");
+        for value in 1..=100 {
+            put(0, value);
+            let newest = slots.frame(0).unwrap();
+            assert!(lent(&newest) && newest.frame == frame(value));
+        }
+        assert_eq!(slots.freshness(0).frozen, 0);
+        put(0, 100);
+        assert_eq!(slots.freshness(0).frozen, 1, "compared by content");
+        let (buffers, _) = pool.size();
+        assert!(buffers <= KEPT_FRAMES + 3, "{buffers}: they come back");
+        drop(guard);
+        assert!(slots.cameras.iter().all(|c| lock(&c.newest).0.iter().all(|s| !lent(s))));
+        assert_eq!(slots.frame(0).unwrap().frame, frame(100));
+        put(1, 7);
+        assert!(!lent(&slots.frame(1).unwrap()));
+        assert_eq!(Arc::strong_count(&pool), 1, "nothing of the engine is left");
     }
 
     #[test]

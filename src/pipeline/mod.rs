@@ -37,7 +37,7 @@ use crate::rt::latest::Reader;
 use crate::rt::rights;
 use crate::rt::signals::Epoch;
 
-use inputs::InputSlots;
+use inputs::{InputSlots, KeptFrames};
 use joint_map::{JointBinding, JointMap};
 use mailbox::Mailbox;
 pub use report::{PipelineReport, Resplit, StageReport};
@@ -259,6 +259,7 @@ pub struct Pipeline {
     close: Box<dyn Fn() + Send + Sync>,
     offer: Option<Offer>,
     ask: Box<dyn Fn(Decision) + Send + Sync>,
+    _kept: KeptFrames,
 }
 
 impl Pipeline {
@@ -291,6 +292,8 @@ impl Pipeline {
             config,
         });
 
+        // Before the warm-up, which takes the newest frames.
+        let kept = shared.inputs.keep_frames_in(engine.frame_memory());
         let offer = engine.offer().cloned();
         tracing::info!("partition: {decision}");
         let Some(spare) = slots.pop() else { return Err(PipelineError::Config("no cache slots".into())) };
@@ -320,7 +323,7 @@ impl Pipeline {
         };
         // Where the builder has ended, nothing is to be built any more.
         let ask = Box::new(move |decision| _ = to_builder.send(Message::Ask(decision, Instant::now())));
-        let mut pipeline = Self { shared, threads: Vec::new(), close, offer, ask };
+        let mut pipeline = Self { shared, threads: Vec::new(), close, offer, ask, _kept: kept };
         let [encoder_cpu, decoder_cpu] = pipeline.shared.config.cpus;
         pipeline.spawn("pi0_encoder", encoder_cpu, move || encode.run())?;
         pipeline.spawn("pi0_decoder", decoder_cpu, move || decode.run())?;

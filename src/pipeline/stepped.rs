@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use super::inputs::KeptFrames;
 use super::mailbox::Mailbox;
 use super::resplit::Seat;
 use super::stages::{DecodeStage, EncodeStage, Filled, GATHER};
@@ -122,6 +123,7 @@ pub struct SteppedPipeline<E: Engine> {
     held: Option<Filled<E::Cache>>,
     decoding: Option<(Monotonic, Option<ActionChunk>)>,
     decoded: u64,
+    _kept: KeptFrames,
 }
 
 impl<E: Engine> SteppedPipeline<E> {
@@ -135,6 +137,7 @@ impl<E: Engine> SteppedPipeline<E> {
     ) -> Result<Self, PipelineError> {
         let (views, joints) = super::bind(&config, &policy)?;
         let clock = Arc::new(StageClock { base: io.clock, ahead_ns: AtomicI64::new(0) });
+        let kept = io.inputs.keep_frames_in(engine.frame_memory());
         let (encoder, decoder) = engine.stages()?;
         let free = (0..config.mode.slots())
             .map(|_| engine.cache(views.len(), policy.dims().max_tokens))
@@ -176,6 +179,7 @@ impl<E: Engine> SteppedPipeline<E> {
             held: None,
             decoding: None,
             decoded: 0,
+            _kept: kept,
         })
     }
 

@@ -51,6 +51,19 @@ impl Load {
         })
     }
 
+    /// The same with its frames where `engine` wants them, as in the node.
+    pub fn kept_by(mut self, engine: &CudaEngine) -> Self {
+        let memory = engine.frame_memory();
+        self.frames = self.frames.into_iter().map(|f| f.kept_in(memory.as_deref())).collect();
+        self
+    }
+
+    /// What memory the frames are in: pageable where the engine had no room for them.
+    pub fn memory(&self) -> &'static str {
+        let pageable = self.frames.iter().any(|f| f.pixels().held_by::<Vec<u8>>().is_some());
+        if pageable { "pageable" } else { "page-locked" }
+    }
+
     /// Camera views.
     pub fn views(&self) -> usize {
         self.frames.len()

@@ -344,6 +344,18 @@ impl<T: Plain> Pinned<T> {
     }
 }
 
+impl AsRef<[u8]> for Pinned<u8> {
+    fn as_ref(&self) -> &[u8] {
+        self.as_slice()
+    }
+}
+
+impl AsMut<[u8]> for Pinned<u8> {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.as_mut_slice()
+    }
+}
+
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
         let _current = self.device.enter();

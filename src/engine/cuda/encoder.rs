@@ -310,25 +310,31 @@ impl CudaEncoder {
         Ok(())
     }
 
-    /// Embeds the prompt if it is not the one already there.
+    /// Room for that many rows of a prompt; graphs that read the old ones go with them.
+    fn reserve_prompt(&mut self, tokens: usize) -> Result<(), EngineError> {
+        let needed = tokens * self.model.dims.trunk.width;
+        if self.prompt_rows.1.len() < needed {
+            self.stream.synchronize()?;
+            self.trunk_graphs.clear();
+            self.prompt.clear();
+            let device = &self.model.device;
+            self.prompt_rows = (Pinned::zeroed(device, needed)?, Buffer::zeroed(device, needed)?);
+        }
+        Ok(())
+    }
+
+    /// Embeds the prompt and queues its upload, if it is not the one already there. The GPU has the images to work on
+    /// meanwhile.
     fn embed(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
         if self.prompt == tokens {
             return Ok(());
         }
         let width = self.model.dims.trunk.width;
-        let needed = tokens.len() * width;
         self.prompt.clear();
-        if self.prompt_rows.1.len() < needed {
-            self.stream.synchronize()?;
-            self.trunk_graphs.clear();
-            let device = &self.model.device;
-            self.prompt_rows = (Pinned::zeroed(device, needed)?, Buffer::zeroed(device, needed)?);
-        }
         for (token, row) in tokens.iter().zip(self.prompt_rows.0.as_mut_slice().chunks_exact_mut(width)) {
             self.weights.tokens.embed(*token, row)?;
         }
-        self.stream.upload(&self.prompt_rows.0, needed, &self.prompt_rows.1, 0)?;
-        self.stream.synchronize()?;
+        self.stream.upload(&self.prompt_rows.0, tokens.len() * width, &self.prompt_rows.1, 0)?;
         self.prompt.extend_from_slice(tokens);
         Ok(())
     }
@@ -372,26 +378,31 @@ impl CudaEncoder {
         Ok(())
     }
 
-    /// Everything up to the launch of the graphs; returns the prefix rows.
-    fn begin(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<usize, EngineError> {
+    /// Queues work in the lane's context and waits for its end, also after an error: when this returns nothing reads
+    /// page-locked memory any more, neither the encoder's own nor that of the frames, which the caller may then free.
+    fn settled<R>(&mut self, queue: impl FnOnce(&mut Self) -> Result<R, EngineError>) -> Result<R, EngineError> {
         let lane = Arc::clone(&self.lane);
         let _current = lane.enter()?;
+        let queued = queue(self);
+        self.stream.synchronize()?;
+        queued
+    }
+
+    /// Everything up to the launch of the graphs but the prompt; returns the prefix rows.
+    fn begin(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<usize, EngineError> {
         let rows = self.check(input, cache)?;
         cache.rows = 0;
         let (views, tokens) = (input.views.len(), input.tokens.len());
         self.reserve(views, rows)?;
-        self.embed(input.tokens)?;
+        self.reserve_prompt(tokens)?;
         self.capture(views, tokens)?;
         let words = [cache.keys(), cache.values(), cache.layer_stride() as u64];
         self.params.0.as_mut_slice().copy_from_slice(&words);
         self.stream.record(&self.events[0])?;
         self.stream.upload(&self.params.0, 3, &self.params.1, 0)?;
-        let model = Arc::clone(&self.model);
-        let view_patches = model.dims.vision.tokens() * plan::patch_stride(&model.dims);
         if let Some(w) = &self.workspace {
-            for (i, view) in input.views.iter().enumerate() {
-                self.images.queue(&self.stream, self.lane.kernels(), i, view, w.patches.at(i * view_patches))?;
-            }
+            let tokens = self.model.dims.vision.tokens();
+            self.images.queue(&self.stream, self.lane.kernels(), input.views, &w.patches, tokens)?;
         }
         self.stream.record(&self.events[1])?;
         Ok(rows)
@@ -403,22 +414,29 @@ impl CudaEncoder {
         input: &EncodeInput<'_>,
         cache: &mut CudaCache,
     ) -> Result<EncodeTaps, EngineError> {
-        let lane = Arc::clone(&self.lane);
-        let _current = lane.enter()?;
-        let (kernels, path, sms) = (lane.kernels(), self.path, lane.sms());
-        let rows = self.begin(input, cache)?;
         let mut taps = EncodeTaps::default();
-        let (model, weights, params) = (&*self.model, &*self.weights, self.params.1.pointer());
-        if let Some(w) = &self.workspace {
-            let (stream, lt) = (&self.stream, &mut self.lt);
-            let mut queue =
-                Queue { model, weights, path, sms, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
+        let rows = self.settled(|e| {
+            let rows = e.begin(input, cache)?;
+            e.embed(input.tokens)?;
+            let Some(w) = &e.workspace else { return Ok(rows) };
+            let mut queue = Queue {
+                model: &e.model,
+                weights: &e.weights,
+                path: e.path,
+                sms: e.lane.sms(),
+                stream: &e.stream,
+                kernels: e.lane.kernels(),
+                lt: &mut e.lt,
+                w,
+                params: e.params.1.pointer(),
+                taps: Some(&mut taps.vision),
+            };
             queue.vision(input.views.len())?;
             queue.taps = Some(&mut taps.trunk);
-            queue.prompt(&self.prompt_rows.1, rows, input.tokens.len())?;
+            queue.prompt(&e.prompt_rows.1, rows, input.tokens.len())?;
             queue.trunk(rows)?;
-        }
-        self.stream.synchronize()?;
+            Ok(rows)
+        })?;
         cache.rows = rows;
         Ok(taps)
     }
@@ -442,15 +460,13 @@ impl Encoder for CudaEncoder {
     type Cache = CudaCache;
 
     fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut CudaCache) -> Result<(), EngineError> {
-        let begun = self.begin(input, cache);
-        let launched = begun.and_then(|rows| {
-            self.launch_vision(input.views.len())?;
-            self.launch_trunk(input.views.len(), input.tokens.len())?;
+        cache.rows = self.settled(|e| {
+            let rows = e.begin(input, cache)?;
+            e.launch_vision(input.views.len())?;
+            e.embed(input.tokens)?;
+            e.launch_trunk(input.views.len(), input.tokens.len())?;
             Ok(rows)
-        });
-        // Also after an error: nothing may still read the pinned memory when this returns.
-        self.stream.synchronize()?;
-        cache.rows = launched?;
+        })?;
         Ok(())
     }
 
@@ -459,9 +475,12 @@ impl Encoder for CudaEncoder {
         input: &EncodeInput<'_>,
         cache: &mut CudaCache,
     ) -> Result<Vec<f32>, EngineError> {
-        let begun = self.begin(input, cache).and_then(|rows| self.launch_vision(input.views.len()).map(|()| rows));
-        self.stream.synchronize()?;
-        let rows = begun?;
+        let rows = self.settled(|e| {
+            let rows = e.begin(input, cache)?;
+            e.launch_vision(input.views.len())?;
+            e.embed(input.tokens)?;
+            Ok(rows)
+        })?;
         let width = self.model.dims.trunk.width;
         let images = (rows - input.tokens.len()) * width;
         let mut embeddings = vec![0.0; rows * width];
@@ -470,8 +489,7 @@ impl Encoder for CudaEncoder {
             w.x.read(0, from_images)?;
         }
         self.prompt_rows.1.read(0, from_prompt)?;
-        self.launch_trunk(input.views.len(), input.tokens.len())?;
-        self.stream.synchronize()?;
+        self.settled(|e| e.launch_trunk(input.views.len(), input.tokens.len()))?;
         cache.rows = rows;
         Ok(embeddings)
     }

@@ -1,16 +1,20 @@
 //! Camera frames to patches on the GPU: bytes go up as they are, the kernel converts, resizes, pads and scales.
+//!
+//! Frames that wait in page-locked memory go up from there, others by way of such memory of the encoder's own.
 
 use std::sync::Arc;
 
 use super::device::{Buffer, Device, Pinned};
-use super::kernels::{ImageArgs, Kernels, Shape};
+use super::kernels::{ImageArgs, ImagesArgs, Kernels, Shape};
 use super::stream::Stream;
+use super::weights::MAX_VIEWS;
 use super::{check_finite, check_len};
+use crate::engine::frames::Lent;
 use crate::engine::{EngineError, View};
 use crate::model::{Encoding, Frame, ModelError, Resampler};
 
-/// Frame sizes whose tables are kept; a node has a handful of cameras.
-const KEPT_TABLES: usize = 8;
+/// Frame sizes whose tables are kept, the least recently used goes: never one of the observation at hand.
+const KEPT_TABLES: usize = MAX_VIEWS;
 
 /// Bytes of a frame copied at a time.
 const COPY_PIECE: usize = 256 << 10;
@@ -123,38 +127,54 @@ impl Images {
         Ok(slot)
     }
 
-    fn tables(&mut self, frame: &Frame) -> Result<usize, EngineError> {
+    fn tables(&mut self, frame: &Frame) -> Result<&Tables, EngineError> {
         let key = (frame.width(), frame.height());
-        if let Some(i) = self.tables.iter().position(|t| t.frame == key) {
-            return Ok(i);
-        }
-        let made = Tables::new(&self.device, key, self.size, self.resampler)?;
-        if self.tables.len() == KEPT_TABLES {
-            self.tables.remove(0);
-        }
-        self.tables.push(made);
-        Ok(self.tables.len() - 1)
+        let found = match self.tables.iter().position(|t| t.frame == key) {
+            Some(at) => self.tables.remove(at),
+            None => {
+                let made = Tables::new(&self.device, key, self.size, self.resampler)?;
+                if self.tables.len() == KEPT_TABLES {
+                    self.tables.remove(0);
+                }
+                made
+            }
+        };
+        self.tables.push(found);
+        Ok(&self.tables[self.tables.len() - 1])
     }
 
-    /// Queues upload and conversion of view `index` into `patches` (a device address, `[tokens, patch_stride]`).
+    /// Queues the uploads of all views, then one kernel that converts them into `patches` (a device address, where each
+    /// view has `tokens` rows of `patch_stride`).
     ///
-    /// The stream must have been synchronised since this view's last upload.
+    /// The stream must have been synchronised since the last call, and must be before the views go: the GPU reads page-locked
+    /// frames where they are.
     pub fn queue(
         &mut self,
         stream: &Stream,
         kernels: &Kernels,
-        index: usize,
-        view: &View<'_>,
-        patches: u64,
+        views: &[View<'_>],
+        patches: &Buffer<u16>,
+        tokens: usize,
     ) -> Result<(), EngineError> {
+        let mut all = ImagesArgs::default();
+        for (i, (view, args)) in views.iter().zip(&mut all.views).enumerate() {
+            *args = self.upload(stream, i, view)?;
+            args.patches = patches.at(i * tokens * self.patch_stride);
+        }
+        let mut shape = Shape { dependent: false, ..Shape::items(3 * self.size * self.size, 256) };
+        shape.grid[1] = views.len().min(MAX_VIEWS) as u32;
+        kernels.images.launch(stream, shape, &all)
+    }
+
+    /// Queues the upload of view `index`; what the kernel is to know of it, but where its patches go.
+    fn upload(&mut self, stream: &Stream, index: usize, view: &View<'_>) -> Result<ImageArgs, EngineError> {
         let mut args = ImageArgs {
-            patches,
             size: self.size as i32,
             patch: self.patch as i32,
             patch_stride: self.patch_stride as i32,
             ..ImageArgs::default()
         };
-        match view {
+        let frame = match view {
             View::Planes(planes) => {
                 check_len("image planes", planes, 3 * self.size * self.size)?;
                 check_finite("image planes", planes)?;
@@ -163,51 +183,56 @@ impl Images {
                 slot.pinned.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
                 stream.upload(&slot.pinned, bytes.len(), &slot.bytes, 0)?;
                 args.planes = slot.bytes.pointer();
+                return Ok(args);
             }
-            View::Frame(frame) => {
-                let tables = self.tables(frame)?;
-                let pixel = frame.encoding().bytes_per_pixel();
-                // Only what the header promises: the buffer may be longer.
-                let needed = frame.step() * (frame.height() - 1) + frame.width() * pixel;
-                let slot = self.slot(index, needed)?;
-                // Piece by piece, so that the copy to the GPU runs behind the copy into pinned memory.
+            View::Frame(frame) => frame,
+        };
+        let as_it_is = (frame.width(), frame.height()) == (self.size, self.size);
+        args.resampler = match self.resampler {
+            Resampler::OpenPi if as_it_is => 0,
+            Resampler::OpenPi => 1,
+            Resampler::LeRobot => 2,
+        };
+        let t = self.tables(frame)?;
+        let outputs = t.at.width + t.at.height;
+        args.first = t.values.pointer();
+        if t.taps > 0 {
+            args.count = t.values.at(outputs);
+            args.weights = t.values.at(2 * outputs);
+        }
+        args.taps = t.taps as i32;
+        args.resized_w = t.at.width as i32;
+        args.resized_h = t.at.height as i32;
+        args.left = t.at.left as i32;
+        args.top = t.at.top as i32;
+
+        let pixel = frame.encoding().bytes_per_pixel();
+        // Only what the header promises: the buffer may be longer.
+        let needed = frame.step() * (frame.height() - 1) + frame.width() * pixel;
+        let slot = self.slot(index, needed)?;
+        let locked = frame.pixels().held_by::<Lent<Pinned<u8>>>().and_then(Lent::buffer);
+        match locked {
+            Some(buffer) => stream.upload(buffer, needed, &slot.bytes, 0)?,
+            // Piece by piece, so that the copy to the GPU runs behind the copy into pinned memory.
+            None => {
                 for at in (0..needed).step_by(COPY_PIECE) {
                     let end = (at + COPY_PIECE).min(needed);
                     slot.pinned.as_mut_slice()[at..end].copy_from_slice(&frame.data()[at..end]);
                     stream.upload_part(&slot.pinned, at..end, &slot.bytes)?;
                 }
-                args.bytes = slot.bytes.pointer();
-                let t = &self.tables[tables];
-                let outputs = t.at.width + t.at.height;
-                args.first = t.values.pointer();
-                if t.taps > 0 {
-                    args.count = t.values.at(outputs);
-                    args.weights = t.values.at(2 * outputs);
-                }
-                args.taps = t.taps as i32;
-                let as_it_is = (frame.width(), frame.height()) == (self.size, self.size);
-                args.resampler = match self.resampler {
-                    Resampler::OpenPi if as_it_is => 0,
-                    Resampler::OpenPi => 1,
-                    Resampler::LeRobot => 2,
-                };
-                [args.red, args.green, args.blue] = match frame.encoding() {
-                    Encoding::Rgb8 | Encoding::Rgba8 => [0, 1, 2],
-                    Encoding::Bgr8 | Encoding::Bgra8 => [2, 1, 0],
-                    Encoding::Mono8 => [0, 0, 0],
-                };
-                args.width = frame.width() as i32;
-                args.height = frame.height() as i32;
-                args.step = frame.step() as i32;
-                args.pixel = pixel as i32;
-                args.resized_w = t.at.width as i32;
-                args.resized_h = t.at.height as i32;
-                args.left = t.at.left as i32;
-                args.top = t.at.top as i32;
             }
         }
-        let shape = Shape { dependent: false, ..Shape::items(3 * self.size * self.size, 256) };
-        kernels.image.launch(stream, shape, &args)
+        args.bytes = slot.bytes.pointer();
+        [args.red, args.green, args.blue] = match frame.encoding() {
+            Encoding::Rgb8 | Encoding::Rgba8 => [0, 1, 2],
+            Encoding::Bgr8 | Encoding::Bgra8 => [2, 1, 0],
+            Encoding::Mono8 => [0, 0, 0],
+        };
+        args.width = frame.width() as i32;
+        args.height = frame.height() as i32;
+        args.step = frame.step() as i32;
+        args.pixel = pixel as i32;
+        Ok(args)
     }
 }
 

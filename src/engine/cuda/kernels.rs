@@ -13,6 +13,7 @@ use super::device::check;
 use super::plan::{self, CLUSTERS, DECODE_HEAD_DIMS, HEAD_DIMS, HOPPER_SHARED, TOKEN_TILES};
 use super::portable::Portable;
 use super::stream::Stream;
+use super::weights::MAX_VIEWS;
 use crate::engine::EngineError;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -318,6 +319,13 @@ pub(super) struct ImageArgs {
     pub patch_stride: i32,
     pub taps: i32,
     pub resampler: i32,
+}
+
+/// `ImagesArgs` of image.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ImagesArgs {
+    pub views: [ImageArgs; MAX_VIEWS],
 }
 
 /// `CopyArgs` of load.cu.
@@ -652,7 +660,7 @@ pub(super) struct Kernels {
     pub norm: Kernel<NormArgs>,
     pub rope: Kernel<RopeArgs>,
     pub geglu: Kernel<GegluArgs>,
-    pub image: Kernel<ImageArgs>,
+    pub images: Kernel<ImagesArgs>,
     pub copy: Kernel<CopyArgs>,
     pub pack: Kernel<PackArgs>,
     pub product: Kernel<ProductArgs>,
@@ -674,7 +682,7 @@ impl Kernels {
             norm: pointwise.kernel("row_norm", 0)?,
             rope: pointwise.kernel("rope_cache", 0)?,
             geglu: pointwise.kernel("geglu", 0)?,
-            image: image.kernel("image_patches", 0)?,
+            images: image.kernel("image_patches", 0)?,
             copy: load.kernel("load_copy", 0)?,
             pack: load.kernel("load_pack", 0)?,
             product: load.kernel("load_product", 0)?,

@@ -35,10 +35,11 @@ pub use device::{Capability, Device as Gpu};
 pub use encoder::{CudaCache, CudaEncoder, EncodeTaps, EncodeTimes};
 pub use plan::{Packing, Stage};
 
+use super::frames::FramePool;
 use super::partition::{Grant, Kind, Offer};
 use super::{Engine, EngineError};
-use crate::model::{Checkpoint, Dims, Resampler};
-use device::Buffer;
+use crate::model::{Checkpoint, Dims, FrameMemory, Resampler};
+use device::{Buffer, Pinned};
 use lane::Lane;
 use load::Source;
 use weights::{DecoderWeights, EncoderWeights};
@@ -198,6 +199,7 @@ pub struct CudaEngine {
     decoder: Arc<DecoderWeights>,
     tuning: Tuning,
     offer: Offer,
+    frames: Arc<FramePool<Pinned<u8>>>,
     /// Green contexts made so far. The driver keeps about 8 MiB of each that is destroyed (measured, driver 580), so
     /// none is: there are only as many as there are splits.
     green: Mutex<HashMap<Grant, [Arc<Lane>; 2]>>,
@@ -271,8 +273,10 @@ impl CudaEngine {
             device,
         };
         let offer = lane::offer(&model.device)?;
+        let locked = Arc::clone(&model.device);
         Ok(Self {
             offer,
+            frames: Arc::new(FramePool::new(move |bytes| Pinned::zeroed(&locked, bytes))),
             green: Mutex::default(),
             model: Arc::new(model),
             encoder: Arc::new(encoder),
@@ -336,6 +340,11 @@ impl Engine for CudaEngine {
             });
         }
         CudaCache::new(&self.model.device, &self.model.dims, rows, self.model.cache_row)
+    }
+
+    /// Page-locked.
+    fn frame_memory(&self) -> Option<Arc<dyn FrameMemory>> {
+        Some(Arc::clone(&self.frames) as Arc<dyn FrameMemory>)
     }
 
     fn offer(&self) -> Option<&Offer> {

@@ -52,7 +52,8 @@ impl Stream {
     /// the stream is synchronised, which every caller does before it returns.
     pub fn upload<T: Plain>(&self, from: &Pinned<T>, len: usize, to: &Buffer<T>, at: usize) -> Result<(), EngineError> {
         assert!(len <= from.len() && at + len <= to.len(), "upload past a buffer");
-        // SAFETY: both ranges are checked and live.
+        // SAFETY: both ranges are checked, and live until the copy has been made, as above: whoever queues one borrows
+        // `from`, a frame's memory too, until it has synchronised.
         let code =
             unsafe { sys::cuMemcpyHtoDAsync_v2(to.at(at), from.as_ptr().cast(), len * size_of::<T>(), self.raw) };
         check(code, "copying to the GPU")
