@@ -176,8 +176,10 @@ pub struct CudaEncoder {
     lt: Lt,
     images: Images,
     workspace: Option<Workspace>,
+    /// By views.
     vision_graphs: HashMap<usize, Graph>,
-    trunk_graphs: HashMap<(usize, usize), Graph>,
+    /// By rows.
+    trunk_graphs: HashMap<usize, Graph>,
     params: (Pinned<u64>, Buffer<u64>),
     prompt: Vec<u32>,
     prompt_rows: (Pinned<f32>, Buffer<f32>),
@@ -305,7 +307,6 @@ impl CudaEncoder {
         self.prompt.clear();
         if self.prompt_rows.1.len() < needed {
             self.stream.synchronize()?;
-            self.trunk_graphs.clear();
             let device = &self.model.device;
             self.prompt_rows = (Pinned::zeroed(device, needed)?, Buffer::zeroed(device, needed)?);
         }
@@ -319,7 +320,7 @@ impl CudaEncoder {
     }
 
     /// Makes graphs for a shape that has none.
-    fn capture(&mut self, views: usize, tokens: usize) -> Result<(), EngineError> {
+    fn capture(&mut self, views: usize, rows: usize) -> Result<(), EngineError> {
         if self.vision_graphs.len() + self.trunk_graphs.len() > KEPT_GRAPHS {
             self.vision_graphs.clear();
             self.trunk_graphs.clear();
@@ -338,21 +339,16 @@ impl CudaEncoder {
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
         }
-        if !self.trunk_graphs.contains_key(&(views, tokens))
+        if !self.trunk_graphs.contains_key(&rows)
             && let Some(w) = &self.workspace
         {
             let params = self.params.1.pointer();
             let (stream, lt) = (&self.stream, &mut self.lt);
             let mut queue =
                 Queue { model: &model, weights: &weights, path, sms, stream, kernels, lt, w, params, taps: None };
-            let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
-            let prompt = &self.prompt_rows.1;
-            let graph = self.stream.capture(|| {
-                queue.prompt(prompt, rows, tokens)?;
-                queue.trunk(rows)
-            })?;
-            self.trunk_graphs.insert((views, tokens), graph);
+            let graph = self.stream.capture(|| queue.trunk(rows))?;
+            self.trunk_graphs.insert(rows, graph);
         }
         Ok(())
     }
@@ -366,14 +362,17 @@ impl CudaEncoder {
         let (views, tokens) = (input.views.len(), input.tokens.len());
         self.reserve(views, rows)?;
         self.embed(input.tokens)?;
-        self.capture(views, tokens)?;
+        self.capture(views, rows)?;
         let words = [cache.keys(), cache.values(), cache.layer_stride() as u64];
         self.params.0.as_mut_slice().copy_from_slice(&words);
         self.stream.record(&self.events[0])?;
         self.stream.upload(&self.params.0, 3, &self.params.1, 0)?;
         let model = Arc::clone(&self.model);
         let view_patches = model.dims.vision.tokens() * plan::patch_stride(&model.dims);
+        let width = model.dims.trunk.width;
         if let Some(w) = &self.workspace {
+            // The prompt's rows of x, behind those that the tower writes: done before the frames are staged.
+            self.stream.copy(&self.prompt_rows.1, tokens * width, &w.x, (rows - tokens) * width)?;
             for (i, view) in input.views.iter().enumerate() {
                 self.images.queue(&self.stream, self.lane.kernels(), i, view, w.patches.at(i * view_patches))?;
             }
@@ -400,7 +399,6 @@ impl CudaEncoder {
                 Queue { model, weights, path, sms, stream, kernels, lt, w, params, taps: Some(&mut taps.vision) };
             queue.vision(input.views.len())?;
             queue.taps = Some(&mut taps.trunk);
-            queue.prompt(&self.prompt_rows.1, rows, input.tokens.len())?;
             queue.trunk(rows)?;
         }
         self.stream.synchronize()?;
@@ -415,8 +413,8 @@ impl CudaEncoder {
         self.stream.record(&self.events[2])
     }
 
-    fn launch_trunk(&self, views: usize, tokens: usize) -> Result<(), EngineError> {
-        if let Some(graph) = self.trunk_graphs.get(&(views, tokens)) {
+    fn launch_trunk(&self, rows: usize) -> Result<(), EngineError> {
+        if let Some(graph) = self.trunk_graphs.get(&rows) {
             self.stream.launch_graph(graph)?;
         }
         self.stream.record(&self.events[3])
@@ -430,7 +428,7 @@ impl Encoder for CudaEncoder {
         let begun = self.begin(input, cache);
         let launched = begun.and_then(|rows| {
             self.launch_vision(input.views.len())?;
-            self.launch_trunk(input.views.len(), input.tokens.len())?;
+            self.launch_trunk(rows)?;
             Ok(rows)
         });
         // Also after an error: nothing may still read the pinned memory when this returns.
@@ -447,15 +445,11 @@ impl Encoder for CudaEncoder {
         let begun = self.begin(input, cache).and_then(|rows| self.launch_vision(input.views.len()).map(|()| rows));
         self.stream.synchronize()?;
         let rows = begun?;
-        let width = self.model.dims.trunk.width;
-        let images = (rows - input.tokens.len()) * width;
-        let mut embeddings = vec![0.0; rows * width];
-        let (from_images, from_prompt) = embeddings.split_at_mut(images);
+        let mut embeddings = vec![0.0; rows * self.model.dims.trunk.width];
         if let Some(w) = &self.workspace {
-            w.x.read(0, from_images)?;
+            w.x.read(0, &mut embeddings)?;
         }
-        self.prompt_rows.1.read(0, from_prompt)?;
-        self.launch_trunk(input.views.len(), input.tokens.len())?;
+        self.launch_trunk(rows)?;
         self.stream.synchronize()?;
         cache.rows = rows;
         Ok(embeddings)
@@ -702,12 +696,6 @@ impl Queue<'_> {
             d: x,
         };
         self.product(rows, dims.trunk.width, v.width, Epilogue::WideBias, o)
-    }
-
-    /// The prompt's rows behind those of the images.
-    fn prompt(&self, prompt: &Buffer<f32>, rows: usize, tokens: usize) -> Result<(), EngineError> {
-        let width = self.model.dims.trunk.width;
-        self.stream.copy(prompt, tokens * width, &self.w.x, (rows - tokens) * width)
     }
 
     /// x to keys and values of every layer.
