@@ -109,6 +109,8 @@ struct Workspace {
     vision_attended: Buffer<u16>,
     vision_mlp: Buffer<u16>,
     x: Buffer<f32>,
+    /// What a layer adds to x, in parts.
+    parts: Buffer<f32>,
     normed: Buffer<u16>,
     qkv: Buffer<u16>,
     attended: Buffer<u16>,
@@ -137,6 +139,7 @@ impl Workspace {
             vision_attended: half(tokens * v.width)?,
             vision_mlp: half(tokens * v.mlp)?,
             x: Buffer::zeroed(device, rows * t.width)?,
+            parts: Buffer::zeroed(device, plan::part_rows(rows, t.mlp, t.width) * t.width)?,
             normed: half(rows.next_multiple_of(8) * t.width)?,
             qkv: half(rows * (t.heads + 2) * t.head_dim)?,
             attended: half(rows * t.heads * t.head_dim)?,
@@ -246,6 +249,7 @@ impl CudaEncoder {
             b.fill(0xff)?;
         }
         w.vision.fill(0xff)?;
+        w.parts.fill(0xff)?;
         w.x.fill(0xff)
     }
 
@@ -511,16 +515,27 @@ impl Queue<'_> {
     fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
         let t = &self.model.dims.trunk;
         let attention = t.heads * t.head_dim;
+        let (_, down) = self.down(rows);
         let keys = [
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
             (t.width, attention, Epilogue::Add),
-            (t.width, t.mlp, Epilogue::Add),
+            (t.width, t.mlp, down),
             (2 * t.mlp, t.width, Epilogue::Store),
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
         let own = usize::from(self.weights.wide_geglu);
         self.lt.prepare(self.stream, &keys[..keys.len() - own])
+    }
+
+    /// How the down product of a trunk layer and the norm behind it share the work: index into [`plan::NORM_PARTS`].
+    fn down(&self, rows: usize) -> (usize, Epilogue) {
+        let t = &self.model.dims.trunk;
+        let variant = plan::norm_parts(rows, t.mlp, t.width);
+        match plan::NORM_PARTS[variant] {
+            0 => (variant, Epilogue::Add),
+            parts => (variant, Epilogue::Parts(parts)),
+        }
     }
 
     fn layer_norm(
@@ -533,6 +548,7 @@ impl Queue<'_> {
     ) -> Result<(), EngineError> {
         let args = NormArgs {
             x: x.pointer(),
+            parts: 0,
             y: y.pointer(),
             scale: norm.scale.pointer(),
             shift: norm.shift.pointer(),
@@ -541,14 +557,16 @@ impl Queue<'_> {
             eps: 1e-6,
             octets: 0,
         };
-        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm[0].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }
 
-    /// The trunk's norm; `octets` groups of 8 rows where the result is wanted packed.
-    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize, octets: usize) -> Result<(), EngineError> {
+    /// The trunk's norm, behind the sum of x and the parts of `variant` of [`plan::NORM_PARTS`]; `octets` groups of 8 rows
+    /// where the result is wanted packed.
+    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize, octets: usize, variant: usize) -> Result<(), EngineError> {
         let width = self.model.dims.trunk.width;
         let args = NormArgs {
             x: self.w.x.pointer(),
+            parts: self.w.parts.pointer(),
             y: self.w.normed.pointer(),
             scale: scale.pointer(),
             shift: 0,
@@ -557,7 +575,7 @@ impl Queue<'_> {
             eps: 1e-6,
             octets: octets as i32,
         };
-        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm[variant].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }
 
     /// mlp = gelu(gate) ⊙ up of `rows` rows of x behind its norm.
@@ -569,7 +587,7 @@ impl Queue<'_> {
                 return Err(plan::packed_for_hopper());
             };
             let octets = rows.div_ceil(8);
-            self.rms_norm(&rest.norm2, rows, octets)?;
+            self.rms_norm(&rest.norm2, rows, octets, 0)?;
             let [tokens, octets, token_tiles, weight_tiles, k_blocks, lead] =
                 [rows, octets, plan.token_tiles, plan.weight_tiles, plan.k_blocks, plan.lead].map(|n| n as i32);
             let args = GegluWideArgs {
@@ -587,7 +605,7 @@ impl Queue<'_> {
             let shape = Shape { shared: plan.shared as u32, dependent: true, ..Shape::blocks(plan.blocks, 384) };
             return hopper.geglu_wide[plan.variant].launch(self.stream, shape, &args);
         }
-        self.rms_norm(&rest.norm2, rows, 0)?;
+        self.rms_norm(&rest.norm2, rows, 0, 0)?;
         let gate_up = w.gate_up.pointer();
         let o = Operands { w: rest.gate_up.pointer(), x: w.normed.pointer(), bias: 0, c: gate_up, d: gate_up };
         self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
@@ -705,8 +723,12 @@ impl Queue<'_> {
         let weights = self.weights;
         let (x, normed, qkv) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer());
         let attention = t.heads * t.head_dim;
+        let (variant, down) = self.down(rows);
+        let sums = if down == Epilogue::Add { x } else { w.parts.pointer() };
         for (l, layer) in weights.trunk.iter().enumerate() {
-            self.rms_norm(&layer.norm1, rows, 0)?;
+            if l == 0 {
+                self.rms_norm(&layer.norm1, rows, 0, 0)?;
+            }
             let heads = if layer.rest.is_some() { t.heads } else { 0 };
             let o = Operands { w: layer.qkv.pointer(), x: normed, bias: 0, c: qkv, d: qkv };
             self.product(rows, (heads + 2) * t.head_dim, t.width, Epilogue::Store, o)?;
@@ -722,7 +744,7 @@ impl Queue<'_> {
             };
             let items = rows * (heads + 2) * (t.head_dim / 8);
             self.kernels.rope.launch(self.stream, Shape::items(items, 256), &rope)?;
-            let Some(rest) = &layer.rest else { break };
+            let (Some(rest), Some(next)) = (&layer.rest, weights.trunk.get(l + 1)) else { break };
             let args = AttentionArgs {
                 q: qkv,
                 out: w.attended.pointer(),
@@ -741,8 +763,9 @@ impl Queue<'_> {
             let o = Operands { w: rest.out.pointer(), x: w.attended.pointer(), bias: 0, c: x, d: x };
             self.product(rows, t.width, attention, Epilogue::Add, o)?;
             self.gated(rest, rows)?;
-            let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
-            self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
+            let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: sums, d: sums };
+            self.product(rows, t.width, t.mlp, down, o)?;
+            self.rms_norm(&next.norm1, rows, 0, variant)?;
             self.tap(&w.x, rows * t.width)?;
         }
         Ok(())
