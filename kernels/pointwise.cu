@@ -41,6 +41,8 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
         if (centred && c < quads) shift[i] = reinterpret_cast<const float4*>(a.shift)[c];
         columns += 4 * max(min(quads - warp * 32 - i * static_cast<int>(blockDim.x), 32), 0);
     }
+    // A block of fewer warps adds zeros for the others.
+    if (threadIdx.x >= warps && threadIdx.x < kThreads / 32) of_warp[threadIdx.x] = make_float4(0, 0, 0, 0);
     const float inv_columns = columns ? 1.0f / columns : 0.0f;
     grid_wait();
     float4* x = reinterpret_cast<float4*>(a.x) + static_cast<size_t>(row) * quads;
@@ -78,11 +80,10 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
     mean = squares = 0.0f;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; w++)
-        if (centred && w < warps) mean += of_warp[w].x * of_warp[w].z;
+        if (centred) mean += of_warp[w].x * of_warp[w].z;
     mean *= a.inv_width;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; w++) {
-        if (w >= warps) continue;
         const float apart = of_warp[w].x - mean;
         squares += of_warp[w].y + of_warp[w].z * apart * apart;
     }
