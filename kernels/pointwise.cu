@@ -4,58 +4,111 @@
 constexpr int kThreads = 256;
 
 struct NormArgs {
-    const float* x;      // [rows, width]
+    float* x;            // [rows, width]: the residual, to which the parts are added
+    const float* parts;  // [PARTS, rows, width]
     bf16* y;             // [rows, width], or packed for geglu_wide.cu
     const float* scale;  // [width]: the weight, or 1 + weight for RMSNorm
     const float* shift;  // [width], or null: RMSNorm, no mean
-    int32_t width;       // a multiple of 4, at most 4096
+    int32_t width;       // a multiple of 4, at most 16 of each thread
     float inv_width, eps;
     int32_t octets;      // of the packed form: groups of 8 rows from 64 columns to the next; 0: not packed
 };
 
-// LayerNorm, or RMSNorm when `shift` is null; statistics in float32, two passes over registers. One block a row.
-extern "C" __global__ void __launch_bounds__(kThreads) row_norm(const __grid_constant__ NormArgs a) {
-    __shared__ float scratch[33];
+__device__ __forceinline__ void add(float4& to, float4 v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
+__device__ __forceinline__ float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
+__device__ __forceinline__ float squares_of(float4 v) { return (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w); }
+
+// LayerNorm, or RMSNorm when `shift` is null, in float32. One block a row, up to four pieces of 16 bytes a thread. With
+// PARTS, what a product left in as many sums joins the residual first.
+//
+// A warp takes its squares about its own mean. About the row's they are those and n·(warp's mean - row's mean)² for the n
+// columns of the warp: as good as a second pass over the row, for nothing is subtracted from a sum of squares, and one
+// exchange between the warps is enough.
+template <int PARTS>
+__device__ __forceinline__ void norm(const NormArgs& a) {
+    __shared__ float4 of_warp[kThreads / 32];  // mean, squares about it, columns
+    const int row = blockIdx.x, quads = a.width / 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const bool centred = PARTS == 0 && a.shift;
+    float4 v[4], scale[4], shift[4], parts[PARTS + 1][4];
+    int columns = 0;
     grid_launch_dependents();
+    // What is the model's need not wait for the kernel in front.
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int c = threadIdx.x + i * blockDim.x;
+        scale[i] = shift[i] = make_float4(0, 0, 0, 0);
+        if (c < quads) scale[i] = reinterpret_cast<const float4*>(a.scale)[c];
+        if (centred && c < quads) shift[i] = reinterpret_cast<const float4*>(a.shift)[c];
+        columns += 4 * max(min(quads - warp * 32 - i * static_cast<int>(blockDim.x), 32), 0);
+    }
+    // A block of fewer warps adds zeros for the others.
+    if (threadIdx.x >= warps && threadIdx.x < kThreads / 32) of_warp[threadIdx.x] = make_float4(0, 0, 0, 0);
+    const float inv_columns = columns ? 1.0f / columns : 0.0f;
     grid_wait();
-    const float4* x = reinterpret_cast<const float4*>(a.x + static_cast<size_t>(blockIdx.x) * a.width);
-    const int quads = a.width / 4;
-    float4 v[4];
-    float sum = 0.0f;
+    float4* x = reinterpret_cast<float4*>(a.x) + static_cast<size_t>(row) * quads;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int c = threadIdx.x + i * kThreads;
-        v[i] = c < quads ? x[c] : make_float4(0, 0, 0, 0);
-        sum += v[i].x + v[i].y + v[i].z + v[i].w;
-    }
-    float mean = 0.0f;
-    if (a.shift) mean = block_sum(sum, scratch) * a.inv_width;
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (threadIdx.x + i * kThreads >= quads) continue;
-        v[i].x -= mean, v[i].y -= mean, v[i].z -= mean, v[i].w -= mean;
-        squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
-    }
-    const float inv = rsqrtf(block_sum(squares, scratch) * a.inv_width + a.eps);
-    uint2* y = reinterpret_cast<uint2*>(a.y + static_cast<size_t>(blockIdx.x) * a.width);
-    const int row = blockIdx.x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int c = threadIdx.x + i * kThreads;
+        const int c = threadIdx.x + i * blockDim.x;
+        v[i] = make_float4(0, 0, 0, 0);
         if (c >= quads) continue;
-        const float4 s = reinterpret_cast<const float4*>(a.scale)[c];
-        float4 o = make_float4(v[i].x * inv * s.x, v[i].y * inv * s.y, v[i].z * inv * s.z, v[i].w * inv * s.w);
-        if (a.shift) {
-            const float4 b = reinterpret_cast<const float4*>(a.shift)[c];
-            o.x += b.x, o.y += b.y, o.z += b.z, o.w += b.w;
+        v[i] = x[c];
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            parts[p][i] = reinterpret_cast<const float4*>(a.parts)[(static_cast<size_t>(p) * gridDim.x + row) * quads + c];
+    }
+    float sum = 0.0f, squares = 0.0f, mean = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int c = threadIdx.x + i * blockDim.x;
+        if (PARTS > 0 && c < quads) {
+#pragma unroll
+            for (int p = 1; p < PARTS; p++) add(parts[0][i], parts[p][i]);
+            add(v[i], parts[0][i]);
+            x[c] = v[i];
         }
+        sum += sum_of(v[i]);
+    }
+    if (centred) mean = warp_sum(sum) * inv_columns;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (threadIdx.x + i * blockDim.x >= quads) continue;
+        squares += squares_of(make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean));
+    }
+    squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) of_warp[warp] = make_float4(mean, squares, columns, 0);
+    __syncthreads();
+    mean = squares = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; w++)
+        if (centred) mean += of_warp[w].x * of_warp[w].z;
+    mean *= a.inv_width;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; w++) {
+        const float apart = of_warp[w].x - mean;
+        squares += of_warp[w].y + of_warp[w].z * apart * apart;
+    }
+    const float inv = rsqrtf(squares * a.inv_width + a.eps);
+    uint2* y = reinterpret_cast<uint2*>(a.y);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int c = threadIdx.x + i * blockDim.x;
+        if (c >= quads) continue;
+        const float4 s = scale[i], b = shift[i];
+        const uint2 o = pack_bf16x4(make_float4((v[i].x - mean) * inv * s.x + b.x, (v[i].y - mean) * inv * s.y + b.y,
+                                                (v[i].z - mean) * inv * s.z + b.z, (v[i].w - mean) * inv * s.w + b.w));
         if (a.octets == 0)
-            y[c] = pack_bf16x4(o);
+            y[static_cast<size_t>(row) * quads + c] = o;
         else
-            reinterpret_cast<uint2*>(a.y)[(c / 16 * a.octets + row / 8) * 128 + row % 8 * 16 + (c / 2 ^ row) % 8 * 2 + c % 2] = pack_bf16x4(o);
+            y[(c / 16 * a.octets + row / 8) * 128 + row % 8 * 16 + (c / 2 ^ row) % 8 * 2 + c % 2] = o;
     }
 }
+
+#define NORM(PARTS)                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(kThreads) row_norm_##PARTS(const __grid_constant__ NormArgs a) { norm<PARTS>(a); }
+NORM(0)
+NORM(1)
+NORM(2)
+NORM(4)
 
 struct RopeArgs {
     bf16* qkv;  // [rows, (heads + 2)·head_dim]: rotated queries stay here, keys and values go to the cache

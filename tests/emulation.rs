@@ -60,6 +60,9 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("prefix + 1 - first", "prefix - first"),
         ("m * 1024 + lane * 8", "m * 512 + lane * 8"),
         ("a.squares_out[blockIdx.x * 64 + n] = sum", "a.squares_out[blockIdx.x * 64 + n] = 0.9f * sum"),
+        // Sums do not become the residual; what warps' means are apart is forgotten.
+        ("x[c] = v[i];", ""),
+        ("of_warp[w].z * apart * apart", "0.0f"),
         // Two units of a tile change places; of the tower too; pieces of a row are not exchanged.
         ("in % 16 / 4 * 2 + in % 2", "in % 16 / 4 * 2 + 1 - in % 2"),
         ("r % 2 * 8 + r % 16 / 2", "r % 2 * 4 + r % 16 / 2"),
@@ -72,6 +75,10 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("packed gate and up", true),
         ("packed for the tower", true),
         ("packed norm", true),
+        ("plain norm", false),
+        ("joined rows", true),
+        ("untouched rows", false),
+        ("layer norm", true),
         ("qkv", true),
         ("rounded, gate and up", true),
         ("squares of", true),

@@ -24,8 +24,8 @@ pub enum Point {
     Weight,
     /// What enters a matrix product: patches, normalised rows, attention's output, the MLP's hidden layer.
     Activation,
-    /// What a norm in front of a product of SigLIP's layers makes, as [`Activation`](Self::Activation). Where it does not
-    /// round, the norm is folded into the product (tower.cu): what enters is the residual times the norm's weight, and the
+    /// What a norm in front of a product of SigLIP's layers or the trunk's MLP makes, as
+    /// [`Activation`](Self::Activation). Where it does not round, the norm is folded into the product (tower.cu, geglu_wide.cu): what enters is the residual times the norm's weight, and the
     /// sums get mean and deviation. That is the same but for rounding.
     Normed,
     /// Queries, keys and values, before and after rotation.
@@ -454,10 +454,20 @@ impl Oracle {
             cache.push(kv);
             let (queries, out) = (d.heads * d.head_dim, at("self_attn.o_proj.weight"));
             add(&mut h, &self.linear(Stack::Trunk, attended, &out, d.width, queries));
-            let normed = norm(&h, "post_attention_layernorm.weight");
+            // As in the tower: the norm in front of the product, or folded into it.
+            let before = (self.rounds)(Stack::Trunk, Point::Normed);
+            let scale: Vec<f32> =
+                self.exact(&at("post_attention_layernorm.weight"), &[d.width]).iter().map(|w| 1.0 + w).collect();
+            let (mut x, inverse) = (scale_columns(&h, &scale), inverse_rms(&h, d.width));
+            if before {
+                scale_rows(&mut x, d.width, &inverse);
+            }
             let [gate, up] = ["gate", "up"].map(|part| {
                 let name = at(&format!("mlp.{part}_proj.weight"));
-                let mut y = self.linear(Stack::Trunk, normed.clone(), &name, d.mlp, d.width);
+                let mut y = self.linear(Stack::Trunk, x.clone(), &name, d.mlp, d.width);
+                if !before {
+                    scale_rows(&mut y, d.mlp, &inverse);
+                }
                 self.round(Stack::Trunk, Point::GateUp, &mut y);
                 y
             });

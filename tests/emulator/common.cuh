@@ -242,15 +242,6 @@ inline float warp_sum(float v) {
     return v;
 }
 
-inline float block_sum(float v, float* scratch) {
-    v = warp_sum(v);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int w = 0; w < blockDim.x / 32; w++) sum += scratch[w];
-    return sum;
-}
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float silu(float x) { return x / (1.0f + expf(-x)); }

@@ -238,25 +238,18 @@ static void encode(int heads, int head_dim, int rows, int batch) {
     off.tell("rounded, encoder's attention, heads of " + std::to_string(head_dim) + ", " + std::to_string(rows) + " rows");
 }
 
-// What geglu_wide.cu is given: weights and normed rows in its packed order, read as its matrix instructions read them.
-static void wide(int rows, int width, int mlp) {
+// Rows of 64 elements whose pieces of 8 are exchanged by row number, as geglu_wide.cu's matrix instructions read them.
+static size_t swizzled(size_t tile, int height, int r, int k) { return (tile * height + r) * 64 + (k / 8 ^ r % 8) * 8 + k % 8; }
+
+// The weights that geglu_wide.cu is given: 256 rows a tile.
+static void wide(int width, int mlp) {
     const Half gate = halves(static_cast<size_t>(mlp) * width, 0.05f), up = halves(gate.size(), 0.05f);
     Half packed(2 * gate.size(), kNan);
     for (int part = 0; part < 2; part++) {
         const loading::PackArgs a{(part ? up : gate).data(), packed.data(), mlp, width, width, 2 * mlp, 0, 2 + part, 0, 2, loading::kWide};
         launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(a); });
     }
-    const int octets = (rows + 7) / 8;
-    Floats x = floats(static_cast<size_t>(rows) * width);
-    const Floats scale = floats(width);
-    Half plain(x.size(), kNan), y(static_cast<size_t>(octets) * 8 * width, kNan);
-    for (int n : {0, octets}) {
-        const pointwise::NormArgs a{x.data(), n ? y.data() : plain.data(), scale.data(), nullptr, width, 1.0f / width, 1e-6f, n};
-        launch({rows, 1, 1}, 256, 0, [=] { pointwise::row_norm(a); });
-    }
-    // Rows of 64 elements whose pieces of 8 are exchanged by row number; 256 rows of weights a tile, 8 of tokens.
-    auto swizzled = [](size_t tile, int height, int r, int k) { return (tile * height + r) * 64 + (k / 8 ^ r % 8) * 8 + k % 8; };
-    Distance weights, normed;
+    Distance weights;
     for (int j = 0; j < mlp; j++)
         for (int k = 0; k < width; k++) {
             const int in = j % 128, row = in / 64 * 128 + in % 4 / 2 * 64 + in % 64 / 16 * 16 + in % 16 / 4 * 2 + in % 2;
@@ -264,18 +257,63 @@ static void wide(int rows, int width, int mlp) {
             weights.put(value(packed[swizzled(tile, 256, row, k % 64)]), value(gate[static_cast<size_t>(j) * width + k]));
             weights.put(value(packed[swizzled(tile, 256, row + 8, k % 64)]), value(up[static_cast<size_t>(j) * width + k]));
         }
-    for (int n = 0; n < rows; n++) {
-        double sum = 0;
-        for (int k = 0; k < width; k++) sum += x[n * width + k] * x[n * width + k];
-        for (int k = 0; k < width; k++) {
-            const double expected = x[n * width + k] / std::sqrt(sum / width + 1e-6) * scale[k];
-            normed.put(value(y[swizzled(static_cast<size_t>(k / 64) * octets + n / 8, 8, n % 8, k % 64)]), expected);
-            normed.put(value(plain[static_cast<size_t>(n) * width + k]), expected);
+    weights.tell("exact, packed gate and up weights of " + std::to_string(mlp) + " units, width " + std::to_string(width));
+}
+
+// The norm behind the sum of a row and its parts, in rows and packed: 8 rows a tile.
+template <int PARTS>
+static void norm(int rows, int width, int threads) {
+    const int octets = (rows + 7) / 8;
+    const size_t count = static_cast<size_t>(rows) * width;
+    const Floats before = floats(count), parts = floats(PARTS * count), scale = floats(width);
+    Half plain(count, kNan), packed(static_cast<size_t>(octets) * 8 * width, kNan);
+    const std::string size = std::to_string(PARTS) + " parts, " + std::to_string(rows) + " rows of width " + std::to_string(width);
+    for (bool wide : {false, true}) {
+        if (wide && width % 64) continue;
+        Floats x = before;
+        const pointwise::NormArgs a{x.data(), parts.data(), wide ? packed.data() : plain.data(), scale.data(), nullptr, width,
+                                    1.0f / width, 1e-6f, wide ? octets : 0};
+        launch({rows, 1, 1}, threads, 0, [=] { pointwise::norm<PARTS>(a); });
+        Distance residual, normed;
+        for (int n = 0; n < rows; n++) {
+            std::vector<double> sums(width);
+            double squares = 0;
+            for (int k = 0; k < width; k++) {
+                const size_t at = static_cast<size_t>(n) * width + k;
+                sums[k] = before[at];
+                for (int p = 0; p < PARTS; p++) sums[k] += parts[p * count + at];
+                squares += sums[k] * sums[k];
+                residual.put(x[at], sums[k]);
+            }
+            for (int k = 0; k < width; k++) {
+                const size_t tile = static_cast<size_t>(k / 64) * octets + n / 8;
+                const bf16 got = wide ? packed[swizzled(tile, 8, n % 8, k % 64)] : plain[static_cast<size_t>(n) * width + k];
+                normed.put(value(got), sums[k] / std::sqrt(squares / width + 1e-6) * scale[k]);
+            }
         }
+        normed.tell(std::string("rounded, ") + (wide ? "packed" : "plain") + " norm, " + size);
+        residual.tell(std::string("exact, ") + (PARTS ? "joined" : "untouched") + " rows, " + size);
     }
-    const std::string size = " of " + std::to_string(rows) + " rows, width " + std::to_string(width);
-    weights.tell("exact, packed gate and up weights" + size);
-    normed.tell("rounded, packed norm" + size);
+}
+
+// LayerNorm of rows that are far from zero and differ little, warps among each other too.
+static void layer_norm(int rows, int width, int threads) {
+    Floats x = floats(static_cast<size_t>(rows) * width);
+    for (size_t i = 0; i < x.size(); i++) x[i] = 100 + 0.02f * x[i] + (i % width < 128 ? 0.05f : 0.0f);
+    const Floats scale = floats(width), shift = floats(width);
+    Half y(x.size(), kNan);
+    const pointwise::NormArgs a{x.data(), nullptr, y.data(), scale.data(), shift.data(), width, 1.0f / width, 1e-6f, 0};
+    launch({rows, 1, 1}, threads, 0, [=] { pointwise::norm<0>(a); });
+    Distance off;
+    for (int n = 0; n < rows; n++) {
+        const float* row = &x[static_cast<size_t>(n) * width];
+        double mean = 0, squares = 0;
+        for (int k = 0; k < width; k++) mean += static_cast<double>(row[k]) / width;
+        for (int k = 0; k < width; k++) squares += (row[k] - mean) * (row[k] - mean);
+        for (int k = 0; k < width; k++)
+            off.put(value(y[static_cast<size_t>(n) * width + k]), (row[k] - mean) / std::sqrt(squares / width + 1e-6) * scale[k] + shift[k]);
+    }
+    off.tell("rounded, layer norm, " + std::to_string(rows) + " rows of width " + std::to_string(width));
 }
 
 // What tower.cu is given, read as its matrix instructions read it: tiles of 64 outputs, of which two neighbours are rows 8
@@ -299,8 +337,19 @@ static void tower(int outputs, int width) {
 int main() {
     tower(64, 64);
     tower(208, 200);
-    wide(2, 64, 128);
-    wide(21, 256, 384);
+    wide(64, 128);
+    wide(256, 384);
+    norm<0>(21, 256, 64);
+    norm<0>(2, 40, 32);
+    norm<0>(3, 2048, 128);
+    norm<1>(2, 64, 32);
+    norm<2>(21, 256, 32);
+    norm<2>(3, 2048, 128);
+    norm<3>(9, 128, 32);
+    norm<4>(2, 1088, 96);
+    layer_norm(3, 1152, 96);
+    layer_norm(2, 200, 64);
+    layer_norm(2, 4096, 256);
     encode<32, 64>(2, 8, 17, 2);
     encode<80, 64>(1, 72, 150, 1);
     encode<128, 64>(1, 96, 65, 1);

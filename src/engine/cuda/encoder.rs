@@ -119,6 +119,8 @@ struct Workspace {
     /// The same of the trunk's attention, for geglu_wide.cu.
     moments: Buffer<f32>,
     x: Buffer<f32>,
+    /// What a layer adds to x, in parts.
+    parts: Buffer<f32>,
     normed: Buffer<u16>,
     qkv: Buffer<u16>,
     attended: Buffer<u16>,
@@ -150,6 +152,7 @@ impl Workspace {
             vision_mlp: half(tokens * if packed { plan::tower_pad(v.mlp) } else { v.mlp })?,
             vision_moments: [moments()?, moments()?],
             x: Buffer::zeroed(device, rows * t.width)?,
+            parts: Buffer::zeroed(device, plan::part_rows(rows, t.mlp, t.width) * t.width)?,
             normed: half(rows.next_multiple_of(8) * t.width)?,
             qkv: half(rows * (t.heads + 2) * t.head_dim)?,
             attended: half(rows.next_multiple_of(8) * t.heads * t.head_dim)?,
@@ -190,8 +193,10 @@ pub struct CudaEncoder {
     lt: Lt,
     images: Images,
     workspace: Option<Workspace>,
+    /// By views.
     vision_graphs: HashMap<usize, Graph>,
-    trunk_graphs: HashMap<(usize, usize), Graph>,
+    /// By rows.
+    trunk_graphs: HashMap<usize, Graph>,
     params: (Pinned<u64>, Buffer<u64>),
     prompt: Vec<u32>,
     prompt_rows: (Pinned<f32>, Buffer<f32>),
@@ -257,7 +262,7 @@ impl CudaEncoder {
         ] {
             b.fill(0xff)?;
         }
-        for b in [&w.vision, &w.x, &w.vision_moments[0], &w.vision_moments[1], &w.moments] {
+        for b in [&w.vision, &w.x, &w.parts, &w.vision_moments[0], &w.vision_moments[1], &w.moments] {
             b.fill(0xff)?;
         }
         Ok(())
@@ -315,7 +320,6 @@ impl CudaEncoder {
         let needed = tokens * self.model.dims.trunk.width;
         if self.prompt_rows.1.len() < needed {
             self.stream.synchronize()?;
-            self.trunk_graphs.clear();
             self.prompt.clear();
             let device = &self.model.device;
             self.prompt_rows = (Pinned::zeroed(device, needed)?, Buffer::zeroed(device, needed)?);
@@ -325,7 +329,7 @@ impl CudaEncoder {
 
     /// Embeds the prompt and queues its upload, if it is not the one already there. The GPU has the images to work on
     /// meanwhile.
-    fn embed(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
+    fn embed(&mut self, tokens: &[u32], rows: usize) -> Result<(), EngineError> {
         if self.prompt == tokens {
             return Ok(());
         }
@@ -336,11 +340,18 @@ impl CudaEncoder {
         }
         self.stream.upload(&self.prompt_rows.0, tokens.len() * width, &self.prompt_rows.1, 0)?;
         self.prompt.extend_from_slice(tokens);
-        Ok(())
+        self.place_prompt(rows)
+    }
+
+    /// Queues the copy of the prompt to the last of `rows` rows of x, behind those that the tower writes.
+    fn place_prompt(&self, rows: usize) -> Result<(), EngineError> {
+        let (Some(w), width) = (&self.workspace, self.model.dims.trunk.width) else { return Ok(()) };
+        let tokens = self.prompt.len();
+        self.stream.copy(&self.prompt_rows.1, tokens * width, &w.x, (rows - tokens) * width)
     }
 
     /// Makes graphs for a shape that has none.
-    fn capture(&mut self, views: usize, tokens: usize) -> Result<(), EngineError> {
+    fn capture(&mut self, views: usize, rows: usize) -> Result<(), EngineError> {
         if self.vision_graphs.len() + self.trunk_graphs.len() > KEPT_GRAPHS {
             self.vision_graphs.clear();
             self.trunk_graphs.clear();
@@ -359,21 +370,16 @@ impl CudaEncoder {
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
         }
-        if !self.trunk_graphs.contains_key(&(views, tokens))
+        if !self.trunk_graphs.contains_key(&rows)
             && let Some(w) = &self.workspace
         {
             let params = self.params.1.pointer();
             let (stream, lt) = (&self.stream, &mut self.lt);
             let mut queue =
                 Queue { model: &model, weights: &weights, path, sms, stream, kernels, lt, w, params, taps: None };
-            let rows = views * model.dims.vision.tokens() + tokens;
             queue.prepare_trunk(rows)?;
-            let prompt = &self.prompt_rows.1;
-            let graph = self.stream.capture(|| {
-                queue.prompt(prompt, rows, tokens)?;
-                queue.trunk(rows)
-            })?;
-            self.trunk_graphs.insert((views, tokens), graph);
+            let graph = self.stream.capture(|| queue.trunk(rows))?;
+            self.trunk_graphs.insert(rows, graph);
         }
         Ok(())
     }
@@ -395,11 +401,14 @@ impl CudaEncoder {
         let (views, tokens) = (input.views.len(), input.tokens.len());
         self.reserve(views, rows)?;
         self.reserve_prompt(tokens)?;
-        self.capture(views, tokens)?;
+        self.capture(views, rows)?;
         let words = [cache.keys(), cache.values(), cache.layer_stride() as u64];
         self.params.0.as_mut_slice().copy_from_slice(&words);
         self.stream.record(&self.events[0])?;
         self.stream.upload(&self.params.0, 3, &self.params.1, 0)?;
+        if self.prompt == input.tokens {
+            self.place_prompt(rows)?;
+        }
         if let Some(w) = &self.workspace {
             let tokens = self.model.dims.vision.tokens();
             self.images.queue(&self.stream, self.lane.kernels(), input.views, &w.patches, tokens)?;
@@ -417,7 +426,7 @@ impl CudaEncoder {
         let mut taps = EncodeTaps::default();
         let rows = self.settled(|e| {
             let rows = e.begin(input, cache)?;
-            e.embed(input.tokens)?;
+            e.embed(input.tokens, rows)?;
             let Some(w) = &e.workspace else { return Ok(rows) };
             let mut queue = Queue {
                 model: &e.model,
@@ -433,7 +442,6 @@ impl CudaEncoder {
             };
             queue.vision(input.views.len())?;
             queue.taps = Some(&mut taps.trunk);
-            queue.prompt(&e.prompt_rows.1, rows, input.tokens.len())?;
             queue.trunk(rows)?;
             Ok(rows)
         })?;
@@ -448,8 +456,8 @@ impl CudaEncoder {
         self.stream.record(&self.events[2])
     }
 
-    fn launch_trunk(&self, views: usize, tokens: usize) -> Result<(), EngineError> {
-        if let Some(graph) = self.trunk_graphs.get(&(views, tokens)) {
+    fn launch_trunk(&self, rows: usize) -> Result<(), EngineError> {
+        if let Some(graph) = self.trunk_graphs.get(&rows) {
             self.stream.launch_graph(graph)?;
         }
         self.stream.record(&self.events[3])
@@ -463,8 +471,8 @@ impl Encoder for CudaEncoder {
         cache.rows = self.settled(|e| {
             let rows = e.begin(input, cache)?;
             e.launch_vision(input.views.len())?;
-            e.embed(input.tokens)?;
-            e.launch_trunk(input.views.len(), input.tokens.len())?;
+            e.embed(input.tokens, rows)?;
+            e.launch_trunk(rows)?;
             Ok(rows)
         })?;
         Ok(())
@@ -478,18 +486,14 @@ impl Encoder for CudaEncoder {
         let rows = self.settled(|e| {
             let rows = e.begin(input, cache)?;
             e.launch_vision(input.views.len())?;
-            e.embed(input.tokens)?;
+            e.embed(input.tokens, rows)?;
             Ok(rows)
         })?;
-        let width = self.model.dims.trunk.width;
-        let images = (rows - input.tokens.len()) * width;
-        let mut embeddings = vec![0.0; rows * width];
-        let (from_images, from_prompt) = embeddings.split_at_mut(images);
+        let mut embeddings = vec![0.0; rows * self.model.dims.trunk.width];
         if let Some(w) = &self.workspace {
-            w.x.read(0, from_images)?;
+            w.x.read(0, &mut embeddings)?;
         }
-        self.prompt_rows.1.read(0, from_prompt)?;
-        self.settled(|e| e.launch_trunk(input.views.len(), input.tokens.len()))?;
+        self.settled(|e| e.launch_trunk(rows))?;
         cache.rows = rows;
         Ok(embeddings)
     }
@@ -552,16 +556,27 @@ impl Queue<'_> {
     fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
         let t = &self.model.dims.trunk;
         let attention = t.heads * t.head_dim;
+        let (_, down) = self.down(rows);
         let keys = [
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
-            (t.width, t.mlp, Epilogue::Add),
+            (t.width, t.mlp, down),
             (t.width, attention, Epilogue::Add),
             (2 * t.mlp, t.width, Epilogue::Store),
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
         let own = if self.weights.wide_trunk { 2 } else { 0 };
         self.lt.prepare(self.stream, &keys[..keys.len() - own])
+    }
+
+    /// How the down product of a trunk layer and the norm behind it share the work: index into [`plan::NORM_PARTS`].
+    fn down(&self, rows: usize) -> (usize, Epilogue) {
+        let t = &self.model.dims.trunk;
+        let variant = plan::norm_parts(rows, t.mlp, t.width);
+        match plan::NORM_PARTS[variant] {
+            0 => (variant, Epilogue::Add),
+            parts => (variant, Epilogue::Parts(parts)),
+        }
     }
 
     fn layer_norm(
@@ -574,6 +589,7 @@ impl Queue<'_> {
     ) -> Result<(), EngineError> {
         let args = NormArgs {
             x: x.pointer(),
+            parts: 0,
             y: y.pointer(),
             scale: norm.scale.pointer(),
             shift: norm.shift.pointer(),
@@ -582,14 +598,15 @@ impl Queue<'_> {
             eps: EPSILON,
             octets: 0,
         };
-        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm[0].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }
 
-    /// The trunk's norm.
-    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize) -> Result<(), EngineError> {
+    /// The trunk's norm, behind the sum of x and the parts of `variant` of [`plan::NORM_PARTS`].
+    fn rms_norm(&self, scale: &Buffer<f32>, rows: usize, variant: usize) -> Result<(), EngineError> {
         let width = self.model.dims.trunk.width;
         let args = NormArgs {
             x: self.w.x.pointer(),
+            parts: self.w.parts.pointer(),
             y: self.w.normed.pointer(),
             scale: scale.pointer(),
             shift: 0,
@@ -598,7 +615,7 @@ impl Queue<'_> {
             eps: EPSILON,
             octets: 0,
         };
-        self.kernels.norm.launch(self.stream, Shape::blocks(rows, 256), &args)
+        self.kernels.norm[variant].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }
 
     /// What follows the trunk's attention up to the MLP's hidden layer: x += out·attended, mlp = gelu(gate) ⊙ up of x
@@ -608,7 +625,7 @@ impl Queue<'_> {
         let (x, attention) = (w.x.pointer(), t.heads * t.head_dim);
         let o = Operands { w: rest.out.pointer(), x: w.attended.pointer(), bias: 0, c: x, d: x };
         self.product(rows, t.width, attention, Epilogue::Add, o)?;
-        self.rms_norm(&rest.norm2, rows)?;
+        self.rms_norm(&rest.norm2, rows, 0)?;
         let gate_up = w.gate_up.pointer();
         let o = Operands { w: rest.gate_up.pointer(), x: w.normed.pointer(), bias: 0, c: gate_up, d: gate_up };
         self.product(rows, 2 * t.mlp, t.width, Epilogue::Store, o)?;
@@ -856,12 +873,6 @@ impl Queue<'_> {
         self.product(rows, dims.trunk.width, v.width, Epilogue::WideBias, o)
     }
 
-    /// The prompt's rows behind those of the images.
-    fn prompt(&self, prompt: &Buffer<f32>, rows: usize, tokens: usize) -> Result<(), EngineError> {
-        let width = self.model.dims.trunk.width;
-        self.stream.copy(prompt, tokens * width, &self.w.x, (rows - tokens) * width)
-    }
-
     /// x to keys and values of every layer.
     fn trunk(&mut self, rows: usize) -> Result<(), EngineError> {
         let t = self.model.dims.trunk;
@@ -869,8 +880,12 @@ impl Queue<'_> {
         let weights = self.weights;
         let (x, normed, qkv) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer());
         let attention = t.heads * t.head_dim;
+        let (variant, down) = self.down(rows);
+        let sums = if down == Epilogue::Add { x } else { w.parts.pointer() };
         for (l, layer) in weights.trunk.iter().enumerate() {
-            self.rms_norm(&layer.norm1, rows)?;
+            if l == 0 {
+                self.rms_norm(&layer.norm1, rows, 0)?;
+            }
             let heads = if layer.rest.is_some() { t.heads } else { 0 };
             let o = Operands { w: layer.qkv.pointer(), x: normed, bias: 0, c: qkv, d: qkv };
             self.product(rows, (heads + 2) * t.head_dim, t.width, Epilogue::Store, o)?;
@@ -886,7 +901,7 @@ impl Queue<'_> {
             };
             let items = rows * (heads + 2) * (t.head_dim / 8);
             self.kernels.rope.launch(self.stream, Shape::items(items, 256), &rope)?;
-            let Some(rest) = &layer.rest else { break };
+            let (Some(rest), Some(next)) = (&layer.rest, weights.trunk.get(l + 1)) else { break };
             let args = AttentionArgs {
                 q: qkv,
                 out: w.attended.pointer(),
@@ -908,8 +923,9 @@ impl Queue<'_> {
             } else {
                 self.gated(rest, rows)?;
             }
-            let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: x, d: x };
-            self.product(rows, t.width, t.mlp, Epilogue::Add, o)?;
+            let o = Operands { w: rest.down.pointer(), x: w.mlp.pointer(), bias: 0, c: sums, d: sums };
+            self.product(rows, t.width, t.mlp, down, o)?;
+            self.rms_norm(&next.norm1, rows, variant)?;
             self.tap(&w.x, rows * t.width)?;
         }
         Ok(())

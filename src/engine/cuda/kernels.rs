@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 
 use super::device::check;
-use super::plan::{self, CLUSTERS, DECODE_HEAD_DIMS, HEAD_DIMS, HOPPER_SHARED, TOKEN_TILES};
+use super::plan::{self, CLUSTERS, DECODE_HEAD_DIMS, HEAD_DIMS, HOPPER_SHARED, NORM_PARTS, TOKEN_TILES};
 use super::portable::Portable;
 use super::stream::Stream;
 use super::weights::MAX_VIEWS;
@@ -190,6 +190,7 @@ pub(super) struct AttentionArgs {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct NormArgs {
     pub x: u64,
+    pub parts: u64,
     pub y: u64,
     pub scale: u64,
     pub shift: u64,
@@ -657,7 +658,8 @@ pub(super) struct Kernels {
     /// By padded head dimension, see [`HEAD_DIMS`].
     pub attention: [Kernel<AttentionArgs>; 4],
     pub flow: Kernel<FlowArgs>,
-    pub norm: Kernel<NormArgs>,
+    /// By the parts that it joins, see [`NORM_PARTS`].
+    pub norm: [Kernel<NormArgs>; 4],
     pub rope: Kernel<RopeArgs>,
     pub geglu: Kernel<GegluArgs>,
     pub images: Kernel<ImagesArgs>,
@@ -679,7 +681,7 @@ impl Kernels {
             portable: OnceLock::new(),
             attention: by(HEAD_DIMS, |d| attention.kernel(&format!("attention_{d}"), plan::attention_shared(d)))?,
             flow: flow.kernel("flow_step", 0)?,
-            norm: pointwise.kernel("row_norm", 0)?,
+            norm: by(NORM_PARTS, |parts| pointwise.kernel(&format!("row_norm_{parts}"), 0))?,
             rope: pointwise.kernel("rope_cache", 0)?,
             geglu: pointwise.kernel("geglu", 0)?,
             images: image.kernel("image_patches", 0)?,

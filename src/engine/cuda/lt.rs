@@ -53,11 +53,13 @@ pub(super) enum Epilogue {
     AddBias,
     /// float32 after a float32 bias.
     WideBias,
+    /// float32, of as many equal slices of K each by itself: `[slices, rows, outputs]`.
+    Parts(usize),
 }
 
 impl Epilogue {
     fn wide(self) -> bool {
-        matches!(self, Epilogue::Add | Epilogue::AddBias | Epilogue::WideBias)
+        matches!(self, Epilogue::Add | Epilogue::AddBias | Epilogue::WideBias | Epilogue::Parts(_))
     }
 
     fn adds(self) -> bool {
@@ -65,7 +67,12 @@ impl Epilogue {
     }
 
     fn biased(self) -> bool {
-        !matches!(self, Epilogue::Store | Epilogue::Add)
+        !matches!(self, Epilogue::Store | Epilogue::Add | Epilogue::Parts(_))
+    }
+
+    /// Slices of K whose sums stay apart.
+    fn parts(self) -> usize {
+        if let Epilogue::Parts(parts) = self { parts } else { 1 }
     }
 }
 
@@ -128,6 +135,24 @@ impl Layout {
             .map(Self)
             .map_err(|e| fail("describing a matrix", e))
     }
+
+    /// `count` matrices of that layout, each `stride` elements behind the one before.
+    fn batch(self, count: usize, stride: usize) -> Result<Self, EngineError> {
+        use sys::cublasLtMatrixLayoutAttribute_t as A;
+        if count == 1 {
+            return Ok(self);
+        }
+        self.set(A::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &(count as i32))?;
+        self.set(A::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &(stride as i64))?;
+        Ok(self)
+    }
+
+    fn set<T>(&self, attribute: sys::cublasLtMatrixLayoutAttribute_t, value: &T) -> Result<(), EngineError> {
+        let value: *const T = value;
+        // SAFETY: a live layout; the value is copied before the call returns.
+        let done = unsafe { result::set_matrix_layout_attribute(self.0, attribute, value.cast(), size_of::<T>()) };
+        check(done, "describing a matrix")
+    }
 }
 
 impl Drop for Layout {
@@ -176,7 +201,7 @@ impl Plan {
         descriptor.set(D::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
         use sys::cublasLtEpilogue_t as E;
         let epilogue = match key.epilogue {
-            Epilogue::Store | Epilogue::Add => E::CUBLASLT_EPILOGUE_DEFAULT,
+            Epilogue::Store | Epilogue::Add | Epilogue::Parts(_) => E::CUBLASLT_EPILOGUE_DEFAULT,
             Epilogue::Bias | Epilogue::AddBias | Epilogue::WideBias => E::CUBLASLT_EPILOGUE_BIAS,
             Epilogue::BiasGelu => E::CUBLASLT_EPILOGUE_GELU_BIAS,
         };
@@ -186,12 +211,14 @@ impl Plan {
             descriptor.set(D::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &any_address)?;
             descriptor.set(D::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &out)?;
         }
+        let parts = key.epilogue.parts();
+        let slice = key.k / parts;
         Ok(Self {
             key,
             descriptor,
-            w: Layout::new(half, key.k, key.outputs, key.k)?,
-            x: Layout::new(half, key.k, key.rows, key.k)?,
-            d: Layout::new(out, key.outputs, key.rows, key.outputs)?,
+            w: Layout::new(half, slice, key.outputs, key.k)?.batch(parts, slice)?,
+            x: Layout::new(half, slice, key.rows, key.k)?.batch(parts, slice)?,
+            d: Layout::new(out, key.outputs, key.rows, key.outputs)?.batch(parts, key.rows * key.outputs)?,
         })
     }
 }
@@ -257,21 +284,25 @@ impl Lt {
     /// What the library proposes, its favourite first.
     fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
         let preference = result::create_matmul_pref().map_err(|e| fail("choosing an algorithm", e))?;
-        let bytes = WORKSPACE;
-        let limit: *const usize = &bytes;
+        let limit: *const usize = &WORKSPACE;
+        // Slices whose sums stay apart are not sliced again: that would take a kernel more to add them.
+        use sys::cublasLtReductionScheme_t as R;
+        let reductions = match plan.key.epilogue {
+            Epilogue::Parts(_) => R::CUBLASLT_REDUCTION_SCHEME_NONE,
+            _ => R::CUBLASLT_REDUCTION_SCHEME_MASK,
+        };
+        let reductions: *const R = &reductions;
         // SAFETY: all-zero is a valid value of this plain struct.
         let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; CANDIDATES];
         let mut count = 0;
         let (d, w, x, y) = (plan.descriptor.0, plan.w.0, plan.x.0, plan.d.0);
+        use sys::cublasLtMatmulPreferenceAttributes_t as P;
         // SAFETY: live descriptors and room for as many results as are asked for; the preference is destroyed once.
         let status = unsafe {
-            let set = result::set_matmul_pref_attribute(
-                preference,
-                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                limit.cast(),
-                size_of::<usize>(),
-            );
-            let asked = set.and_then(|()| {
+            let set = |attribute, value, bytes| result::set_matmul_pref_attribute(preference, attribute, value, bytes);
+            let limited = set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, limit.cast(), size_of::<usize>())
+                .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions.cast(), size_of::<R>()));
+            let asked = limited.and_then(|()| {
                 let to = found.as_mut_ptr();
                 let wanted = CANDIDATES as i32;
                 sys::cublasLtMatmulAlgoGetHeuristic(self.handle, d, w, x, y, y, preference, wanted, to, &mut count)
@@ -401,7 +432,7 @@ impl Bench {
         let bench = Self {
             weights: Buffer::zeroed(device, COLD_BYTES.max(most(|k| k.outputs * k.k * 2)))?,
             rows: Buffer::zeroed(device, most(|k| k.rows * k.k))?,
-            out: Buffer::zeroed(device, most(|k| k.rows * k.outputs))?,
+            out: Buffer::zeroed(device, most(|k| k.epilogue.parts() * k.rows * k.outputs))?,
             events: [Event::new(lane)?, Event::new(lane)?],
         };
         // Zeros would draw less power than real rows.

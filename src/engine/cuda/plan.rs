@@ -364,6 +364,36 @@ pub(super) fn tower(kind: TowerKind, tiles: usize, k_blocks: usize, tokens: usiz
     }
 }
 
+/// Parts that the norm of pointwise.cu is compiled to add to the residual first; 0: the product in front did that itself.
+pub(super) const NORM_PARTS: [usize; 4] = [0, 1, 2, 4];
+/// Rows up to which a long product is cut along K, so that its tiles fill the SMs.
+const SPLIT_ROWS: usize = 640;
+/// A product is long where K is so many times its outputs.
+const SPLIT_K: usize = 4;
+
+/// In how many parts along K the product in front of a norm is worked out, each with sums of its own: index into
+/// [`NORM_PARTS`].
+pub(super) fn norm_parts(rows: usize, k: usize, outputs: usize) -> usize {
+    let parts = if rows <= SPLIT_ROWS && k >= SPLIT_K * outputs { 2 } else { 0 };
+    NORM_PARTS.iter().position(|n| *n == parts && k.is_multiple_of(n * STEP_K)).unwrap_or(0)
+}
+
+/// Rows of all parts of such a product, at most, where it has up to `rows` rows.
+pub(super) fn part_rows(rows: usize, k: usize, outputs: usize) -> usize {
+    (0..=rows).map(|n| n * NORM_PARTS[norm_parts(n, k, outputs)]).max().unwrap_or(0)
+}
+
+/// Warps of a block of pointwise.cu's norm, and pieces of four columns that a thread takes, at most.
+const NORM_WARPS: usize = 8;
+const NORM_PIECES: usize = 4;
+
+/// Threads of a block of it: as few as leave the fewest idle.
+pub(super) fn norm_threads(width: usize) -> u32 {
+    let pieces = width.div_ceil(4);
+    let threads = (1..=NORM_WARPS).map(|w| 32 * w).filter(|t| pieces <= NORM_PIECES * t);
+    threads.min_by_key(|t| pieces.next_multiple_of(*t)).unwrap_or(32 * NORM_WARPS) as u32
+}
+
 /// Index and padded size of the smallest compiled head dimension that holds `head_dim`.
 pub(super) fn head_dim(compiled: &[usize], head_dim: usize) -> Option<(usize, usize)> {
     compiled.iter().position(|d| *d >= head_dim).map(|i| (i, compiled[i]))
@@ -742,6 +772,29 @@ mod tests {
             // Barriers lie beside it.
             assert!(tower_shared(variant) + 16 * TOWER_STAGES <= 227 * 1024, "{variant:?}");
             assert!(2 * tower_shared(variant) > 227 * 1024, "an SM would hold two blocks: {variant:?}");
+        }
+    }
+
+    #[test]
+    fn the_down_product_is_cut_by_its_shape_alone() {
+        let parts = |rows, k, outputs| NORM_PARTS[norm_parts(rows, k, outputs)];
+        // One to three views with a prompt of 20 tokens, and the longest prompt of two.
+        assert_eq!([276, 532, 560, 640, 641, 788].map(|rows| parts(rows, 16384, 2048)), [2, 2, 2, 2, 0, 0]);
+        assert_eq!(parts(532, 2048, 2048), 0, "too short");
+        assert_eq!(parts(532, 16384 + 128, 2048), 0, "not in two halves of whole steps");
+        assert_eq!([276, 640, 788].map(|rows| part_rows(rows, 16384, 2048)), [552, 1280, 1280]);
+        assert_eq!(part_rows(532, 2048, 2048), 0);
+    }
+
+    #[test]
+    fn a_norm_takes_its_whole_row() {
+        assert_eq!([16, 1152, 2048, 4096].map(norm_threads), [32, 96, 128, 256]);
+        for width in (8..=4096).step_by(8) {
+            let threads = norm_threads(width);
+            assert!(
+                threads.is_multiple_of(32) && threads <= 256 && 4 * NORM_PIECES * threads as usize >= width,
+                "{width}"
+            );
         }
     }
 

@@ -219,7 +219,8 @@ pub(super) fn device_bytes(dims: &Dims) -> usize {
     let weights = 2 * elements(dims) + MAX_VIEWS * v.tokens() * v.width * 4;
     let rows = 2 * v.tokens() + dims.max_tokens;
     let tower = 2 * v.tokens() * (12 * v.width + 2 * v.mlp + 2 * plan::patch_stride(dims));
-    let trunk = rows * (6 * t.width + (4 * t.heads + 4) * t.head_dim + 6 * t.mlp);
+    let trunk = rows * (6 * t.width + (4 * t.heads + 4) * t.head_dim + 6 * t.mlp)
+        + plan::part_rows(rows, t.mlp, t.width) * t.width * 4;
     let widest = (2 * t.mlp * t.width).max(v.mlp * v.width) * 2;
     let cache = 2 * 2 * t.layers * rows * t.head_dim;
     let measuring = super::lt::COLD_BYTES.max(widest) + rows * (2 * t.mlp.max(v.mlp) + 8 * t.mlp);
