@@ -45,20 +45,23 @@ fn without_rounding_it_is_the_published_model() {
 #[test]
 fn rounding_alone_explains_the_distance_of_bf16() {
     // No single place could be kept wider to mend it: the weights alone, in float32 arithmetic, cost most of it.
-    let parts: [(&str, Rounds); 5] = [
+    let parts: [(&str, Rounds); 6] = [
         ("all", |_, _| true),
         ("weights", |_, p| p == Point::Weight),
         ("all but weights", |_, p| p != Point::Weight),
         ("encoder", |s, _| s != Stack::Expert),
         ("expert", |s, _| s == Stack::Expert),
+        ("all, norms of the tower folded", |_, p| p != Point::Normed),
     ];
     for name in CASES {
         let case = Golden::read(name);
-        let velocities = parts.map(|(part, rounds)| {
+        let taps = parts.map(|(part, rounds)| {
             let [e, v, a] = distances(&case, &open(&case, rounds));
             println!("{name}, {part} in bf16: embeddings {e:.1e}, velocities {v:.1e}, actions {a:.1e}");
-            v
+            [e, v]
         });
+        let (embeddings, velocities) = (taps.map(|t| t[0]), taps.map(|t| t[1]));
+        assert!(embeddings[5] < 1.25 * embeddings[0], "{name}: folding norms costs more than it did: {embeddings:?}");
         assert!(velocities[1] > 0.6 * velocities[0], "{name}: rounding weights no longer dominates: {velocities:?}");
     }
 }
