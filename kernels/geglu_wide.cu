@@ -136,12 +136,21 @@ struct Wide {
         grid_wait();
     }
 
-    // Three warps stay up to two units ahead of each group. Barriers 2 and 3: norms are there; 4 and 5: they have been read.
+    // Barriers of the two halves of `norms` and each group: they are there; they have been read. One for each, for nobody
+    // may come to a barrier twice before all have.
+    static __device__ __forceinline__ int there(int half, int group) { return 2 + half * 2 + group; }
+    static __device__ __forceinline__ int taken(int half, int group) { return 6 + half * 2 + group; }
+
+    // Three warps stay up to two units ahead of each group.
     __device__ __forceinline__ void measure() const {
+        constexpr int kBoth = kGroup + kMeasuring;
         grid_wait();
         int n = 0;
         for (int unit = first; unit < units; unit += step, n++) {
-            if (n > 1) meet(4, kGroup + kMeasuring), meet(5, kGroup + kMeasuring);
+            if (n > 1) {
+                meet(taken(n % 2, 0), kBoth);
+                meet(taken(n % 2, 1), kBoth);
+            }
             for (int i = threadIdx.x % kGroup - 32; i < kN; i += kMeasuring) {
                 const float2* m = a.moments + min(token(unit) + i, a.tokens - 1);
                 float squares = 0.0f;
@@ -149,7 +158,9 @@ struct Wide {
                 for (int j = 0; j < a.width_tiles; j++) squares += m[static_cast<size_t>(j) * a.tokens].y;
                 norms[n % 2][i] = rsqrtf(squares * a.inv_width + a.eps);
             }
-            pass(2, kGroup + kMeasuring), pass(3, kGroup + kMeasuring);
+            __syncwarp();
+            pass(there(n % 2, 0), kBoth);
+            pass(there(n % 2, 1), kBoth);
         }
     }
 
@@ -213,9 +224,9 @@ struct Wide {
             // No sum is looked at before this.
 #pragma unroll
             for (int i = 0; i < kN / 2; i++) asm volatile("" : "+f"(d[0][i]), "+f"(d[1][i])::"memory");
-            meet(2 + group, kGroup + kMeasuring);
+            meet(there(n % 2, group), kGroup + kMeasuring);
             finish(d, norms[n % 2], unit, group);
-            if (unit + 2 * step < units) pass(4 + group, kGroup + kMeasuring);
+            if (unit + 2 * step < units) pass(taken(n % 2, group), kGroup + kMeasuring);
         }
     }
 };

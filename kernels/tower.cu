@@ -169,6 +169,7 @@ struct Tower {
                 const float mean = sum * a.inv_width;
                 small[n] = make_float2(mean, rsqrtf(fmaxf(squares * a.inv_width - mean * mean, 0.0f) + a.eps));
             }
+            __syncwarp();
             pass(1, kThreads + 32);
         }
     }
