@@ -106,7 +106,6 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
 #define NORM(PARTS)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(kThreads) row_norm_##PARTS(const __grid_constant__ NormArgs a) { norm<PARTS>(a); }
 NORM(0)
-NORM(1)
 NORM(2)
 NORM(4)
 

@@ -659,7 +659,7 @@ pub(super) struct Kernels {
     pub attention: [Kernel<AttentionArgs>; 4],
     pub flow: Kernel<FlowArgs>,
     /// By the parts that it joins, see [`NORM_PARTS`].
-    pub norm: [Kernel<NormArgs>; 4],
+    pub norm: Vec<Kernel<NormArgs>>,
     pub rope: Kernel<RopeArgs>,
     pub geglu: Kernel<GegluArgs>,
     pub images: Kernel<ImagesArgs>,
@@ -681,7 +681,10 @@ impl Kernels {
             portable: OnceLock::new(),
             attention: by(HEAD_DIMS, |d| attention.kernel(&format!("attention_{d}"), plan::attention_shared(d)))?,
             flow: flow.kernel("flow_step", 0)?,
-            norm: by(NORM_PARTS, |parts| pointwise.kernel(&format!("row_norm_{parts}"), 0))?,
+            norm: NORM_PARTS
+                .iter()
+                .map(|parts| pointwise.kernel(&format!("row_norm_{parts}"), 0))
+                .collect::<Result<_, _>>()?,
             rope: pointwise.kernel("rope_cache", 0)?,
             geglu: pointwise.kernel("geglu", 0)?,
             images: image.kernel("image_patches", 0)?,
