@@ -6,12 +6,11 @@ constexpr int kThreads = 256;
 struct NormArgs {
     float* x;            // [rows, width]: the residual, to which the parts are added
     const float* parts;  // [PARTS, rows, width]
-    bf16* y;             // [rows, width], or packed for geglu_wide.cu
+    bf16* y;             // [rows, width]
     const float* scale;  // [width]: the weight, or 1 + weight for RMSNorm
     const float* shift;  // [width], or null: RMSNorm, no mean
     int32_t width;       // a multiple of 4, at most 16 of each thread
     float inv_width, eps;
-    int32_t octets;      // of the packed form: groups of 8 rows from 64 columns to the next; 0: not packed
 };
 
 __device__ __forceinline__ void add(float4& to, float4 v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
@@ -96,10 +95,7 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
         const float4 s = scale[i], b = shift[i];
         const uint2 o = pack_bf16x4(make_float4((v[i].x - mean) * inv * s.x + b.x, (v[i].y - mean) * inv * s.y + b.y,
                                                 (v[i].z - mean) * inv * s.z + b.z, (v[i].w - mean) * inv * s.w + b.w));
-        if (a.octets == 0)
-            y[static_cast<size_t>(row) * quads + c] = o;
-        else
-            y[(c / 16 * a.octets + row / 8) * 128 + row % 8 * 16 + (c / 2 ^ row) % 8 * 2 + c % 2] = o;
+        y[static_cast<size_t>(row) * quads + c] = o;
     }
 }
 
@@ -107,7 +103,6 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
     extern "C" __global__ void __launch_bounds__(kThreads) row_norm_##PARTS(const __grid_constant__ NormArgs a) { norm<PARTS>(a); }
 NORM(0)
 NORM(2)
-NORM(4)
 
 struct RopeArgs {
     bf16* qkv;  // [rows, (heads + 2)·head_dim]: rotated queries stay here, keys and values go to the cache

@@ -1,4 +1,4 @@
-//! The kernels of chips that are not Hopper, run on the CPU from their own source, lane by lane: `tests/emulator` stands
+//! The kernels of chips that are not Hopper, and those of Hopper that use nothing of its own, run on the CPU from their own source, lane by lane: `tests/emulator` stands
 //! in for the GPU. Needs a C++ compiler and no GPU.
 
 use std::path::Path;
@@ -20,7 +20,8 @@ const HOST: [(&str, &str); 4] = [
 /// Compiles the kernels with those changes and runs them: the distance of every case by name.
 fn run(changes: &[(&str, &str)]) -> Vec<(String, f64)> {
     let (root, dir) = (Path::new(env!("CARGO_MANIFEST_DIR")), tempfile::tempdir().unwrap());
-    for name in ["attention.cuh", "skinny.cuh", "attention.cu", "portable.cu", "load.cu", "pointwise.cu"] {
+    let kernels = ["attention.cu", "portable.cu", "load.cu", "pointwise.cu", "tower.cu"];
+    for name in ["attention.cuh", "skinny.cuh", "wgmma.cuh"].iter().chain(&kernels) {
         let mut source = std::fs::read_to_string(root.join("kernels").join(name)).unwrap();
         for (from, to) in HOST.iter().chain(changes) {
             source = source.replace(from, to);
@@ -63,10 +64,11 @@ fn a_fault_in_a_kernel_is_noticed() {
         // Sums do not become the residual; what warps' means are apart is forgotten.
         ("x[c] = v[i];", ""),
         ("of_warp[w].z * apart * apart", "0.0f"),
-        // Two units of a tile change places; of the tower too; pieces of a row are not exchanged.
+        // Two units of a tile change places; of the tower too, and in its folded norm; pieces of a row are not exchanged.
         ("in % 16 / 4 * 2 + in % 2", "in % 16 / 4 * 2 + 1 - in % 2"),
         ("r % 2 * 8 + r % 16 / 2", "r % 2 * 4 + r % 16 / 2"),
-        ("(c / 2 ^ row) % 8 * 2", "c / 2 % 8 * 2"),
+        ("in % 16 / 2 + in % 2 * 8", "in % 16 / 2 + in % 2 * 4"),
+        ("(c % 16 / 2) ^ (token % 8)", "(c % 16 / 2)"),
     ]);
     for (name, faulty) in [
         ("state row's attention", true),
@@ -74,8 +76,10 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("encoder's attention", false),
         ("packed gate and up", true),
         ("packed for the tower", true),
-        ("packed norm", true),
-        ("plain norm", false),
+        ("rounded, norm", false),
+        ("tower's rows", true),
+        ("tower's moments", false),
+        ("folded norm", true),
         ("joined rows", true),
         ("untouched rows", false),
         ("layer norm", true),

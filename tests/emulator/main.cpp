@@ -5,6 +5,9 @@
 namespace loading {
 #include "load.cu"
 }
+namespace tall {
+#include "tower.cu"
+}
 namespace pointwise {
 #include "pointwise.cu"
 }
@@ -260,40 +263,80 @@ static void wide(int width, int mlp) {
     weights.tell("exact, packed gate and up weights of " + std::to_string(mlp) + " units, width " + std::to_string(width));
 }
 
-// The norm behind the sum of a row and its parts, in rows and packed: 8 rows a tile.
+// The norm behind the sum of a row and its parts.
 template <int PARTS>
 static void norm(int rows, int width, int threads) {
-    const int octets = (rows + 7) / 8;
     const size_t count = static_cast<size_t>(rows) * width;
     const Floats before = floats(count), parts = floats(PARTS * count), scale = floats(width);
-    Half plain(count, kNan), packed(static_cast<size_t>(octets) * 8 * width, kNan);
-    const std::string size = std::to_string(PARTS) + " parts, " + std::to_string(rows) + " rows of width " + std::to_string(width);
-    for (bool wide : {false, true}) {
-        if (wide && width % 64) continue;
-        Floats x = before;
-        const pointwise::NormArgs a{x.data(), parts.data(), wide ? packed.data() : plain.data(), scale.data(), nullptr, width,
-                                    1.0f / width, 1e-6f, wide ? octets : 0};
-        launch({rows, 1, 1}, threads, 0, [=] { pointwise::norm<PARTS>(a); });
-        Distance residual, normed;
-        for (int n = 0; n < rows; n++) {
-            std::vector<double> sums(width);
-            double squares = 0;
-            for (int k = 0; k < width; k++) {
-                const size_t at = static_cast<size_t>(n) * width + k;
-                sums[k] = before[at];
-                for (int p = 0; p < PARTS; p++) sums[k] += parts[p * count + at];
-                squares += sums[k] * sums[k];
-                residual.put(x[at], sums[k]);
-            }
-            for (int k = 0; k < width; k++) {
-                const size_t tile = static_cast<size_t>(k / 64) * octets + n / 8;
-                const bf16 got = wide ? packed[swizzled(tile, 8, n % 8, k % 64)] : plain[static_cast<size_t>(n) * width + k];
-                normed.put(value(got), sums[k] / std::sqrt(squares / width + 1e-6) * scale[k]);
-            }
+    Floats x = before;
+    Half y(count, kNan);
+    const pointwise::NormArgs a{x.data(), parts.data(), y.data(), scale.data(), nullptr, width, 1.0f / width, 1e-6f};
+    launch({rows, 1, 1}, threads, 0, [=] { pointwise::norm<PARTS>(a); });
+    Distance residual, normed;
+    for (int n = 0; n < rows; n++) {
+        std::vector<double> sums(width);
+        double squares = 0;
+        for (int k = 0; k < width; k++) {
+            const size_t at = static_cast<size_t>(n) * width + k;
+            sums[k] = before[at];
+            for (int p = 0; p < PARTS; p++) sums[k] += parts[p * count + at];
+            squares += sums[k] * sums[k];
+            residual.put(x[at], sums[k]);
         }
-        normed.tell(std::string("rounded, ") + (wide ? "packed" : "plain") + " norm, " + size);
-        residual.tell(std::string("exact, ") + (PARTS ? "joined" : "untouched") + " rows, " + size);
+        for (int k = 0; k < width; k++)
+            normed.put(value(y[static_cast<size_t>(n) * width + k]), sums[k] / std::sqrt(squares / width + 1e-6) * scale[k]);
     }
+    const std::string size = std::to_string(PARTS) + " parts, " + std::to_string(rows) + " rows of width " + std::to_string(width);
+    normed.tell("rounded, norm, " + size);
+    residual.tell(std::string("exact, ") + (PARTS ? "joined" : "untouched") + " rows, " + size);
+}
+
+// What the tower's first norm is given: a row times the norm's weight, packed, and sums over 64 columns.
+static void tower_begin(int tokens, int width) {
+    const Floats x = floats(static_cast<size_t>(tokens) * width), scale = floats(width);
+    Half y(x.size(), kNan);
+    std::vector<float2> moments(static_cast<size_t>(width / 64) * tokens, float2{NAN, NAN});
+    const tall::TowerBeginArgs a{x.data(), scale.data(), y.data(), moments.data(), tokens, width};
+    launch({tokens, 1, 1}, 256, 0, [=] { tall::tower_begin(a); });
+    Distance scaled, sums;
+    for (int n = 0; n < tokens; n++)
+        for (int tile = 0; tile < width / 64; tile++) {
+            double sum = 0, squares = 0;
+            for (int k = tile * 64; k < tile * 64 + 64; k++) {
+                const double v = x[static_cast<size_t>(n) * width + k];
+                sum += v, squares += v * v;
+                scaled.put(value(y[swizzled(static_cast<size_t>(tile) * (tokens / 8) + n / 8, 8, n % 8, k % 64)]), v * scale[k]);
+            }
+            sums.put(moments[static_cast<size_t>(tile) * tokens + n].x, sum);
+            sums.put(moments[static_cast<size_t>(tile) * tokens + n].y, squares);
+        }
+    const std::string size = std::to_string(tokens) + " rows of width " + std::to_string(width);
+    scaled.tell("rounded, tower's rows, " + size);
+    sums.tell("exact, tower's moments, " + size);
+}
+
+// A norm folded into the product behind it: w·scale and w·shift + bias of packed weights.
+static void tower_fold(int outputs, int width) {
+    const int tiles = (outputs + 63) / 64, k_blocks = width / 64;
+    const Half w = halves(static_cast<size_t>(outputs) * width, 0.05f);
+    Half packed(static_cast<size_t>(tiles) * k_blocks * 64 * 64, __float2bfloat16(0.0f));
+    const loading::PackArgs pack{w.data(), packed.data(), outputs, width, width, 0, 0, 0, 0, 0, loading::kTower};
+    launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(pack); });
+    const Floats scale = floats(width), shift = floats(width), bias = floats(outputs);
+    Floats fold(tiles * 64, NAN), folded(tiles * 64, NAN);
+    const tall::TowerFoldArgs a{packed.data(), scale.data(), shift.data(), bias.data(), fold.data(), folded.data(), outputs, tiles, k_blocks};
+    launch({tiles * 8, 1, 1}, 256, 0, [=] { tall::tower_fold(a); });
+    Distance off;
+    for (int f = 0; f < tiles * 64; f++) {
+        double on_scale = 0, on_shift = f < outputs ? bias[f] : 0;
+        for (int k = 0; f < outputs && k < width; k++) {
+            on_scale += static_cast<double>(value(w[static_cast<size_t>(f) * width + k])) * scale[k];
+            on_shift += static_cast<double>(value(w[static_cast<size_t>(f) * width + k])) * shift[k];
+        }
+        off.put(fold[f], on_scale);
+        off.put(folded[f], on_shift);
+    }
+    off.tell("exact, folded norm, " + std::to_string(outputs) + " of " + std::to_string(width));
 }
 
 // LayerNorm of rows that are far from zero and differ little, warps among each other too.
@@ -302,7 +345,7 @@ static void layer_norm(int rows, int width, int threads) {
     for (size_t i = 0; i < x.size(); i++) x[i] = 100 + 0.02f * x[i] + (i % width < 128 ? 0.05f : 0.0f);
     const Floats scale = floats(width), shift = floats(width);
     Half y(x.size(), kNan);
-    const pointwise::NormArgs a{x.data(), nullptr, y.data(), scale.data(), shift.data(), width, 1.0f / width, 1e-6f, 0};
+    const pointwise::NormArgs a{x.data(), nullptr, y.data(), scale.data(), shift.data(), width, 1.0f / width, 1e-6f};
     launch({rows, 1, 1}, threads, 0, [=] { pointwise::norm<0>(a); });
     Distance off;
     for (int n = 0; n < rows; n++) {
@@ -337,6 +380,9 @@ static void tower(int outputs, int width) {
 int main() {
     tower(64, 64);
     tower(208, 200);
+    tower_begin(16, 1152);
+    tower_begin(8, 64);
+    tower_fold(72, 192);
     wide(64, 128);
     wide(256, 384);
     norm<0>(21, 256, 64);

@@ -596,7 +596,6 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: EPSILON,
-            octets: 0,
         };
         self.kernels.norm[0].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }
@@ -613,7 +612,6 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: EPSILON,
-            octets: 0,
         };
         self.kernels.norm[variant].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }

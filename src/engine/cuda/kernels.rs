@@ -197,7 +197,6 @@ pub(super) struct NormArgs {
     pub width: i32,
     pub inv_width: f32,
     pub eps: f32,
-    pub octets: i32,
 }
 
 /// `RopeArgs` of pointwise.cu.

@@ -365,18 +365,18 @@ pub(super) fn tower(kind: TowerKind, tiles: usize, k_blocks: usize, tokens: usiz
 }
 
 /// Parts that the norm of pointwise.cu is compiled to add to the residual first; 0: the product in front did that itself.
-pub(super) const NORM_PARTS: [usize; 3] = [0, 2, 4];
-/// Rows up to which a long product is cut along K into so many parts, so that its tiles fill the SMs.
-const SPLIT_ROWS: [(usize, usize); 2] = [(320, 4), (1088, 2)];
+pub(super) const NORM_PARTS: [usize; 2] = [0, K_PARTS];
+/// Parts of a long product that is cut along K, so that its tiles fill the SMs.
+const K_PARTS: usize = 2;
+/// Rows up to which it is. Four parts at one view took as long as two.
+const SPLIT_ROWS: usize = 1088;
 /// A product is long where K is so many times its outputs.
 const SPLIT_K: usize = 4;
 
 /// In how many parts along K the product in front of a norm is worked out, each with sums of its own: index into
 /// [`NORM_PARTS`].
 pub(super) fn norm_parts(rows: usize, k: usize, outputs: usize) -> usize {
-    let by_rows = SPLIT_ROWS.iter().find(|(most, _)| rows <= *most).map_or(0, |(_, parts)| *parts);
-    let parts = if k >= SPLIT_K * outputs { by_rows } else { 0 };
-    NORM_PARTS.iter().position(|n| *n == parts && k.is_multiple_of(n * STEP_K)).unwrap_or(0)
+    usize::from(rows <= SPLIT_ROWS && k >= SPLIT_K * outputs && k.is_multiple_of(K_PARTS * STEP_K))
 }
 
 /// Rows of all parts of such a product, at most, where it has up to `rows` rows.
@@ -780,10 +780,10 @@ mod tests {
     fn the_down_product_is_cut_by_its_shape_alone() {
         let parts = |rows, k, outputs| NORM_PARTS[norm_parts(rows, k, outputs)];
         // One to four views with a prompt of 20 tokens, and where it changes.
-        assert_eq!([276, 320, 321, 532, 788, 1044, 1089].map(|rows| parts(rows, 16384, 2048)), [4, 4, 2, 2, 2, 2, 0]);
+        assert_eq!([276, 532, 788, 1044, 1088, 1089].map(|rows| parts(rows, 16384, 2048)), [2, 2, 2, 2, 2, 0]);
         assert_eq!(parts(532, 2048, 2048), 0, "too short");
         assert_eq!(parts(532, 16384 + 128, 2048), 0, "not in two halves of whole steps");
-        assert_eq!([276, 640, 1300].map(|rows| part_rows(rows, 16384, 2048)), [1104, 1280, 2176]);
+        assert_eq!([276, 640, 1300].map(|rows| part_rows(rows, 16384, 2048)), [552, 1280, 2176]);
         assert_eq!(part_rows(532, 2048, 2048), 0);
     }
 
