@@ -310,6 +310,7 @@ impl Pipeline {
             free: free_rx,
             give_back: free_tx.clone(),
             filled: filled.clone(),
+            prompt: None,
         };
         let decode = stages::DecodeStage::new(shared.clone(), decoder, free_tx, filled.clone(), io.ports, io.tap);
         let close = {

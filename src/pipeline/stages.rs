@@ -166,6 +166,8 @@ pub(super) struct EncodeStage<E: Encoder> {
     pub free: Receiver<E::Cache>,
     pub give_back: Sender<E::Cache>,
     pub filled: Arc<Mailbox<Filled<E::Cache>>>,
+    /// Tokens of the prompt of that generation, where they depend on nothing else.
+    pub prompt: Option<(u64, Vec<u32>)>,
 }
 
 impl<E: Encoder> EncodeStage<E> {
@@ -315,15 +317,22 @@ impl<E: Encoder> EncodeStage<E> {
         let shared = &*self.shared;
         let encode_start = shared.clock.monotonic();
         let prompt = shared.inputs.prompt();
+        let kept = self.prompt.take().filter(|(generation, _)| *generation == prompt.generation);
         let state = match shared.policy.dims().family {
             Family::Pi0 => None,
             Family::Pi05 => Some(state_sample(shared, &shared.inputs.joints()).map_err(|found| {
                 EngineError::Shape { what: "joint state for the prompt", expected: "fresh and finite".into(), found }
             })?),
         };
-        let tokens = shared.policy.tokens(&prompt.text, state.as_ref().map_or(&[], |s| &s.policy))?;
+        let tokens = match kept {
+            Some((_, tokens)) => tokens,
+            None => shared.policy.tokens(&prompt.text, state.as_ref().map_or(&[], |s| &s.policy))?,
+        };
         let frames: Vec<_> = views.iter().map(|s| View::Frame(&s.frame)).collect();
         self.encoder.now.stage.encode(&EncodeInput { views: &frames, tokens: &tokens }, slot)?;
+        if state.is_none() {
+            self.prompt = Some((prompt.generation, tokens));
+        }
         let encode_end = shared.clock.monotonic();
         trace::span(What::Encode, shared.report(|r| r.encode.runs), encode_start, encode_end);
         shared.report(|r| {

@@ -164,6 +164,7 @@ impl<E: Engine> SteppedPipeline<E> {
             free: free_rx,
             give_back: free_tx.clone(),
             filled: filled.clone(),
+            prompt: None,
         };
         let decoder = Seat::fixed(Timed { inner: decoder, clock: clock.clone(), time: times.decode });
         let decode = DecodeStage::new(shared.clone(), decoder, free_tx, filled, io.ports, io.tap);
