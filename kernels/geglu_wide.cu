@@ -41,23 +41,6 @@ WGMMA(wgmma, 176, 88, 88, 89, 90, 0)
 WGMMA(wgmma, 184, 92, 92, 93, 94, 0)
 WGMMA(wgmma, 192, 96, 96, 97, 98, 0)
 
-// As barrier_init, for `count` arrivals.
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
-}
-
-// Waits until `threads` have come here; `pass` only says that these have.
-__device__ __forceinline__ void meet(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void pass(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // A store without a branch, so that the code around it is one piece to schedule.
 __device__ __forceinline__ void store_if(bool wanted, void* global, uint32_t x, uint32_t y) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3}; }" ::"r"(static_cast<int>(wanted)),
@@ -79,16 +62,6 @@ __device__ __forceinline__ float gated(float gate, float up) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inv) : "f"(1.0f + exp2_fast(gate * fmaf(kCubic, gate * gate, kLinear))));
     return gate * inv * up;
 }
-
-// A slot of the ring and the parity of its barriers.
-template <int kStages>
-struct Slot {
-    int index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++index == kStages) index = 0, parity ^= 1;
-    }
-};
 
 // One block's part for tiles of kN tokens.
 template <int kN>

@@ -54,22 +54,6 @@ WGMMA(wgmma, 136, 68, 68, 69, 70, 0)
 WGMMA(wgmma, 160, 80, 80, 81, 82, 0)
 WGMMA(wgmma, 200, 100, 100, 101, 102, 0)
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
-}
-
-// Waits until `threads` have come here; `pass` only says that these have.
-__device__ __forceinline__ void meet(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void pass(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ void store_bulk(void* global, const void* shared, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
                  "cp.async.bulk.commit_group;" ::"l"(global), "r"(smem_address(shared)), "r"(bytes)
@@ -109,21 +93,13 @@ struct Tower {
     float2* small;     // [warp][token]: moments over its 16 features; or [token]: mean and inverse deviation
     uint64_t *full, *empty;
 
-    struct Slot {
-        int index = 0;
-        uint32_t parity = 0;
-        __device__ __forceinline__ void next() {
-            if (++index == kStages) index = 0, parity ^= 1;
-        }
-    };
-
     __device__ __forceinline__ int units() const { return a.weight_tiles * a.token_tiles; }
     __device__ __forceinline__ int tile(int unit) const { return unit / a.token_tiles * kGroups; }
     __device__ __forceinline__ int token(int unit) const { return unit % a.token_tiles * kTokens; }
 
     // One thread keeps the ring filled. Weights do not wait for the kernel before this one.
     __device__ __forceinline__ void produce() const {
-        Slot slot;
+        Slot<kStages> slot;
         const int stages = a.k_blocks / kDeep;
         for (int unit = blockIdx.x; unit < units(); unit += gridDim.x) {
             const int octets = min(kTokens / 8, a.octets - token(unit) / 8), groups = min(kGroups, a.tiles - tile(unit));
@@ -175,7 +151,7 @@ struct Tower {
     }
 
     // d: rows g and g + 8 of every 16, tokens 8·i + 2·t and the next.
-    __device__ __forceinline__ void multiply(float (&d)[kTokens / 2], Slot& slot, int group) const {
+    __device__ __forceinline__ void multiply(float (&d)[kTokens / 2], Slot<kStages>& slot, int group) const {
         const uint64_t weights = tile_descriptor(ring, 16, 1024), tokens = tile_descriptor(ring + kDeep * kPart, 16, 1024);
         const int stages = a.k_blocks / kDeep, lane = threadIdx.x % 32;
         auto leave = [&](int s) {
@@ -224,7 +200,7 @@ struct Tower {
     __device__ __forceinline__ void add() const {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const size_t outputs = static_cast<size_t>(a.tiles) * 64;
-        Slot slot;
+        Slot<kStages> slot;
         for (int unit = blockIdx.x; unit < units(); unit += gridDim.x) {
             const bool another = unit + static_cast<int>(gridDim.x) < units();
             const int own = tile(unit), first = token(unit);
@@ -294,7 +270,7 @@ struct Tower {
     __device__ __forceinline__ void norm(int group) const {
         const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, barrier = 3 + group;
         uint8_t* mine = results + group * kPanel;
-        Slot slot;
+        Slot<kStages> slot;
         for (int unit = blockIdx.x; unit < units(); unit += gridDim.x) {
             const bool another = unit + static_cast<int>(gridDim.x) < units();
             const int own = tile(unit) + group, first = token(unit), feature = own * 64 + warp * 16 + 2 * g;

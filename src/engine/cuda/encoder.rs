@@ -315,7 +315,7 @@ impl CudaEncoder {
         Ok(())
     }
 
-    /// Room for that many rows of a prompt; graphs that read the old ones go with them.
+    /// Room for that many rows of a prompt.
     fn reserve_prompt(&mut self, tokens: usize) -> Result<(), EngineError> {
         let needed = tokens * self.model.dims.trunk.width;
         if self.prompt_rows.1.len() < needed {

@@ -368,7 +368,7 @@ pub(super) fn tower(kind: TowerKind, tiles: usize, k_blocks: usize, tokens: usiz
 pub(super) const NORM_PARTS: [usize; 2] = [0, K_PARTS];
 /// Parts of a long product that is cut along K, so that its tiles fill the SMs.
 const K_PARTS: usize = 2;
-/// Rows up to which it is. Four parts at one view took as long as two.
+/// Rows up to which it is.
 const SPLIT_ROWS: usize = 1088;
 /// A product is long where K is so many times its outputs.
 const SPLIT_K: usize = 4;
