@@ -7,7 +7,9 @@
 // on the number of blocks; slices of K and the order of sums do not, so results do not.
 //
 // A step: flow (persistent_flow.cuh) | time, for π0 | layers. A layer: QKV | attention | O | gate, up | down. There is a
-// barrier at each stroke and at the end, and the flow once more after the last step.
+// barrier at each stroke and at the end, and the flow once more after the last step. Behind QKV, attention and gate/up a
+// block waits only for those whose results it reads; what O and down write is not what slower blocks may still read (hb,
+// squares: two of each), and behind those two everybody waits for all.
 #include "persistent_compute.cuh"
 #include "persistent_fetch.cuh"
 
@@ -31,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode(cons
         for (int i = 0; i < 2; i++) barrier_init_n(&s.received[i], 1), barrier_init_n(&s.inbox_free[i], kRanks);
         barrier_init_n(&s.queries_full, 1), barrier_init_n(&s.queries_free, 1);
         barrier_init_n(&s.parts_received, 1), barrier_init_n(&s.parts_free, kRanks), barrier_init_n(&s.x_received, 1);
+        barrier_init_n(&s.values_full, 1), barrier_init_n(&s.finished, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     fence_async();

@@ -24,6 +24,11 @@ static_assert(kKeys * kRow <= kSlot, "a piece of keys fits");
 static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 constexpr float kEps = 1e-6f;
 
+// Counters of blocks that have finished a phase. Some phases wait for all blocks, others only for those that make a part of
+// what they read: a head of QKV's result, or a quarter of the attention's or of gate/up's.
+constexpr int kWholes = 0, kHeadParts = 1, kQuarters = kHeadParts + kHeads + 2, kCounters = kQuarters + kRanks;
+constexpr int kCounterWords = 32;  // from one to the next
+
 // Everything of one layer at one step.
 struct LayerArgs {
     const bf16* weights[4];                  // of QKV, O, gate/up and down, packed [k/128][tiles][16][8][8]
@@ -56,15 +61,15 @@ struct PersistentArgs {
     const bf16* time_w;          // packed as above, or null: the in-projection is the residual itself (π0.5)
     const float* time_bias;      // [width]
     bf16* u;                     // panel, input of time_w
-    bf16* hb;                    // panel: residual times the next norm's scale
+    bf16* hb[2];                 // panels: residual times the next norm's scale, before QKV and before gate/up
     bf16* q;                     // [heads][rows] of kRow bytes each
     bf16* suffix_keys;           // [layers, suffix] rows of kRow bytes
     bf16* suffix_values;
     bf16* attended;              // panel
     bf16* gated;                 // panel
     float* h;                    // [64, width], the residual
-    float* squares;              // [ranks][width/8][16] sums of squares of a rank's rows by tile
-    uint32_t* arrived;           // blocks that have got to a barrier
+    float* squares[2];           // likewise: [ranks][width/8][16] sums of squares of a rank's rows by tile
+    uint32_t* arrived;           // [kCounters] of kCounterWords each
     uint32_t* error;             // in host memory; 1: a wait was given up
     float scale, inv_width, dt;  // scale: 1/√head_dim · log2(e)
     int32_t step_count, layer_count, horizon, has_state, suffix, action_dim, state_dim;
@@ -79,7 +84,7 @@ struct Shared {
     alignas(128) uint8_t ring[kStages][kSlot];
     alignas(16) float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
     uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
-    uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received;
+    uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received, values_full, finished;
     alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
     float inverse_rms[64];        // of each token row, for gate/up
 };
@@ -154,6 +159,11 @@ struct Span {
         : first(static_cast<int>(static_cast<uint32_t>(of * count) / many)),
           last(static_cast<int>(static_cast<uint32_t>((of + 1) * count) / many)) {}
 };
+// How many of `many` have some of [first, last).
+__device__ __forceinline__ uint32_t sharers(int first, int last, int count, int many) {
+    const auto owner = [&](int i) { return (static_cast<uint32_t>(i + 1) * many - 1) / count; };
+    return owner(last - 1) - owner(first) + 1;
+}
 
 // The tiles of a product that fall to one of several, in units that are nearly equal.
 struct Tiles {
@@ -168,12 +178,20 @@ struct Tiles {
     }
 };
 
+constexpr int kMostKeys = 23;  // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
+// What the attention's buffers take of `acts`.
+__host__ __device__ constexpr int attention_bytes(int group, int pieces) {
+    const int rows = (group + 15) / 16 * 16;
+    return (group + 32) * kRow + group * kHead * 4 + kRanks * group * 8 + rows * 64 + rows * (pieces * kKeys + 24) * 2;
+}
+
 // How the attention is cut. A rank has a quarter of the prefix's keys and of the suffix's; a cluster has some of the packed
 // query rows (row r is head r / rows of token r % rows), in groups.
 struct Cut {
     int first_key, keys, pieces, columns;  // of the prefix; columns: of the scores, suffix included
     int first_suffix, suffix_keys;
     int first_row, last_row, group;
+    int early;  // pieces of values that have a place in `acts` and need not wait for the ring
     __device__ __forceinline__ Cut(const PersistentArgs& a, int tokens, int rank, int cluster, int clusters) {
         const int prefix = a.params->prefix;
         const int each = ((prefix + kRanks - 1) / kRanks + 7) / 8 * 8;
@@ -187,7 +205,8 @@ struct Cut {
         const Span rows(tokens * kHeads, cluster, clusters);
         first_row = rows.first, last_row = rows.last;
         // As many as the buffers hold, the same on every rank of a cluster: 40 while six pieces hold the keys and the suffix.
-        group = each <= 5 * kKeys ? 40 : 16;
+        group = each <= 5 * kKeys && last_row - first_row > 16 ? 40 : 16;
+        early = last_row - first_row > 16 ? 0 : min(keys / kKeys, (kActs - attention_bytes(16, pieces)) / (kKeys * kRow));
     }
 };
 
@@ -198,6 +217,7 @@ struct Buffers {
     float2* inbox_stats;               // [ranks][group] maximum and sum
     float *tops, *sums;                // [rows][8]: by warp
     bf16* weights;                     // [rows][columns + 8]; rows: group in whole tiles of 16
+    uint8_t* early;                    // values of the prefix's first pieces
     __device__ __forceinline__ Buffers(uint8_t* acts, const Cut& c) {
         const int rows = (c.group + 15) / 16 * 16;
         queries = acts;
@@ -208,14 +228,11 @@ struct Buffers {
         tops = reinterpret_cast<float*>(inbox_stats + kRanks * c.group);
         sums = tops + rows * 8;
         weights = reinterpret_cast<bf16*>(sums + rows * 8);
+        early = acts + attention_bytes(c.group, c.pieces);
     }
 };
-constexpr int kMostKeys = 23;  // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
-__host__ __device__ constexpr int attention_bytes(int group, int pieces) {
-    const int rows = (group + 15) / 16 * 16;
-    return (group + 32) * kRow + group * kHead * 4 + kRanks * group * 8 + rows * 64 + rows * (pieces * kKeys + 24) * 2;
-}
 static_assert(attention_bytes(40, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
+static_assert(kActs / kRanks <= attention_bytes(16, 0), "QKV's activations lie before the early values");
 
 struct Ring {
     uint32_t slot = 0, parity = 0;

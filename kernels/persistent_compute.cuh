@@ -9,7 +9,7 @@ struct Compute {
     Shared& s;
     const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
     Ring ring;
-    uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0;
+    uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0, early_parity = 0;
     int rows = 0;  // token rows of this step
 
     __device__ __forceinline__ Compute(const PersistentArgs& a, Shared& s, int rank, int cluster, int clusters)
@@ -23,12 +23,19 @@ struct Compute {
             __nanosleep(__umulhi(z, a.delay));
         }
     }
-    // This block has finished a phase: what it wrote is there for whoever sees the count. The release also waits for the weights
-    // on their way; but stores that are merely seen to end (bulk stores, and a relaxed count) are not yet seen by others.
-    __device__ __forceinline__ void done() {
+    // This block has finished a phase, and made parts [first, last) of its result: what it wrote is there for whoever sees the
+    // counts. The release also waits for the weights on their way; but stores that are merely seen to end (bulk stores, and a
+    // relaxed count) are not yet seen by others.
+    __device__ __forceinline__ void done(int first = kWholes, int last = kWholes + 1) {
         meet(1, kComputing);
-        if (threadIdx.x == 0 && !(a.delay < 0 && blockIdx.x == 0))
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.arrived) : "memory");
+        if (threadIdx.x == 0) barrier_arrive(&s.finished, 1);
+        const int counter = first + threadIdx.x;
+        if (counter < last && !(a.delay < 0 && blockIdx.x == 0))
+            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.arrived + counter * kCounterWords) : "memory");
+    }
+    // Items [first, last) of a result make parts of `each`.
+    __device__ __forceinline__ void done(int parts, int first, int last, int each) {
+        done(parts + static_cast<uint32_t>(first) / each, parts + static_cast<uint32_t>(last - 1) / each + 1);
     }
 
     // Units of a phase are multiplied one after the other, by turns of the warpgroups: whoever is far from the head of the
@@ -164,7 +171,7 @@ struct Compute {
     };
     // h (+)= sums, and what the next norm needs of it. `init`: h = sums + bias, `gate` being the bias. A thread finds its own
     // part of h as it left it, or as the flow did, phases ago.
-    __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init) {
+    __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
         split<kNarrow, 2>(
@@ -192,11 +199,11 @@ struct Compute {
                         const float4 v = init ? make_float4(sum.x + g.x, sum.y + g.y, sum.z + g.z, sum.w + g.w)
                                               : make_float4(sum.x * g.x + o.x, sum.y * g.y + o.y, sum.z * g.z + o.z, sum.w * g.w + o.w);
                         *reinterpret_cast<float4*>(a.h + n * kWidth + m) = v;
-                        *reinterpret_cast<uint2*>(a.hb + panel(n, m, kPanelRows)) = pack_bf16x4(make_float4(v.x * k.x, v.y * k.y, v.z * k.z, v.w * k.w));
+                        *reinterpret_cast<uint2*>(a.hb[to] + panel(n, m, kPanelRows)) = pack_bf16x4(make_float4(v.x * k.x, v.y * k.y, v.z * k.z, v.w * k.w));
                         squares = (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
                     }
                     squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-                    if (valid && tile < tiles.last && part % 2 == 0) a.squares[squares_at(n, tile)] = squares;
+                    if (valid && tile < tiles.last && part % 2 == 0) a.squares[to][squares_at(n, tile)] = squares;
                 }
             });
     }
@@ -226,7 +233,7 @@ struct Compute {
                 }
                 return r;
             },
-            [&](QkvOperands& r) { r.squares.load(a.squares, rank, tid / 4, 32, tid % 4); },
+            [&](QkvOperands& r) { r.squares.load(a.squares[0], rank, tid / 4, 32, tid % 4); },
             [&](QkvOperands& r) {
                 const float4 v = r.squares.sum();
                 if (lane < 4) *reinterpret_cast<float4*>(&s.row_squares[wg][warp][lane * 4]) = v;
@@ -262,7 +269,7 @@ struct Compute {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
             barrier_wait(&s.acts_full[0], acts_parity);
             Squares<16> squares;
-            squares.load(a.squares, warp, lane / 4, 8, lane % 4);
+            squares.load(a.squares[1], warp, lane / 4, 8, lane % 4);
             const float4 v = squares.sum();
             const float sums[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -310,24 +317,35 @@ struct Compute {
         acts_parity ^= 1;
     }
 
-    // Adds the scores of 16 query rows against N times 8 keys.
-    template <int N, int EACH>
-    __device__ __forceinline__ void scores(float (&d)[EACH][4], const uint8_t* queries, const uint8_t* const (&keys)[EACH]) {
+    // Adds the scores of 16·M query rows against N times 8 keys.
+    template <int M, int N, int TILES, int EACH>
+    __device__ __forceinline__ void scores(float (&d)[TILES][EACH][4], const uint8_t* queries, const uint8_t* const (&keys)[EACH]) {
+        const uint32_t key = (lane % 8) * kRow + (lane / 8) * 16;
         queries += (lane % 16) * kRow + (lane / 16) * 16;
-#pragma unroll
+#pragma unroll(M == 1 ? 2 : 1)
         for (int k = 0; k < kHead * 2; k += 64) {
-            uint32_t q[2][4];
-            ldmatrix_x4(q[0], queries + k);
-            ldmatrix_x4(q[1], queries + k + 32);
+            uint32_t k8[N][4];
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                uint32_t k8[4];
-                ldmatrix_x4(k8, keys[i] + (lane % 8) * kRow + (lane / 8) * 16 + k);
-                mma_16816(d[i], q[0][0], q[0][1], q[0][2], q[0][3], k8[0], k8[1]);
-                mma_16816(d[i], q[1][0], q[1][1], q[1][2], q[1][3], k8[2], k8[3]);
+            for (int i = 0; i < N; i++) ldmatrix_x4(k8[i], keys[i] + key + k);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                uint32_t q[2][4];
+#pragma unroll
+                for (int h = 0; h < 2; h++) ldmatrix_x4(q[h], queries + m * 16 * kRow + k + h * 32);
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                    for (int i = 0; i < N; i++) mma_16816(d[m][i], q[h][0], q[h][1], q[h][2], q[h][3], k8[i][2 * h], k8[i][2 * h + 1]);
             }
         }
     }
+    template <int N, int TILES, int EACH>
+    __device__ __forceinline__ void scores(int tiles, float (&d)[TILES][EACH][4], const uint8_t* queries, const uint8_t* const (&keys)[EACH]) {
+        if (tiles == 1) scores<1, N>(d, queries, keys);
+        else if (TILES > 1 && tiles == 2) scores<min_of(TILES, 2), N>(d, queries, keys);
+        else if (TILES > 1) scores<TILES, N>(d, queries, keys);
+    }
+    __device__ __forceinline__ static constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
     // Weights of `rows` query rows from row0 on over this rank's keys: scores, and softmax in the registers that hold them. A
     // warpgroup has every other piece of keys, EACH of them at a time, a warp 8 keys of each; behind the prefix comes the suffix,
@@ -337,7 +355,15 @@ struct Compute {
         constexpr int kPieces = EACH * BATCHES;
         static_assert(BATCHES == 1 || 2 * EACH < kStages, "a batch waits for no slot whose last piece nobody has waited for");
         const int w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, suffix = c.pieces * kKeys;
-        float d[TILES][BATCHES][EACH][4] = {};
+        float d[BATCHES][TILES][EACH][4] = {};
+        // Of the suffix, by row: all of it but for the state's row, which the first step has.
+        const uint32_t seen = c.keys, own = c.suffix_keys, own_state = min(max(1 - c.first_suffix, 0), c.suffix_keys);
+        uint32_t visible[TILES][2];
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                visible[m][r] = rows > a.horizon && static_cast<uint32_t>(row0 + m * 16 + g + 8 * r) % rows == a.horizon ? own_state : own;
 #pragma unroll
         for (int batch = 0; batch < BATCHES; batch++) {
             if (2 * EACH * batch > c.pieces) break;
@@ -353,15 +379,12 @@ struct Compute {
                 keys[i] = s.ring[at.slot] + warp * 8 * kRow;
                 barrier_wait(&s.full[at.slot], at.parity);
             }
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
-                if (m >= tiles) break;
-                const uint8_t* queries = b.queries + m * 16 * kRow;
-                const int left = c.pieces - wg - 2 * EACH * batch;
-                if (EACH > 2 && left >= 4) scores<EACH>(d[m][batch], queries, keys);
-                else if (left >= 2) scores<2>(d[m][batch], queries, keys);
-                else scores<1>(d[m][batch], queries, keys);
-            }
+            // The queries, and the suffix's keys and values.
+            if (batch == 0) barrier_wait(&s.queries_full, groups & 1);
+            const int left = c.pieces - wg - 2 * EACH * batch;
+            if (EACH > 2 && left >= 4) scores<EACH>(tiles, d[batch], b.queries, keys);
+            else if (left >= 2) scores<2>(tiles, d[batch], b.queries, keys);
+            else scores<1>(tiles, d[batch], b.queries, keys);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
@@ -370,7 +393,6 @@ struct Compute {
             }
         }
         ring.skip(c.pieces);
-        const uint32_t seen = c.keys, own = c.suffix_keys, own_state = min(max(1 - c.first_suffix, 0), c.suffix_keys);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             if (m >= tiles) break;
@@ -378,15 +400,14 @@ struct Compute {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int row = m * 16 + g + 8 * r;
-                const uint32_t visible = (row0 + row) % rows == a.horizon ? own_state : own;
 #pragma unroll
                 for (int i = 0; i < kPieces; i++) {
                     if (BATCHES > 1 && 2 * i > c.pieces) break;
 #pragma unroll
                     for (int e = 2 * r; e < 2 * r + 2; e++) {
                         const int k = (wg + 2 * i) * kKeys + warp * 8 + 2 * t + (e & 1);
-                        float& score = d[m][i / EACH][i % EACH][e];
-                        score = static_cast<uint32_t>(k) < seen || static_cast<uint32_t>(k - suffix) < visible ? score * a.scale : -INFINITY;
+                        float& score = d[i / EACH][m][i % EACH][e];
+                        score = static_cast<uint32_t>(k) < seen || static_cast<uint32_t>(k - suffix) < visible[m][r] ? score * a.scale : -INFINITY;
                         top[r] = fmaxf(top[r], score);
                     }
                 }
@@ -409,7 +430,7 @@ struct Compute {
 #pragma unroll
                 for (int i = 0; i < kPieces; i++) {
                     if (BATCHES > 1 && 2 * i > c.pieces) break;
-                    const uint32_t p = pack_bf16(exp2_fast(d[m][i / EACH][i % EACH][2 * r] - base), exp2_fast(d[m][i / EACH][i % EACH][2 * r + 1] - base));
+                    const uint32_t p = pack_bf16(exp2_fast(d[i / EACH][m][i % EACH][2 * r] - base), exp2_fast(d[i / EACH][m][i % EACH][2 * r + 1] - base));
                     const float2 back = unpack_bf16(p);
                     sum += back.x + back.y;
                     if ((wg + 2 * i) * kKeys + warp * 8 < c.columns) *reinterpret_cast<uint32_t*>(to + 2 * i * kKeys) = p;
@@ -453,6 +474,8 @@ struct Compute {
         const Cut c(a, rows, rank, cluster, clusters);
         const Buffers b(s.acts, c);
         const int all = threadIdx.x, w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, odd = t & 1;
+        // The ranks may send: what lay in their inboxes' place is not needed any more.
+        if (all < kRanks) barrier_arrive_remote(remote_address(&s.parts_free, all));
         // Values of keys that are not there have no weight, but must be numbers.
         for (int i = all; i < (16 - c.suffix_keys) * (kHead / 8); i += kComputing)
             store_zero_16(b.values + (c.suffix_keys + i / (kHead / 8)) * kRow + i % (kHead / 8) * 16);
@@ -461,20 +484,23 @@ struct Compute {
             const uint32_t parity = groups & 1;
             const int here = min(c.group, c.last_row - row0), tiles = (here + 15) / 16;
             if (all == 0) barrier_expect(&s.parts_received, kRanks * here * (64 * 4 + 8));
-            barrier_wait(&s.queries_full, parity);
-            if (c.group > 16) weights<3, 1, 3>(b, c, row0, tiles);
+            if (c.pieces <= 5) weights<3, 1, 3>(b, c, row0, tiles);
             else weights<1, (kMostKeys + 1) / 4, 2>(b, c, row0, tiles);
             float o[3][4][4] = {};
 #pragma unroll 1
-            for (int p = 0; p < c.pieces; p++, ring.next()) {
-                barrier_wait(&s.full[ring.slot], ring.parity);
-                weigh<2>(o, b, c, s.ring[ring.slot], p * kKeys, tiles, w8 * 32);
+            for (int p = 0; p < c.pieces; p++) {
+                const bool early = p < c.early;
+                if (p == 0 && early) barrier_wait(&s.values_full, early_parity);
+                if (!early) barrier_wait(&s.full[ring.slot], ring.parity);
+                weigh<2>(o, b, c, early ? b.early + p * kKeys * kRow : s.ring[ring.slot], p * kKeys, tiles, w8 * 32);
+                if (early) continue;
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&s.empty[ring.slot], 1);
+                ring.next();
             }
             weigh<1>(o, b, c, b.values, c.pieces * kKeys, tiles, w8 * 32);
-            // The ranks have joined the group before. Each joins 64 dimensions of all rows: those of two warps.
-            barrier_wait(&s.parts_free, parity ^ 1);
+            // The ranks have got here, or joined the group before. Each joins 64 dimensions of all rows: those of two warps.
+            barrier_wait(&s.parts_free, parity);
             const uint32_t parts = remote_address(&s.parts_received, w8 / 2);
 #pragma unroll
             for (int m = 0; m < 3; m++) {
@@ -519,8 +545,9 @@ struct Compute {
                     pack_bf16x4(make_float4(v.x * inv, v.y * inv, v.z * inv, v.w * inv));
             }
             meet(1, kComputing);
-            if (all < kRanks) barrier_arrive_remote(remote_address(&s.parts_free, all));
+            if (all < kRanks && row0 + c.group < c.last_row) barrier_arrive_remote(remote_address(&s.parts_free, all));
         }
+        early_parity ^= c.early > 0;
         // Copies of the next phase overwrite what was written here.
         fence_async_shared();
     }
@@ -543,15 +570,17 @@ struct Compute {
                 const LayerArgs& w = a.layers[step * a.layer_count + max(i, 0) / 2];
                 if (!init && !mlp) {
                     qkv(w, i / 2);
-                    done();
+                    const Span tiles(kQkvTiles, cluster, clusters), queries(kHeads * rows, cluster, clusters);
+                    done(kHeadParts, tiles.first, tiles.last, kHead / 8);
                     attention();
-                    done();
+                    done(kQuarters, queries.first, queries.last, kHeads / kRanks * rows);
                 } else if (!init) {
                     gate_up(w);
-                    done();
+                    const Span tiles(kMlpTiles, blockIdx.x, gridDim.x);
+                    done(kQuarters, tiles.first, tiles.last, kMlpTiles / kRanks);
                 }
                 residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
-                         init ? 1 : mlp ? 4 : 2, init);
+                         init ? 1 : mlp ? 4 : 2, init, !init && !mlp);
                 done();
             }
         }

@@ -77,7 +77,10 @@ struct Producer {
 #pragma unroll 1
                 for (int r = cut.first_row; r < cut.last_row; r += cut.group)
 #pragma unroll 1
-                    for (int v = 0; v < 2; v++) rows((v ? a.params->values : a.params->keys) + at, cut.keys);
+                    for (int v = 0; v < 2; v++) {
+                        const int early = v ? cut.early * kKeys : 0;
+                        rows((v ? a.params->values : a.params->keys) + at + early * (kRow / 2), cut.keys - early);
+                    }
             }
         }
     }
@@ -89,20 +92,23 @@ struct Loader {
     const PersistentArgs& a;
     Shared& s;
     int lane;
-    uint32_t target = 0, groups = 0;
+    uint32_t groups = 0, finished = 0, wholes = 0, quarters = 0, layers = 0;  // wholes, quarters: blocks that have to have finished
 
     __device__ __forceinline__ Loader(const PersistentArgs& a, Shared& s)
         : a(a), s(s), lane(threadIdx.x % 32) {}
 
-    // Until every block has finished the phase. One that does not come means that blocks are not all on the chip. The whole
-    // warp looks, which is quicker than one lane of it.
-    __device__ __forceinline__ void wait() {
-        target += gridDim.x;
+    // Until `target` blocks have come to this lane's counter, for every lane. One that does not come means that blocks are not
+    // all on the chip. The whole warp looks, which is quicker than one lane of it.
+    __device__ __forceinline__ void wait(int counter, uint32_t target) {
+        // Their places in shared memory are still in use until this block has finished, too.
+        barrier_wait(&s.finished, finished);
+        finished ^= 1;
+        const uint32_t* const arrived = a.arrived + counter * kCounterWords;
         uint64_t start = 0, now;
         for (uint32_t looks = 1;; looks++) {
             uint32_t seen;
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(a.arrived) : "memory");
-            if (__any_sync(0xffffffffu, static_cast<int32_t>(seen - target) >= 0)) break;
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+            if (__all_sync(0xffffffffu, static_cast<int32_t>(seen - target) >= 0)) break;
             if (looks % 4096 != 0) continue;
             asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
             if (start == 0) start = now;
@@ -111,6 +117,7 @@ struct Loader {
             __threadfence_system();
             __trap();
         }
+        __syncwarp();
         // Of global memory alone: a fence of everything waits for the weights on their way as well.
         asm volatile("fence.proxy.async.global;" ::: "memory");
     }
@@ -141,26 +148,53 @@ struct Loader {
             copy_bulk(b.values, a.suffix_values + at, suffix, &s.queries_full);
         }
     }
+    // The first values of the prefix, as soon as nobody needs their place any more.
+    __device__ __forceinline__ void early_values(const Cut& c, int layer) {
+        if (lane != 0 || c.early == 0) return;
+        const uint32_t bytes = c.early * kKeys * kRow;
+        barrier_expect(&s.values_full, bytes);
+        copy_bulk(Buffers(s.acts, c).early, a.params->values + layer * a.params->layer_stride + static_cast<size_t>(c.first_key) * (kRow / 2), bytes,
+                  &s.values_full);
+    }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
         const int phases = 5 * a.layer_count;
+        // Of QKV's result, the blocks that make part number `lane`; of gate/up's, those that make this rank's quarter.
+        const int part = min(lane, kHeads + 1), tiles = kHead / 8, quarter = kMlpTiles / kRanks;
+        const uint32_t head_sharers = kRanks * sharers(part * tiles, part * tiles + tiles, kQkvTiles, clusters);
+        const uint32_t gated_sharers = sharers(rank * quarter, rank * quarter + quarter, kMlpTiles, gridDim.x);
 #pragma unroll 1
         for (int step = 0; a.step_count > 0; step++) {
-            const Cut cut(a, a.rows(step), rank, cluster, clusters);
+            const int tokens = a.rows(step);
+            const Cut cut(a, tokens, rank, cluster, clusters);
+            const int heads = kHeads / kRanks * tokens;  // query rows of a quarter
+            const uint32_t attended_sharers = kRanks * sharers(rank * heads, rank * heads + heads, kHeads * tokens, clusters);
+            // The heads of this cluster's queries, and keys and values.
+            const bool read = lane >= kHeads || (lane >= cut.first_row / tokens && lane <= (cut.last_row - 1) / tokens);
             // The flow, where there is one the product that makes the residual, and the layers'.
 #pragma unroll 1
             for (int i = -2; i < phases; i++) {
                 if (i == -1 && !a.time_w) continue;
                 const int phase = i < 0 ? i : i % 5;
-                if (step > 0 || i > -2) wait();
+                if (phase == 1) {
+                    layers++;
+                    wait(kHeadParts + part, read ? layers * head_sharers : 0);
+                } else if (phase == 2 || phase == 4) {
+                    quarters += phase == 2 ? attended_sharers : gated_sharers;
+                    wait(kQuarters + rank, quarters);
+                } else if (step > 0 || i > -2) {
+                    wholes += gridDim.x;
+                    wait(kWholes, wholes);
+                }
                 if (phase == 1) {
                     attention(cut, i / 5);
                     continue;
                 }
-                const bf16* panel = phase < 0 ? a.u : phase == 2 ? a.attended : phase == 4 ? a.gated : a.hb;
+                const bf16* panel = phase < 0 ? a.u : phase == 2 ? a.attended : phase == 4 ? a.gated : a.hb[phase == 3];
                 // As many parts as a product has pieces, at most four. The flow reads what it needs by itself.
                 slice(panel, phase <= 0 ? kWidth / kRanks : phase == 2 ? kAttention / kRanks : kWidth, phase == 3 ? 0 : rank,
                       phase == -2 ? 0 : phase < 0 ? 1 : phase == 0 || phase == 2 ? 2 : 4);
                 if (step == a.step_count) return;
+                if (phase == 0) early_values(cut, i / 5);
             }
         }
     }

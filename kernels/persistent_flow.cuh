@@ -138,11 +138,11 @@ struct Flow {
                 continue;
             }
             a.h[n * kWidth + column] = v;
-            a.hb[panel(n, column, kPanelRows)] = __float2bfloat16(v * scale);
+            a.hb[0][panel(n, column, kPanelRows)] = __float2bfloat16(v * scale);
             float squares = v * v;
 #pragma unroll
             for (int m = 1; m < 8; m <<= 1) squares += __shfl_xor_sync(0xffffffffu, squares, m);
-            if (lane % 8 == 0) a.squares[squares_at(n, column / 8)] = squares;
+            if (lane % 8 == 0) a.squares[0][squares_at(n, column / 8)] = squares;
         }
         // Copies of the next phase overwrite what was written here.
         fence_async_shared();

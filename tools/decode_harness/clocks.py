@@ -19,7 +19,7 @@ KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
 COMPUTE, FLOW = "persistent_compute.cuh", "persistent_flow.cuh"
 PHASES = ["QKV", "O", "gate/up", "down"]
 IN_PHASE = ["operands asked", "activations", "product", "inbox free", "sent", "received", "finished", "done"]
-ATTENTION = ["queries", "scores", "all scores", "softmax", "all softmax", "values", "suffix", "sent", "received", "joined", "done"]
+ATTENTION = ["keys", "queries", "multiplied", "scores", "all scores", "softmax", "all softmax", "values", "suffix", "sent", "received", "joined", "done"]
 IN_FLOW = ["begin", "asked", "activations", "sent", "received", "finished", "done"]
 NAMES = ["begin"] + [f"{p}: {m}" for p in PHASES for m in IN_PHASE] + [f"attention: {m}" for m in ATTENTION] + [f"flow: {m}" for m in IN_FLOW]
 
@@ -54,8 +54,10 @@ def edits() -> list[tuple[str, str]]:
         ("            product<1, 2>(acc, kWidth / kChunk);\n",
          f"            MARK({gate['operands asked']});\n            product<1, 2>(acc, kWidth / kChunk);\n            MARK({gate['product']});\n"),
         ("            if (u == 0) meet(6, kComputing);\n", f"            if (u == 0) meet(6, kComputing);\n            MARK({gate['received']});\n"),
-        ("        acts_parity ^= 1;\n    }\n\n    // Adds the scores of 16", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // 16 query rows"),
-        ("            barrier_wait(&s.queries_full, parity);\n", f"            barrier_wait(&s.queries_full, parity);\n            MARK({att['queries']});\n"),
+        ("        acts_parity ^= 1;\n    }\n\n    // Adds the scores of 16", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // Adds the scores of 16"),
+        ("            if (batch == 0) barrier_wait(&s.queries_full, groups & 1);\n",
+         f"            if (batch == 0) {{\n                MARK({att['keys']});\n                barrier_wait(&s.queries_full, groups & 1);\n                MARK({att['queries']});\n            }}\n"),
+        ("        ring.skip(c.pieces);\n", f"        MARK({att['multiplied']});\n        ring.skip(c.pieces);\n"),
         ("        meet(1, kComputing);\n        if (threadIdx.x == 0) barrier_arrive(&s.queries_free, 1);\n",
          f"        MARK({att['scores']});\n        meet(1, kComputing);\n        MARK({att['all scores']});\n        if (threadIdx.x == 0) barrier_arrive(&s.queries_free, 1);\n"),
         ("        meet(1, kComputing);\n    }\n    __device__ __forceinline__ static float over_warps_max",
@@ -64,18 +66,20 @@ def edits() -> list[tuple[str, str]]:
          f"            MARK({att['values']});\n            weigh<1>(o, b, c, b.values, c.pieces * kKeys, tiles, w8 * 32);\n            MARK({att['suffix']});\n"),
         ("            barrier_wait(&s.parts_received, parity);\n",
          f"            MARK({att['sent']});\n            barrier_wait(&s.parts_received, parity);\n            MARK({att['received']});\n"),
-        ("            meet(1, kComputing);\n            if (all < kRanks) barrier_arrive_remote",
-         f"            MARK({att['joined']});\n            meet(1, kComputing);\n            if (all < kRanks) barrier_arrive_remote"),
-        ("                    qkv(w, i / 2);\n                    done();\n                    attention();\n                    done();\n",
-         f"                    phase = {mark('QKV', IN_PHASE[0])};\n                    MARK(0);\n                    qkv(w, i / 2);\n                    done();\n"
-         f"                    MARK({mark('QKV', 'done')});\n                    attention();\n                    done();\n                    MARK({att['done']});\n"),
-        ("                    gate_up(w);\n                    done();\n", f"                    gate_up(w);\n                    done();\n                    MARK({gate['done']});\n"),
+        ("            meet(1, kComputing);\n            if (all < kRanks && row0",
+         f"            MARK({att['joined']});\n            meet(1, kComputing);\n            if (all < kRanks && row0"),
+        ("                    qkv(w, i / 2);\n", f"                    phase = {mark('QKV', IN_PHASE[0])};\n                    MARK(0);\n                    qkv(w, i / 2);\n"),
+        ("                    attention();\n", f"                    MARK({mark('QKV', 'done')});\n                    attention();\n"),
+        ("                    done(kQuarters, queries.first, queries.last, kHeads / kRanks * rows);\n",
+         f"                    done(kQuarters, queries.first, queries.last, kHeads / kRanks * rows);\n                    MARK({att['done']});\n"),
+        ("                    done(kQuarters, tiles.first, tiles.last, kMlpTiles / kRanks);\n",
+         f"                    done(kQuarters, tiles.first, tiles.last, kMlpTiles / kRanks);\n                    MARK({gate['done']});\n"),
         ("                residual(init ? a.steps", f"                phase = mlp ? {mark('down', IN_PHASE[0])} : {mark('O', IN_PHASE[0])};\n                residual(init ? a.steps"),
         ("            begin();\n            Flow(", f"            MARK({mark('flow', 'begin')});\n            begin();\n            Flow("),
         ("            if (step == a.step_count) break;\n            done();\n",
          f"            if (step == a.step_count) break;\n            done();\n            MARK({mark('flow', 'done')});\n"),
-        ("                         init ? 1 : mlp ? 4 : 2, init);\n                done();\n",
-         f"                         init ? 1 : mlp ? 4 : 2, init);\n                done();\n                MARK(phase + {at['done']});\n"
+        ("                         init ? 1 : mlp ? 4 : 2, init, !init && !mlp);\n                done();\n",
+         f"                         init ? 1 : mlp ? 4 : 2, init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
          "                if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
          "                    for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
         ("struct Compute {\n", "struct Compute {\n    int phase = 0;\n"),

@@ -127,10 +127,11 @@ struct Harness {
         args.rope = reinterpret_cast<float2*>(floats(2048 * kHead, 0.5f, 1, 77));
         args.time_w = halves(kWidth * kWidth, 0.03f, 601), args.time_bias = floats(kWidth, 0, 0.1f, 602);
         args.u = zeroed<bf16>(kPanelRows * kWidth);
-        args.hb = zeroed<bf16>(kPanelRows * kWidth), args.q = zeroed<bf16>(64 * kHeads * kPadded);
+        args.hb[0] = zeroed<bf16>(kPanelRows * kWidth), args.hb[1] = zeroed<bf16>(kPanelRows * kWidth), args.q = zeroed<bf16>(64 * kHeads * kPadded);
         args.suffix_keys = zeroed<bf16>(kLayers * kSuffix * kPadded), args.suffix_values = zeroed<bf16>(kLayers * kSuffix * kPadded);
         args.attended = zeroed<bf16>(kPanelRows * kAttention), args.gated = zeroed<bf16>(kPanelRows * kMlp);
-        args.h = zeroed<float>(64 * kWidth), args.squares = zeroed<float>(64 * kWidthTiles), args.arrived = zeroed<uint32_t>(1);
+        args.h = zeroed<float>(64 * kWidth), args.arrived = zeroed<uint32_t>(kCounters * kCounterWords);
+        for (auto& squares : args.squares) squares = zeroed<float>(64 * kWidthTiles);
         CHECK(cudaHostAlloc(&args.error, sizeof(uint32_t), 0));
         *args.error = 0;
         args.scale = 1.44269504f / 16, args.inv_width = 1.0f / kWidth, args.dt = -1.0f / kSteps;
@@ -156,7 +157,7 @@ struct Harness {
     }
     cudaGraphExec_t graph(int clusters, int delay, bool hashed) const {
         CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-        CHECK(cudaMemsetAsync(args.arrived, 0, sizeof(uint32_t), stream));
+        CHECK(cudaMemsetAsync(args.arrived, 0, kCounters * kCounterWords * sizeof(uint32_t), stream));
         PersistentArgs a = args;
         a.delay = delay;
         cudaLaunchAttribute attributes[2];
@@ -263,7 +264,7 @@ int main(int count, char** words) {
 #ifdef CLOCKS
         tell_clocks(n * kRanks, 0, kFlowMarks), tell_clocks(n * kRanks, kFlowMarks, kMarks);
 #endif
-        for (const int delay : {0, 3000}) {
+        for (const int delay : {0, 3000, 30000}) {
             const cudaGraphExec_t hashed = harness.graph(n, delay, true);
             int wrong = 0;
             for (int r = 0; r < runs; r++) {

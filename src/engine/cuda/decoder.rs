@@ -93,14 +93,15 @@ pub struct CudaDecoder {
     x: Buffer<f32>,
     velocities: Buffer<f32>,
     h: Buffer<f32>,
-    hb: Buffer<u16>,
+    /// The residual as a product reads it, and parts of its squares' sums; the persistent decoder has two of each, by turns.
+    hb: [Buffer<u16>; 2],
     u: Buffer<u16>,
     attended: Buffer<u16>,
     gated: Buffer<u16>,
     q: Buffer<u16>,
     suffix_keys: Buffer<u16>,
     suffix_values: Buffer<u16>,
-    squares: Buffer<f32>,
+    squares: [Buffer<f32>; 2],
     /// What the parts of the portable attention leave.
     parts: Buffer<f32>,
     tops: Buffer<f32>,
@@ -139,6 +140,7 @@ impl CudaDecoder {
         let chunk = dims.horizon * dims.action_dim;
         let block = Block::new(&dims);
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride.max(plan::PANEL_ROWS) * 8);
+        let squares = || Buffer::zeroed(&device, plan::SQUARES.max(square_tiles(&sizes, path)) * 64);
         let parts = if path == Path::Portable { PARTS * suffix * e.heads } else { 0 };
         let stream = Stream::of(&lane, path)?;
         let persistent = match (weights.packing, path) {
@@ -162,14 +164,14 @@ impl CudaDecoder {
             x: Buffer::zeroed(&device, chunk)?,
             velocities: Buffer::zeroed(&device, MAX_STEPS * chunk)?,
             h: Buffer::zeroed(&device, 64 * sizes.width)?,
-            hb: panel(sizes.width)?,
+            hb: [panel(sizes.width)?, panel(sizes.width)?],
             u: panel(sizes.width)?,
             attended: panel(sizes.attention)?,
             gated: panel(sizes.mlp)?,
             q: Buffer::zeroed(&device, 64 * e.heads * model.cache_row)?,
             suffix_keys: Buffer::zeroed(&device, e.layers * suffix * model.cache_row)?,
             suffix_values: Buffer::zeroed(&device, e.layers * suffix * model.cache_row)?,
-            squares: Buffer::zeroed(&device, plan::SQUARES.max(square_tiles(&sizes, path)) * 64)?,
+            squares: [squares()?, squares()?],
             parts: Buffer::zeroed(&device, parts * e.head_dim)?,
             tops: Buffer::zeroed(&device, parts * 2)?,
             events: [Event::new(&lane)?, Event::new(&lane)?],
@@ -202,7 +204,7 @@ impl CudaDecoder {
         self.suffix_values.fill(0xff)?;
         self.parts.fill(0xff)?;
         self.tops.fill(0xff)?;
-        self.squares.fill(0xff)
+        self.squares.iter().try_for_each(|s| s.fill(0xff))
     }
 
     /// Keys and values that the last step left in a layer, `[suffix, head_dim]` each, the state row first: for
@@ -251,14 +253,14 @@ impl CudaDecoder {
             out_w: self.weights.out.pointer(),
             rope: self.model.rope.pointer(),
             u: self.u.pointer(),
-            hb: self.hb.pointer(),
+            hb: self.hb.each_ref().map(Buffer::pointer),
             q: self.q.pointer(),
             suffix_keys: self.suffix_keys.pointer(),
             suffix_values: self.suffix_values.pointer(),
             attended: self.attended.pointer(),
             gated: self.gated.pointer(),
             h: self.h.pointer(),
-            squares: self.squares.pointer(),
+            squares: self.squares.each_ref().map(Buffer::pointer),
             ..PersistentArgs::default()
         };
         match &self.weights.suffix {
@@ -300,9 +302,9 @@ impl CudaDecoder {
             state: at(self.block.state),
             params: at(0),
             h: self.h.pointer(),
-            hb: self.hb.pointer(),
+            hb: self.hb[0].pointer(),
             u: self.u.pointer(),
-            squares: self.squares.pointer(),
+            squares: self.squares[0].pointer(),
             out_w: self.weights.out.pointer(),
             out_b: tables.out_bias(step),
             out_scale: tables.scale(&self.weights.final_norm, step, final_index),

@@ -19,14 +19,14 @@ const THREADS: u32 = 320;
 const LAYER_WORDS: usize = 10;
 const STEP_WORDS: usize = 5;
 
-/// The counter's own piece of memory.
-const COUNTER_BYTES: usize = 128;
+/// The kernel's counters: of all blocks, of ten heads and of four quarters, each in its own piece of memory.
+const COUNTER_BYTES: usize = (1 + 10 + RANKS) * 128;
 
 /// What it needs beside the buffers it shares with the launch-based decoder.
 pub(super) struct Persistent {
     shape: Shape,
     delay: i32,
-    /// Blocks that have got to a barrier; zero before each decode.
+    /// Blocks that have finished phases; zero before each decode.
     arrived: Buffer<u8>,
     /// 0, or 1 once a wait was given up; in host memory, since the context does not outlive that.
     error: Pinned<u8>,

@@ -90,8 +90,8 @@ impl CudaDecoder {
             slice: p.slice as i32,
             inv_width: 1.0 / self.model.dims.expert.width as f32,
             h: self.h.pointer(),
-            hb: self.hb.pointer(),
-            squares_out: self.squares.pointer(),
+            hb: self.hb[0].pointer(),
+            squares_out: self.squares[0].pointer(),
             h_stride: self.sizes.width as i32,
             ..SkinnyArgs::default()
         }
@@ -100,8 +100,8 @@ impl CudaDecoder {
     /// The input side of a product over the normalised residual.
     fn normalised(&self, p: &SkinnyPlan, rows: usize) -> SkinnyArgs {
         SkinnyArgs {
-            x: self.hb.pointer(),
-            squares: self.squares.pointer(),
+            x: self.hb[0].pointer(),
+            squares: self.squares[0].pointer(),
             square_tiles: self.square_tiles(),
             inv_width: 1.0 / self.model.dims.expert.width as f32,
             rows: rows as i32,
