@@ -92,6 +92,23 @@ static_assert(sizeof(Shared) <= 227 * 1024, "more than an SM has");
 
 extern __shared__ __align__(128) uint8_t shared_memory[];
 
+// What of `count` pieces number `of` in `many` does: [first, last).
+struct Span {
+    int first, last;
+    __device__ __forceinline__ Span(int first, int last) : first(first), last(last) {}
+    __device__ __forceinline__ Span(int count, int of, int many)
+        : first(static_cast<int>(static_cast<uint32_t>(of * count) / many)),
+          last(static_cast<int>(static_cast<uint32_t>((of + 1) * count) / many)) {}
+};
+// The parts of `each` pieces that some of [first, last) lie in.
+__device__ __forceinline__ Span parts_of(Span s, uint32_t each) { return {static_cast<int>(s.first / each), static_cast<int>((s.last - 1) / each + 1)}; }
+// How many of `many` have some of part number `part`, where each of them has some of the `count` pieces.
+__device__ __forceinline__ uint32_t sharers(int part, int each, int count, int many) {
+    const auto owner = [&](int i) { return (static_cast<uint32_t>(i + 1) * many - 1) / count; };
+    const int first = part * each, last = first + each;
+    return owner(last - 1) - owner(first) + 1;
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ __forceinline__ void barrier_init_n(uint64_t* barrier, uint32_t count) {
@@ -151,19 +168,6 @@ __device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t 
         : "l"(a), "l"(b));
 }
 #undef D4
-
-// What of `count` pieces number `of` in `many` does: [first, last).
-struct Span {
-    int first, last;
-    __device__ __forceinline__ Span(int count, int of, int many)
-        : first(static_cast<int>(static_cast<uint32_t>(of * count) / many)),
-          last(static_cast<int>(static_cast<uint32_t>((of + 1) * count) / many)) {}
-};
-// How many of `many` have some of [first, last).
-__device__ __forceinline__ uint32_t sharers(int first, int last, int count, int many) {
-    const auto owner = [&](int i) { return (static_cast<uint32_t>(i + 1) * many - 1) / count; };
-    return owner(last - 1) - owner(first) + 1;
-}
 
 // The tiles of a product that fall to one of several, in units that are nearly equal.
 struct Tiles {

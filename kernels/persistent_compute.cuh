@@ -33,9 +33,10 @@ struct Compute {
         if (counter < last && !(a.delay < 0 && blockIdx.x == 0))
             asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.arrived + counter * kCounterWords) : "memory");
     }
-    // Items [first, last) of a result make parts of `each`.
-    __device__ __forceinline__ void done(int parts, int first, int last, int each) {
-        done(parts + static_cast<uint32_t>(first) / each, parts + static_cast<uint32_t>(last - 1) / each + 1);
+    // This block's pieces of a result that has parts of `each`.
+    __device__ __forceinline__ void done(int counters, Span pieces, int each) {
+        const Span parts = parts_of(pieces, each);
+        done(counters + parts.first, counters + parts.last);
     }
 
     // Units of a phase are multiplied one after the other, by turns of the warpgroups: whoever is far from the head of the
@@ -571,13 +572,13 @@ struct Compute {
                 if (!init && !mlp) {
                     qkv(w, i / 2);
                     const Span tiles(kQkvTiles, cluster, clusters), queries(kHeads * rows, cluster, clusters);
-                    done(kHeadParts, tiles.first, tiles.last, kHead / 8);
+                    done(kHeadParts, tiles, kHead / 8);
                     attention();
-                    done(kQuarters, queries.first, queries.last, kHeads / kRanks * rows);
+                    done(kQuarters, queries, kHeads / kRanks * rows);
                 } else if (!init) {
                     gate_up(w);
                     const Span tiles(kMlpTiles, blockIdx.x, gridDim.x);
-                    done(kQuarters, tiles.first, tiles.last, kMlpTiles / kRanks);
+                    done(kQuarters, tiles, kMlpTiles / kRanks);
                 }
                 residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
                          init ? 1 : mlp ? 4 : 2, init, !init && !mlp);

@@ -159,15 +159,14 @@ struct Loader {
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
         const int phases = 5 * a.layer_count;
         // Of QKV's result, the blocks that make part number `lane`; of gate/up's, those that make this rank's quarter.
-        const int part = min(lane, kHeads + 1), tiles = kHead / 8, quarter = kMlpTiles / kRanks;
-        const uint32_t head_sharers = kRanks * sharers(part * tiles, part * tiles + tiles, kQkvTiles, clusters);
-        const uint32_t gated_sharers = sharers(rank * quarter, rank * quarter + quarter, kMlpTiles, gridDim.x);
+        const int part = min(lane, kHeads + 1);
+        const uint32_t head_sharers = kRanks * sharers(part, kHead / 8, kQkvTiles, clusters);
+        const uint32_t gated_sharers = sharers(rank, kMlpTiles / kRanks, kMlpTiles, gridDim.x);
 #pragma unroll 1
         for (int step = 0; a.step_count > 0; step++) {
             const int tokens = a.rows(step);
             const Cut cut(a, tokens, rank, cluster, clusters);
-            const int heads = kHeads / kRanks * tokens;  // query rows of a quarter
-            const uint32_t attended_sharers = kRanks * sharers(rank * heads, rank * heads + heads, kHeads * tokens, clusters);
+            const uint32_t attended_sharers = kRanks * sharers(rank, kHeads / kRanks * tokens, kHeads * tokens, clusters);
             // The heads of this cluster's queries, and keys and values.
             const bool read = lane >= kHeads || (lane >= cut.first_row / tokens && lane <= (cut.last_row - 1) / tokens);
             // The flow, where there is one the product that makes the residual, and the layers'.

@@ -11,6 +11,9 @@ namespace tall {
 namespace pointwise {
 #include "pointwise.cu"
 }
+namespace persistent {
+#include "persistent.cuh"
+}
 #include <random>
 
 static std::mt19937 generator(1);
@@ -377,7 +380,25 @@ static void tower(int outputs, int width) {
     off.tell("exact, weights packed for the tower, " + std::to_string(outputs) + " of " + std::to_string(width));
 }
 
+// Of the persistent decoder: whoever waits for a part of a result waits for as many as say that they have made some of it.
+static void counted(const char* what, int parts, int each, int least, int most) {
+    Distance off;
+    for (int many = least; many <= std::min(most, parts * each); many++) {
+        std::vector<int> said(parts);
+        for (int i = 0; i < many; i++) {
+            const persistent::Span made = persistent::parts_of(persistent::Span(parts * each, i, many), each);
+            for (int p = made.first; p < made.last; p++) said.at(p)++;
+        }
+        for (int p = 0; p < parts; p++) off.put(persistent::sharers(p, each, parts * each, many), said[p]);
+    }
+    off.tell(std::string("exact, counted ") + what + " of " + std::to_string(parts * each));
+}
+
 int main() {
+    using namespace persistent;
+    counted("heads", kHeads + 2, kHead / 8, 1, 40);
+    counted("gated quarters", kRanks, kMlpTiles / kRanks, kRanks, 160);
+    for (int tokens = 1; tokens <= kPanelRows; tokens++) counted("attended quarters", kRanks, kHeads / kRanks * tokens, 1, 40);
     tower(64, 64);
     tower(208, 200);
     tower_begin(16, 1152);

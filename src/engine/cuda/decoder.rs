@@ -145,7 +145,9 @@ impl CudaDecoder {
         let stream = Stream::of(&lane, path)?;
         let persistent = match (weights.packing, path) {
             (Packing::General, _) => None,
-            (Packing::Published, Path::Hopper) => Some(Persistent::new(&lane, &stream, tuning.clusters, tuning.delay)?),
+            (Packing::Published, Path::Hopper) => {
+                Some(Persistent::new(&lane, &stream, plan::clusters(&dims, tuning.clusters), tuning.delay)?)
+            }
             (Packing::Published, Path::Portable) => {
                 return Err(plan::packed_for_hopper());
             }

@@ -538,6 +538,11 @@ pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Resu
     }
 }
 
+/// Clusters of the persistent decoder, of which `most` are wanted: each has some of the attention's query rows.
+pub(super) fn clusters(dims: &Dims, most: usize) -> usize {
+    most.min(dims.expert.heads * dims.horizon)
+}
+
 /// What the portable kernels say to weights that are not for them.
 pub(super) fn packed_for_hopper() -> EngineError {
     EngineError::Device {
@@ -662,6 +667,9 @@ mod tests {
         dims.max_tokens = 200;
         dims.expert.mlp = 2048;
         assert_eq!(path(&dims, true, None), Some(Packing::General));
+        assert_eq!(clusters(&dims, 33), 33);
+        dims.horizon = 2;
+        assert_eq!(clusters(&dims, 33), 16, "eight heads of two rows");
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
         assert_eq!(Packing::Published.cache_row(256) * 2 % 128, 16);
     }
