@@ -342,11 +342,13 @@ struct Compute {
     }
     template <int N, int TILES, int EACH>
     __device__ __forceinline__ void scores(int tiles, float (&d)[TILES][EACH][4], const uint8_t* queries, const uint8_t* const (&keys)[EACH]) {
-        if (tiles == 1) scores<1, N>(d, queries, keys);
-        else if (TILES > 1 && tiles == 2) scores<min_of(TILES, 2), N>(d, queries, keys);
-        else if (TILES > 1) scores<TILES, N>(d, queries, keys);
+        if (tiles == 1) {
+            scores<1, N>(d, queries, keys);
+        } else if constexpr (TILES > 1) {
+            if (tiles == 2) scores<2, N>(d, queries, keys);
+            else scores<TILES, N>(d, queries, keys);
+        }
     }
-    __device__ __forceinline__ static constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
     // Weights of `rows` query rows from row0 on over this rank's keys: scores, and softmax in the registers that hold them. A
     // warpgroup has every other piece of keys, EACH of them at a time, a warp 8 keys of each; behind the prefix comes the suffix,
