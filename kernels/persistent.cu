@@ -19,11 +19,8 @@ __device__ __forceinline__ void whole_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-#endif
-
-// grid: clusters·4 blocks that are all on the chip at once.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode(const __grid_constant__ PersistentArgs a) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <int PIECES>
+__device__ __forceinline__ void decode(const PersistentArgs& a) {
     Shared& s = *reinterpret_cast<Shared*>(shared_memory);
     const int rank = blockIdx.x % kRanks, cluster = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(s.ring) / 16); i += kThreads) store_zero_16(s.ring[0] + i * 16);
@@ -40,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode(cons
     whole_cluster();
     const int role = of_warp(threadIdx.x / 32);
     if (role < kComputing / 32)
-        Compute(a, s, rank, cluster, clusters).run();
+        Compute<PIECES>(a, s, rank, cluster, clusters).run();
     else if (role == kComputing / 32)
         Producer(a, s).run(rank, cluster, clusters);
     else
@@ -48,5 +45,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode(cons
     __syncwarp();
     // Nobody leaves while others may still send to it.
     whole_cluster();
-#endif
 }
+
+#endif
+
+// grid: clusters·4 blocks that are all on the chip at once. By the pieces of keys that a rank has at most, since what is between
+// the lines that run takes time from them.
+#define VARIANT(pieces)                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_##pieces(const __grid_constant__ PersistentArgs a) { \
+        PERSISTENT_DECODE(pieces);                                                                                               \
+    }
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define PERSISTENT_DECODE(pieces) decode<pieces>(a)
+#else
+#define PERSISTENT_DECODE(pieces)
+#endif
+static_assert(kMostKeys == 23 && kStages == 5);
+VARIANT(5)
+VARIANT(23)

@@ -4,6 +4,8 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// PIECES: of a rank's keys at most.
+template <int PIECES>
 struct Compute {
     const PersistentArgs& a;
     Shared& s;
@@ -487,8 +489,8 @@ struct Compute {
             const uint32_t parity = groups & 1;
             const int here = min(c.group, c.last_row - row0), tiles = (here + 15) / 16;
             if (all == 0) barrier_expect(&s.parts_received, kRanks * here * (64 * 4 + 8));
-            if (c.pieces <= 5) weights<3, 1, 3>(b, c, row0, tiles);
-            else weights<1, (kMostKeys + 1) / 4, 2>(b, c, row0, tiles);
+            if constexpr (PIECES <= kStages) weights<3, 1, (PIECES + 1) / 2>(b, c, row0, tiles);
+            else weights<1, (PIECES + 1) / 4, 2>(b, c, row0, tiles);
             float o[3][4][4] = {};
 #pragma unroll 1
             for (int p = 0; p < c.pieces; p++) {

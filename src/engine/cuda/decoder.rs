@@ -56,8 +56,8 @@ impl Block {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     steps: usize,
-    /// Keys a pass of the attention; 0 in the persistent decoder, which reads their number.
-    tile: usize,
+    /// Keys a pass of the attention, or the variant of the persistent decoder, which reads their number.
+    attention: usize,
 }
 
 struct Plans {
@@ -230,7 +230,7 @@ impl CudaDecoder {
         let dims = &self.model.dims;
         let steps = tables.times.len();
         if let Some(p) = &self.persistent {
-            return p.decode(&self.lane, &self.stream, dims, steps, self.persistent_args());
+            return p.decode(&self.lane, &self.stream, dims, steps, key.attention, self.persistent_args());
         }
         self.flow(tables, None)?;
         for step in 0..steps {
@@ -419,11 +419,11 @@ impl CudaDecoder {
             });
         }
         self.write_inputs(cache, input)?;
-        let tile = match self.persistent {
-            Some(_) => 0,
+        let attention = match self.persistent {
+            Some(_) => plan::persistent(cache.rows),
             None => plan::decode_attention(keys, self.model.decode_head.1).0,
         };
-        let key = Key { steps: input.steps, tile };
+        let key = Key { steps: input.steps, attention };
         if !self.tables.contains_key(&input.steps) {
             let tables = Tables::new(&self.model.device, &dims, &self.weights, input.steps)?;
             self.tables.insert(input.steps, tables);

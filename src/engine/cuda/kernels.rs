@@ -593,8 +593,8 @@ pub(super) struct Hopper {
     pub attention_vision: Kernel<AttentionArgs>,
     /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
-    /// For the published action expert.
-    pub persistent: Kernel<PersistentArgs>,
+    /// For the published action expert, by pieces of keys, see [`plan::PERSISTENT_PIECES`].
+    pub persistent: Vec<Kernel<PersistentArgs>>,
     /// Every product of the tower's layers, by block, see [`plan::TOWER_VARIANTS`].
     pub tower: Vec<Kernel<TowerArgs>>,
     pub tower_begin: Kernel<TowerBeginArgs>,
@@ -627,7 +627,10 @@ impl Hopper {
                 .iter()
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
-            persistent: persistent.kernel("persistent_decode", plan::PERSISTENT_SHARED)?,
+            persistent: plan::PERSISTENT_PIECES
+                .iter()
+                .map(|n| persistent.kernel(&format!("persistent_decode_{n}"), plan::PERSISTENT_SHARED))
+                .collect::<Result<_, _>>()?,
             tower: plan::TOWER_VARIANTS
                 .iter()
                 .map(|(kind, g, n)| {

@@ -39,7 +39,7 @@ impl Persistent {
     pub fn new(lane: &Lane, stream: &Stream, clusters: usize, delay: i32) -> Result<Self, EngineError> {
         let _current = lane.enter()?;
         let device = lane.device();
-        let kernel = kernel(lane)?;
+        let kernel = kernel(lane, 0)?;
         let sized = |clusters: usize| Shape {
             shared: plan::PERSISTENT_SHARED as u32,
             cluster: RANKS as u32,
@@ -108,13 +108,15 @@ impl Persistent {
         Ok(())
     }
 
-    /// Queues a decode of `steps` steps, for which there is a table; `args` names the decoder's buffers and weights.
+    /// Queues a decode of `steps` steps, for which there is a table, by a variant of [`plan::persistent`]; `args` names the
+    /// decoder's buffers and weights.
     pub fn decode(
         &self,
         lane: &Lane,
         stream: &Stream,
         dims: &Dims,
         steps: usize,
+        variant: usize,
         args: PersistentArgs,
     ) -> Result<(), EngineError> {
         let Some(table) = self.tables.get(&steps) else { return Ok(()) };
@@ -137,7 +139,7 @@ impl Persistent {
             ..args
         };
         stream.fill(&self.arrived, 0)?;
-        kernel(lane)?.launch_together(stream, self.shape, &args)
+        kernel(lane, variant)?.launch_together(stream, self.shape, &args)
     }
 
     /// What a run that has ended says: `ended` is what the driver did.
@@ -155,8 +157,8 @@ impl Persistent {
     }
 }
 
-fn kernel(lane: &Lane) -> Result<&Kernel<PersistentArgs>, EngineError> {
-    lane.kernels().hopper().map(|h| &h.persistent).ok_or_else(|| EngineError::Device {
+fn kernel(lane: &Lane, variant: usize) -> Result<&Kernel<PersistentArgs>, EngineError> {
+    lane.kernels().hopper().and_then(|h| h.persistent.get(variant)).ok_or_else(|| EngineError::Device {
         what: "loading kernels",
         reason: "the persistent decoder is for sm_90a only".into(),
         remedy: "Rebuild with PI0_CUDA_ARCHS=90a".into(),

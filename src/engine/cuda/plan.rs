@@ -507,8 +507,12 @@ pub(super) const PANEL_ROWS: usize = 52;
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
 /// Token rows at most.
 const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
-/// Rows of a prefix at most: of each rank the pieces of keys of persistent.cuh.
-const PERSISTENT_PREFIX: usize = RANKS * 23 * 32;
+/// Pieces of keys that a rank has at most, by variant: the first has no code for more than its ring holds.
+pub(super) const PERSISTENT_PIECES: [usize; 2] = [5, 23];
+/// Keys of a piece.
+const PIECE_KEYS: usize = 32;
+/// Rows of a prefix at most.
+const PERSISTENT_PREFIX: usize = RANKS * PERSISTENT_PIECES[1] * PIECE_KEYS;
 /// The action expert it is compiled for.
 const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
 
@@ -536,6 +540,11 @@ pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Resu
         None if fits && hopper => Ok(Packing::Published),
         None => Ok(Packing::General),
     }
+}
+
+/// Variant of the persistent decoder for a prefix of so many rows, of [`PERSISTENT_PIECES`].
+pub(super) fn persistent(prefix: usize) -> usize {
+    usize::from(prefix > RANKS * PERSISTENT_PIECES[0] * PIECE_KEYS)
 }
 
 /// Clusters of the persistent decoder, of which `most` are wanted: each has some of the attention's query rows.

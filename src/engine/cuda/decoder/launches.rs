@@ -235,7 +235,7 @@ impl CudaDecoder {
             return kernels.portable()?.attention(&self.stream, self.model.trunk_head.0, &args);
         };
         let (variant, padded) = self.model.decode_head;
-        let (_, shared) = plan::decode_attention(key.tile * KEY_SPLITS, padded);
+        let (_, shared) = plan::decode_attention(key.attention * KEY_SPLITS, padded);
         let (next, next_bytes) = self.next(Stage::Attention, l);
         let args = DecodeAttentionArgs {
             q,
@@ -253,7 +253,7 @@ impl CudaDecoder {
             suffix,
             horizon,
             stride,
-            tile: key.tile as i32,
+            tile: key.attention as i32,
         };
         let shape = Shape {
             grid: [KEY_SPLITS as u32, (rows as u32).div_ceil(QUERY_ROWS as u32), 1],
