@@ -57,9 +57,9 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
     }
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define PERSISTENT_DECODE(pieces) decode<pieces>(a)
+static_assert(kMostKeys == 23 && kStages == 5);
 #else
 #define PERSISTENT_DECODE(pieces)
 #endif
-static_assert(kMostKeys == 23 && kStages == 5);
 VARIANT(5)
 VARIANT(23)
