@@ -49,8 +49,8 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
 
 #endif
 
-// grid: clusters·4 blocks that are all on the chip at once. By the pieces of keys that a rank has at most, since what is between
-// the lines that run takes time from them.
+// grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most: code
+// that never runs takes time from what does.
 #define VARIANT(pieces)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_##pieces(const __grid_constant__ PersistentArgs a) { \
         PERSISTENT_DECODE(pieces);                                                                                               \

@@ -677,6 +677,7 @@ mod tests {
         dims.expert.mlp = 2048;
         assert_eq!(path(&dims, true, None), Some(Packing::General));
         assert_eq!(clusters(&dims, 33), 33);
+        assert_eq!([1, 640, 641, PERSISTENT_PREFIX].map(persistent), [0, 0, 1, 1], "rows that fit five pieces a rank");
         dims.horizon = 2;
         assert_eq!(clusters(&dims, 33), 16, "eight heads of two rows");
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
