@@ -19,8 +19,12 @@ __device__ __forceinline__ void whole_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+#endif
+
 template <int PIECES>
 __device__ __forceinline__ void decode(const PersistentArgs& a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    static_assert(PIECES == kStages || PIECES == kMostKeys);
     Shared& s = *reinterpret_cast<Shared*>(shared_memory);
     const int rank = blockIdx.x % kRanks, cluster = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(s.ring) / 16); i += kThreads) store_zero_16(s.ring[0] + i * 16);
@@ -45,21 +49,10 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
     __syncwarp();
     // Nobody leaves while others may still send to it.
     whole_cluster();
-}
-
 #endif
+}
 
 // grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most: code
 // that never runs takes time from what does.
-#define VARIANT(pieces)                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_##pieces(const __grid_constant__ PersistentArgs a) { \
-        PERSISTENT_DECODE(pieces);                                                                                               \
-    }
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define PERSISTENT_DECODE(pieces) decode<pieces>(a)
-static_assert(kMostKeys == 23 && kStages == 5);
-#else
-#define PERSISTENT_DECODE(pieces)
-#endif
-VARIANT(5)
-VARIANT(23)
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_5(const __grid_constant__ PersistentArgs a) { decode<5>(a); }
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_23(const __grid_constant__ PersistentArgs a) { decode<23>(a); }
