@@ -21,7 +21,7 @@ __device__ __forceinline__ void whole_cluster() {
 
 #endif
 
-template <int PIECES>
+template <int PIECES, bool FEW>
 __device__ __forceinline__ void decode(const PersistentArgs& a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     static_assert(PIECES == kStages || PIECES == kMostKeys);
@@ -41,9 +41,9 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
     whole_cluster();
     const int role = of_warp(threadIdx.x / 32);
     if (role < kComputing / 32)
-        Compute<PIECES>(a, s, rank, cluster, clusters).run();
+        Compute<PIECES, FEW>(a, s, rank, cluster, clusters).run();
     else if (role == kComputing / 32)
-        Producer(a, s).run(rank, cluster, clusters);
+        Producer<FEW>(a, s).run(rank, cluster, clusters);
     else
         Loader(a, s).run(rank, cluster, clusters);
     __syncwarp();
@@ -52,7 +52,9 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
 #endif
 }
 
-// grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most: code
-// that never runs takes time from what does.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_5(const __grid_constant__ PersistentArgs a) { decode<5>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_23(const __grid_constant__ PersistentArgs a) { decode<23>(a); }
+// grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most, and for
+// many clusters and for few: code that never runs takes time from what does.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_5(const __grid_constant__ PersistentArgs a) { decode<5, false>(a); }
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_23(const __grid_constant__ PersistentArgs a) { decode<23, false>(a); }
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_5_few(const __grid_constant__ PersistentArgs a) { decode<5, true>(a); }
+extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_23_few(const __grid_constant__ PersistentArgs a) { decode<23, true>(a); }

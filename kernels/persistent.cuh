@@ -9,12 +9,14 @@ constexpr int kPanelRows = 52;   // token rows of an activation panel; an operan
 constexpr int kOwn = 13;         // token rows that each rank finishes
 // Columns of a product come in tiles of 8, a unit of which is multiplied at once; at most so many tiles:
 constexpr int kNarrow = 5, kQkv = 6, kWide = 9;  // of T, O and down; of QKV; of gate/up
+constexpr int kMuch = 10;                        // of any, where clusters are so few that each has more than kNarrow of the narrow ones
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kComputing = 256, kThreads = kComputing + 64;
-constexpr int kChunk = 128;           // K of one chunk of weights; a piece is one, or two where units are narrow
+constexpr int kChunk = 128;           // K of one chunk of weights; a piece is one, or two where units are of kNarrow
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
 constexpr int kStages = 5, kSlot = 2 * kNarrow * kTile;
-static_assert(kWide * kTile <= kSlot && kQkv * kTile <= kSlot, "a piece fits");
+static_assert(kWide * kTile <= kSlot && kQkv * kTile <= kSlot && kMuch * kTile <= kSlot, "a piece fits");
+static_assert(kMuch <= 2 * kQkv, "both inboxes together hold a unit");
 constexpr int kKeys = 32;             // keys of one piece
 constexpr int kRow = kHead * 2 + 16;  // bytes of a key, padded against bank conflicts; in the cache too
 constexpr int kOctet = kPanelRows * 16;  // bytes of 8 of K in a panel
@@ -82,7 +84,8 @@ struct PersistentArgs {
 struct Shared {
     alignas(128) uint8_t acts[kActs];  // activations of a product, or the attention's buffers
     alignas(128) uint8_t ring[kStages][kSlot];
-    alignas(16) float inbox[2][kRanks][kQkv][kOwn][8];  // of each warpgroup: what the ranks send of its unit
+    // What the ranks send of a unit, [ranks][tiles][kOwn][8]: of each warpgroup's, or one for both by turns where units are of kMuch.
+    alignas(16) float inbox[2 * kRanks * kQkv * kOwn * 8];
     uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received, values_full, finished;
     alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
@@ -144,7 +147,7 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48 or 72 columns by 16.
+// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48, 72 or 80 columns by 16.
 __device__ __forceinline__ void mma(float (&d)[4 * kNarrow], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
@@ -165,6 +168,14 @@ __device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t 
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
         "%32,%33,%34,%35}, %36, %37, 1, 1, 1, 0, 0;"
         : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[4 * kMuch], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39}, %40, %41, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32), D4(36)
         : "l"(a), "l"(b));
 }
 #undef D4

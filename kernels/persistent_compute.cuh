@@ -4,9 +4,10 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// PIECES: of a rank's keys at most.
-template <int PIECES>
+// PIECES: of a rank's keys at most. FEW: clusters, so units are of kMuch.
+template <int PIECES, bool FEW>
 struct Compute {
+    static constexpr int kNarrowMost = FEW ? kMuch : kNarrow, kQkvMost = FEW ? kMuch : kQkv, kWideMost = FEW ? kMuch : kWide;
     const PersistentArgs& a;
     Shared& s;
     const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
@@ -81,13 +82,20 @@ struct Compute {
         if (lane == 0) barrier_arrive(&s.empty[before], 2);
     }
 
+    // Where this block finds what rank `from` has sent of a tile of the present unit.
+    __device__ __forceinline__ float* inbox(int from, int tile) const {
+        return s.inbox + ((FEW ? from * 2 : wg * kRanks + from) * kQkv + tile) * (kOwn * 8);
+    }
+    // Which barriers of it.
+    __device__ __forceinline__ int box() const { return FEW ? 0 : wg; }
+
     // This rank's sums of `tiles` tiles to the ranks that finish them, by token row.
     template <int REGS>
     __device__ __forceinline__ void send_sums(const float (&acc)[REGS], int tiles) {
         const int g = lane / 4, t = lane % 4, odd = t & 1;
         const int row = warp * 16 + g + 8 * odd;  // even lanes take the upper row of a pair of lanes, odd ones the lower
         const int to_rank = min(row / kOwn, kRanks - 1);
-        const uint32_t to = remote_address(&s.inbox[wg][rank][0][row % kOwn][(t / 2) * 4], to_rank), barrier = remote_address(&s.received[wg], to_rank);
+        const uint32_t to = remote_address(inbox(rank, 0) + row % kOwn * 8 + t / 2 * 4, to_rank), barrier = remote_address(&s.received[box()], to_rank);
 #pragma unroll
         for (int j = 0; j < REGS / 4; j++) {
             const float* c = acc + 4 * j;
@@ -102,7 +110,7 @@ struct Compute {
         float4 v = {};
 #pragma unroll
         for (int c = 0; c < kRanks; c++) {
-            const float4 p = load4(&s.inbox[wg][c][tile][own][column]);
+            const float4 p = load4(inbox(c, tile) + own * 8 + column);
             v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
         }
         return v;
@@ -132,8 +140,8 @@ struct Compute {
 
     // A product split over the cluster. before(tiles): operands of the end that the phase before does not write; after(operands):
     // those that it does, on their way while the product runs; meanwhile(operands): what can be done while the ranks' sums are
-    // on their way; finish(tiles, operands): adds them up, of 13 rows.
-    template <int MOST, int CHUNKS, class Before, class After, class Meanwhile, class Finish>
+    // on their way; finish(tiles, operands): adds them up, of 13 rows. Each EACH pieces have activations of their own.
+    template <int MOST, int CHUNKS, int EACH, class Before, class After, class Meanwhile, class Finish>
     __device__ __forceinline__ void split(int count, int pieces, Before before, After after, Meanwhile meanwhile, Finish finish) {
         begin();
         const Tiles tiles(count, MOST, cluster, clusters);
@@ -141,33 +149,39 @@ struct Compute {
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
                 ring.skip(pieces);
+                if (FEW) inbox_parity ^= 1;
                 continue;
             }
             const Span span = tiles.of(u);
-            if (tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
+            if (!FEW && tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
             auto operands = before(span);
             // The first activations are there: so is all that the phase before wrote.
             barrier_wait(&s.acts_full[0], acts_parity);
-            after(operands);
+            const bool first = !FEW || u < 2;
+            after(operands, first);
             float acc[4 * MOST];
             take_turn(u, pieces);
-            product<CHUNKS, 1>(acc, pieces);
+            product<CHUNKS, EACH>(acc, pieces);
             pass_turn(u, tiles.units, pieces);
-            // The ranks have taken what was in their inboxes before.
-            barrier_wait(&s.inbox_free[wg], inbox_parity ^ 1);
+            // The ranks have taken what was in their inboxes before. Where both warpgroups have the same one, a unit is let to it when
+            // the one before has seen the one before that taken: whoever waits is at most one round behind.
+            if (FEW && u > 0) meet(7 + u % 2, kComputing);
+            barrier_wait(&s.inbox_free[box()], inbox_parity ^ 1);
+            if (FEW && u + 1 < tiles.units) asm volatile("bar.arrive %0, %1;" ::"r"(7 + (u + 1) % 2), "r"(kComputing) : "memory");
+            if (FEW && tid == 0) barrier_expect(&s.received[0], kRanks * kOwn * 32 * (span.last - span.first));
             send_sums(acc, span.last - span.first);
-            meanwhile(operands);
-            barrier_wait(&s.received[wg], inbox_parity);
+            meanwhile(operands, first);
+            barrier_wait(&s.received[box()], inbox_parity);
             finish(span, operands);
             meet(2 + wg, 128);
-            if (tid < kRanks) barrier_arrive_remote(remote_address(&s.inbox_free[wg], tid));
+            if (tid < kRanks) barrier_arrive_remote(remote_address(&s.inbox_free[box()], tid));
             inbox_parity ^= 1;
         }
         acts_parity ^= 1;
     }
 
-    // Eight lanes a row, four columns a lane: the operands and the end of up to six tiles, four at a time.
-    static constexpr int kRounds = 2;
+    // Eight lanes a row, four columns a lane: the operands and the end of up to six or ten tiles, four at a time.
+    static constexpr int kRounds = (kQkvMost + 3) / 4;
 
     struct ResidualOperands {
         float4 old[kRounds], scale[kRounds], gate[kRounds];
@@ -177,7 +191,7 @@ struct Compute {
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
-        split<kNarrow, 2>(
+        split<kNarrowMost, FEW ? 1 : 2, FEW ? 2 : 1>(
             kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
@@ -191,7 +205,7 @@ struct Compute {
                 }
                 return r;
             },
-            [](ResidualOperands&) {}, [](ResidualOperands&) {},
+            [](ResidualOperands&, bool) {}, [](ResidualOperands&, bool) {},
             [&](Span tiles, const ResidualOperands& r) {
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
@@ -221,7 +235,7 @@ struct Compute {
         const bool valid = own < kOwn && n < rows;
         const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        split<kQkv, 1>(
+        split<kQkvMost, 1, 1>(
             kQkvTiles, 2,
             [&](Span tiles) {
                 QkvOperands r;
@@ -236,8 +250,11 @@ struct Compute {
                 }
                 return r;
             },
-            [&](QkvOperands& r) { r.squares.load(a.squares[0], rank, tid / 4, 32, tid % 4); },
-            [&](QkvOperands& r) {
+            [&](QkvOperands& r, bool first) {
+                if (first) r.squares.load(a.squares[0], rank, tid / 4, 32, tid % 4);
+            },
+            [&](QkvOperands& r, bool first) {
+                if (!first) return;
                 const float4 v = r.squares.sum();
                 if (lane < 4) *reinterpret_cast<float4*>(&s.row_squares[wg][warp][lane * 4]) = v;
                 meet(2 + wg, 128);
@@ -266,7 +283,7 @@ struct Compute {
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
-        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
+        const Tiles tiles(kMlpTiles, kWideMost, blockIdx.x, gridDim.x);
         const float* const biases = w.gate_up_bias;
         if (wg == 1) {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
@@ -288,13 +305,13 @@ struct Compute {
                 continue;
             }
             const Span span = tiles.of(u);
-            float2 bias[kWide];
+            float2 bias[kWideMost];
 #pragma unroll
-            for (int j = 0; j < kWide; j++) {
+            for (int j = 0; j < kWideMost; j++) {
                 bias[j] = make_float2(0.0f, 0.0f);
                 if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
             }
-            float acc[4 * kWide];
+            float acc[4 * kWideMost];
             take_turn(u, kWidth / kChunk);
             product<1, 2>(acc, kWidth / kChunk);
             pass_turn(u, tiles.units, kWidth / kChunk);
@@ -309,11 +326,11 @@ struct Compute {
                 return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
             };
 #pragma unroll
-            for (int j = 0; j < kWide; j += 2) {
-                const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
+            for (int j = 0; j < kWideMost; j += 2) {
+                const uint32_t here = gated(j), next = j + 1 < kWideMost ? gated((j + 1) % kWideMost) : 0;
                 const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
                 const int k = j + t / 2, tile = span.first + k;
-                if (n < rows && k < kWide && tile < span.last)
+                if (n < rows && k < kWideMost && tile < span.last)
                     *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
             }
         }
@@ -585,7 +602,7 @@ struct Compute {
                     done(kQuarters, tiles, kMlpTiles / kRanks);
                 }
                 residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
-                         init ? 1 : mlp ? 4 : 2, init, !init && !mlp);
+                         (init ? 1 : mlp ? 4 : 2) * (FEW ? 2 : 1), init, !init && !mlp);
                 done();
             }
         }

@@ -6,6 +6,8 @@
 
 // --- The warp that keeps the ring filled.
 
+// FEW: clusters, so units are of kMuch.
+template <bool FEW>
 struct Producer {
     const PersistentArgs& a;
     Shared& s;
@@ -55,8 +57,8 @@ struct Producer {
     __device__ __forceinline__ const bf16* matrix(int i) const { return a.layers[i / 4].weights[i % 4]; }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
         if (lane != 0) return;
-        const Tiles narrow(kWidthTiles, kNarrow, cluster, clusters), qkv(kQkvTiles, kQkv, cluster, clusters),
-            wide(kMlpTiles, kWide, blockIdx.x, gridDim.x);
+        const Tiles narrow(kWidthTiles, FEW ? kMuch : kNarrow, cluster, clusters), qkv(kQkvTiles, FEW ? kMuch : kQkv, cluster, clusters),
+            wide(kMlpTiles, FEW ? kMuch : kWide, blockIdx.x, gridDim.x);
         const int count = 4 * a.layer_count, all = a.step_count * count;
         const bf16* next = all > 0 ? matrix(0) : nullptr;
 #pragma unroll 1
@@ -69,7 +71,7 @@ struct Producer {
                 const bf16* const w = i < 0 ? a.time_w : next;
                 // On its way while this one's weights are fetched.
                 if (i >= 0) next = matrix(min(step * count + i + 1, all - 1));
-                const int pieces = product < 0 ? 1 : product < 2 ? 2 : product == 2 ? 8 : 4, chunks = product % 2 == 0 ? 1 : 2;
+                const int chunks = FEW || product % 2 == 0 ? 1 : 2, pieces = (product < 0 ? 2 : product == 0 ? 2 : product == 1 ? 4 : 8) / chunks;
                 weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
                         pieces, chunks, product == 2 ? 0 : rank * pieces * chunks);
                 if (product != 0) continue;

@@ -45,8 +45,8 @@ def edits() -> list[tuple[str, str]]:
     gate = {m: mark("gate/up", m) for m in IN_PHASE}
     return [
         ("            auto operands = before(span);\n", f"            auto operands = before(span);\n            MARK(phase + {at['operands asked']});\n"),
-        ("            after(operands);\n", f"            MARK(phase + {at['activations']});\n            after(operands);\n"),
-        ("            product<CHUNKS, 1>(acc, pieces);\n", f"            product<CHUNKS, 1>(acc, pieces);\n            MARK(phase + {at['product']});\n"),
+        ("            after(operands, first);\n", f"            MARK(phase + {at['activations']});\n            after(operands, first);\n"),
+        ("            product<CHUNKS, EACH>(acc, pieces);\n", f"            product<CHUNKS, EACH>(acc, pieces);\n            MARK(phase + {at['product']});\n"),
         ("            send_sums(acc, span.last - span.first);\n",
          f"            MARK(phase + {at['inbox free']});\n            send_sums(acc, span.last - span.first);\n            MARK(phase + {at['sent']});\n"),
         ("            finish(span, operands);\n",
@@ -78,8 +78,8 @@ def edits() -> list[tuple[str, str]]:
         ("            begin();\n            Flow(", f"            MARK({mark('flow', 'begin')});\n            begin();\n            Flow("),
         ("            if (step == a.step_count) break;\n            done();\n",
          f"            if (step == a.step_count) break;\n            done();\n            MARK({mark('flow', 'done')});\n"),
-        ("                         init ? 1 : mlp ? 4 : 2, init, !init && !mlp);\n                done();\n",
-         f"                         init ? 1 : mlp ? 4 : 2, init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
+        ("                         (init ? 1 : mlp ? 4 : 2) * (FEW ? 2 : 1), init, !init && !mlp);\n                done();\n",
+         f"                         (init ? 1 : mlp ? 4 : 2) * (FEW ? 2 : 1), init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
          "                if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
          "                    for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
         ("struct Compute {\n", "struct Compute {\n    int phase = 0;\n"),

@@ -11,6 +11,7 @@
 #endif
 #include KERNEL
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -31,7 +32,9 @@
     } while (0)
 
 constexpr int kLayers = 18, kSteps = 10, kHorizon = 50, kSuffix = kHorizon + 1, kCapacity = PREFIX + 300;
-constexpr auto kKernel = PREFIX <= kRanks * kStages * kKeys ? persistent_decode_5 : persistent_decode_23;
+// By whether clusters are few.
+constexpr auto kKernels = PREFIX <= kRanks * kStages * kKeys ? std::array{persistent_decode_5, persistent_decode_5_few} : std::array{persistent_decode_23, persistent_decode_23_few};
+constexpr auto kKernel = [](int clusters) { return kKernels[kWidthTiles > kNarrow * clusters]; };
 constexpr int kActions = ACTIONS, kJoints = ACTIONS / 2 - 2, kChunkFloats = kHorizon * kActions;
 
 __device__ float uniform(size_t i, uint32_t seed) {
@@ -138,7 +141,7 @@ struct Harness {
         args.scale = 1.44269504f / 16, args.inv_width = 1.0f / kWidth, args.dt = -1.0f / kSteps;
         args.step_count = kSteps, args.layer_count = kLayers, args.horizon = kHorizon, args.has_state = 1, args.suffix = kSuffix, args.action_dim = kActions, args.state_dim = kJoints;
         CHECK(cudaStreamCreate(&stream));
-        CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared))));
+        for (const auto k : kKernels) CHECK(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared))));
     }
     cudaLaunchConfig_t shape(int clusters, cudaLaunchAttribute* attributes) const {
         attributes[0].id = cudaLaunchAttributeClusterDimension, attributes[0].val.clusterDim = {kRanks, 1, 1};
@@ -153,7 +156,7 @@ struct Harness {
         cudaLaunchConfig_t c = shape(1, attributes);
         c.numAttrs = 1;
         int most;
-        CHECK(cudaOccupancyMaxActiveClusters(&most, kKernel, &c));
+        CHECK(cudaOccupancyMaxActiveClusters(&most, kKernel(1), &c));
         return most;
     }
     cudaGraphExec_t graph(int clusters, int delay, bool hashed) const {
@@ -163,7 +166,7 @@ struct Harness {
         a.delay = delay;
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t c = shape(clusters, attributes);
-        CHECK(cudaLaunchKernelEx(&c, kKernel, a));
+        CHECK(cudaLaunchKernelEx(&c, kKernel(clusters), a));
         if (hashed) hash<<<kSteps, 256, 0, stream>>>(args.velocities);
         cudaGraph_t captured;
         CHECK(cudaStreamEndCapture(stream, &captured));
