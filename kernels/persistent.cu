@@ -21,15 +21,17 @@ __device__ __forceinline__ void whole_cluster() {
 
 #endif
 
-template <int PIECES, bool FEW>
+template <int PIECES, int MOST>
 __device__ __forceinline__ void decode(const PersistentArgs& a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    static_assert(PIECES == kStages || PIECES == kMostKeys);
-    Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+    using U = Units<MOST>;
+    static_assert(PIECES <= U::kStages || PIECES == kMostKeys);
+    static_assert(sizeof(Shared<U>) <= 227 * 1024, "more than an SM has");
+    Shared<U>& s = *reinterpret_cast<Shared<U>*>(shared_memory);
     const int rank = blockIdx.x % kRanks, cluster = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(s.ring) / 16); i += kThreads) store_zero_16(s.ring[0] + i * 16);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; i++) barrier_init_n(&s.full[i], 1), barrier_init_n(&s.empty[i], 8);
+        for (int i = 0; i < U::kStages; i++) barrier_init_n(&s.full[i], 1), barrier_init_n(&s.empty[i], 8);
         for (int i = 0; i < 4; i++) barrier_init_n(&s.acts_full[i], 1);
         for (int i = 0; i < 2; i++) barrier_init_n(&s.received[i], 1), barrier_init_n(&s.inbox_free[i], kRanks);
         barrier_init_n(&s.queries_full, 1), barrier_init_n(&s.queries_free, 1);
@@ -41,20 +43,26 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
     whole_cluster();
     const int role = of_warp(threadIdx.x / 32);
     if (role < kComputing / 32)
-        Compute<PIECES, FEW>(a, s, rank, cluster, clusters).run();
+        Compute<PIECES, U>(a, s, rank, cluster, clusters).run();
     else if (role == kComputing / 32)
-        Producer<FEW>(a, s).run(rank, cluster, clusters);
+        Producer<U>(a, s).run(rank, cluster, clusters);
     else
-        Loader(a, s).run(rank, cluster, clusters);
+        Loader<U>(a, s).run(rank, cluster, clusters);
     __syncwarp();
     // Nobody leaves while others may still send to it.
     whole_cluster();
 #endif
 }
 
-// grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most, and for
-// many clusters and for few: code that never runs takes time from what does.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_5(const __grid_constant__ PersistentArgs a) { decode<5, false>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_23(const __grid_constant__ PersistentArgs a) { decode<23, false>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_5_few(const __grid_constant__ PersistentArgs a) { decode<5, true>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads, 1) persistent_decode_23_few(const __grid_constant__ PersistentArgs a) { decode<23, true>(a); }
+// grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most and of
+// tiles of a unit: code that never runs takes time from what does.
+#define PERSISTENT_DECODE(PIECES, MOST)                                              \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1)                        \
+        persistent_decode_##PIECES##_##MOST(const __grid_constant__ PersistentArgs a) { \
+        decode<PIECES, MOST>(a);                                                     \
+    }
+PERSISTENT_DECODE(3, 5)
+PERSISTENT_DECODE(5, 5)
+PERSISTENT_DECODE(5, 10)
+PERSISTENT_DECODE(23, 5)
+PERSISTENT_DECODE(23, 10)

@@ -7,24 +7,30 @@ constexpr int kAttention = kHeads * kHead;
 constexpr int kRanks = 4;        // blocks of a cluster
 constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
 constexpr int kOwn = 13;         // token rows that each rank finishes
-// Columns of a product come in tiles of 8, a unit of which is multiplied at once; at most so many tiles:
-constexpr int kNarrow = 5, kQkv = 6, kWide = 9;  // of T, O and down; of QKV; of gate/up
-constexpr int kMuch = 10;                        // of any, where clusters are so few that each has more than kNarrow of the narrow ones
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kComputing = 256, kThreads = kComputing + 64;
-constexpr int kChunk = 128;           // K of one chunk of weights; a piece is one, or two where units are of kNarrow
+constexpr int kChunk = 128;            // K of one chunk of weights
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
-constexpr int kStages = 5, kSlot = 2 * kNarrow * kTile;
-static_assert(kWide * kTile <= kSlot && kQkv * kTile <= kSlot && kMuch * kTile <= kSlot, "a piece fits");
-static_assert(kMuch <= 2 * kQkv, "both inboxes together hold a unit");
 constexpr int kKeys = 32;             // keys of one piece
+constexpr int kMostKeys = 23;         // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
 constexpr int kRow = kHead * 2 + 16;  // bytes of a key, padded against bank conflicts; in the cache too
 constexpr int kOctet = kPanelRows * 16;  // bytes of 8 of K in a panel
 constexpr int kActs = kWidth / 8 * kOctet;
 constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
-static_assert(kKeys * kRow <= kSlot, "a piece of keys fits");
-static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 constexpr float kEps = 1e-6f;
+
+// Columns of a product come in tiles of 8, a unit of which is multiplied at once: at most MOST of T, O and down. Where clusters
+// are few each has more of them, and units are larger: fewer exchanges, and activations are read less often.
+template <int MOST>
+struct Units {
+    static constexpr bool kFew = MOST > 5;
+    static constexpr int kNarrow = MOST, kQkv = kFew ? MOST : 6, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
+    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece of T, O and down; others have one
+    static constexpr int kSlot = kChunks * MOST * kTile, kStages = 100 * 1024 / kSlot;
+    static_assert(kQkv * kTile <= kSlot && kWide * kTile <= kSlot && kKeys * kRow <= kSlot, "a piece fits");
+    static constexpr int kInbox = kFew ? MOST : 2 * kQkv;  // tiles whose sums have a place: those of a unit, or of one of each warpgroup
+    static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
+};
 
 // Counters of blocks that have finished a phase. Some phases wait for all blocks, others only for those that make a part of
 // what they read: a head of QKV's result, or a quarter of the attention's or of gate/up's.
@@ -81,17 +87,17 @@ struct PersistentArgs {
     __device__ __forceinline__ int rows(int step) const { return horizon + (step == 0 ? has_state : 0); }
 };
 
+template <class U>
 struct Shared {
     alignas(128) uint8_t acts[kActs];  // activations of a product, or the attention's buffers
-    alignas(128) uint8_t ring[kStages][kSlot];
-    // What the ranks send of a unit, [ranks][tiles][kOwn][8]: of each warpgroup's, or one for both by turns where units are of kMuch.
-    alignas(16) float inbox[2 * kRanks * kQkv * kOwn * 8];
-    uint64_t full[kStages], empty[kStages], acts_full[4], queries_full, queries_free;
+    alignas(128) uint8_t ring[U::kStages][U::kSlot];
+    // What the ranks send of a unit, [ranks][tiles][kOwn][8]: of each warpgroup's, or of one at a time where clusters are few.
+    alignas(16) float inbox[kRanks * U::kInbox * kOwn * 8];
+    uint64_t full[U::kStages], empty[U::kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received, values_full, finished;
     alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
     float inverse_rms[64];        // of each token row, for gate/up
 };
-static_assert(sizeof(Shared) <= 227 * 1024, "more than an SM has");
 
 extern __shared__ __align__(128) uint8_t shared_memory[];
 
@@ -148,21 +154,21 @@ __device__ __forceinline__ void mma_wait() {
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 // d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48, 72 or 80 columns by 16.
-__device__ __forceinline__ void mma(float (&d)[4 * kNarrow], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void mma(float (&d)[20], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19}, %20, %21, 1, 1, 1, 0, 0;"
         : D4(0), D4(4), D4(8), D4(12), D4(16)
         : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void mma(float (&d)[4 * kQkv], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void mma(float (&d)[24], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, 1, 1, 1, 0, 0;"
         : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20)
         : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void mma(float (&d)[36], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
@@ -170,7 +176,7 @@ __device__ __forceinline__ void mma(float (&d)[4 * kWide], uint64_t a, uint64_t 
         : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32)
         : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void mma(float (&d)[4 * kMuch], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void mma(float (&d)[40], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
@@ -193,7 +199,6 @@ struct Tiles {
     }
 };
 
-constexpr int kMostKeys = 23;  // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
 // What the attention's buffers take of `acts`.
 __host__ __device__ constexpr int attention_bytes(int group, int pieces) {
     const int rows = (group + 15) / 16 * 16;
@@ -249,14 +254,15 @@ struct Buffers {
 static_assert(attention_bytes(40, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
 static_assert(kActs / kRanks <= attention_bytes(16, 0), "QKV's activations lie before the early values");
 
+template <int STAGES>
 struct Ring {
     uint32_t slot = 0, parity = 0;
     __device__ __forceinline__ void next() {
-        if (++slot == kStages) slot = 0, parity ^= 1;
+        if (++slot == STAGES) slot = 0, parity ^= 1;
     }
     __device__ __forceinline__ void skip(int n) {
         slot += n;
-        while (slot >= kStages) slot -= kStages, parity ^= 1;
+        while (slot >= STAGES) slot -= STAGES, parity ^= 1;
     }
     __device__ __forceinline__ Ring ahead(int n) const {
         Ring r = *this;

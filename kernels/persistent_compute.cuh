@@ -4,18 +4,18 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// PIECES: of a rank's keys at most. FEW: clusters, so units are of kMuch.
-template <int PIECES, bool FEW>
+// PIECES: of a rank's keys at most.
+template <int PIECES, class U>
 struct Compute {
-    static constexpr int kNarrowMost = FEW ? kMuch : kNarrow, kQkvMost = FEW ? kMuch : kQkv, kWideMost = FEW ? kMuch : kWide;
+    static constexpr int kStages = U::kStages, kNarrow = U::kNarrow, kQkv = U::kQkv, kWide = U::kWide;
     const PersistentArgs& a;
-    Shared& s;
+    Shared<U>& s;
     const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
-    Ring ring;
+    Ring<kStages> ring;
     uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0, early_parity = 0;
     int rows = 0;  // token rows of this step
 
-    __device__ __forceinline__ Compute(const PersistentArgs& a, Shared& s, int rank, int cluster, int clusters)
+    __device__ __forceinline__ Compute(const PersistentArgs& a, Shared<U>& s, int rank, int cluster, int clusters)
         : a(a), s(s), tid(threadIdx.x % 128), lane(threadIdx.x % 32), warp(of_warp(threadIdx.x % 128 / 32)), wg(of_warp(threadIdx.x / 128)),
           rank(rank), cluster(cluster), clusters(clusters) {}
 
@@ -84,10 +84,10 @@ struct Compute {
 
     // Where this block finds what rank `from` has sent of a tile of the present unit.
     __device__ __forceinline__ float* inbox(int from, int tile) const {
-        return s.inbox + ((FEW ? from * 2 : wg * kRanks + from) * kQkv + tile) * (kOwn * 8);
+        return s.inbox + ((U::kFew ? from : wg * kRanks + from) * kQkv + tile) * (kOwn * 8);
     }
     // Which barriers of it.
-    __device__ __forceinline__ int box() const { return FEW ? 0 : wg; }
+    __device__ __forceinline__ int box() const { return U::kFew ? 0 : wg; }
 
     // This rank's sums of `tiles` tiles to the ranks that finish them, by token row.
     template <int REGS>
@@ -149,15 +149,15 @@ struct Compute {
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
                 ring.skip(pieces);
-                if (FEW) inbox_parity ^= 1;
+                if (U::kFew) inbox_parity ^= 1;
                 continue;
             }
             const Span span = tiles.of(u);
-            if (!FEW && tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
+            if (!U::kFew && tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
             auto operands = before(span);
             // The first activations are there: so is all that the phase before wrote.
             barrier_wait(&s.acts_full[0], acts_parity);
-            const bool first = !FEW || u < 2;
+            const bool first = !U::kFew || u < 2;
             after(operands, first);
             float acc[4 * MOST];
             take_turn(u, pieces);
@@ -165,10 +165,10 @@ struct Compute {
             pass_turn(u, tiles.units, pieces);
             // The ranks have taken what was in their inboxes before. Where both warpgroups have the same one, a unit is let to it when
             // the one before has seen the one before that taken: whoever waits is at most one round behind.
-            if (FEW && u > 0) meet(7 + u % 2, kComputing);
+            if (U::kFew && u > 0) meet(7 + u % 2, kComputing);
             barrier_wait(&s.inbox_free[box()], inbox_parity ^ 1);
-            if (FEW && u + 1 < tiles.units) asm volatile("bar.arrive %0, %1;" ::"r"(7 + (u + 1) % 2), "r"(kComputing) : "memory");
-            if (FEW && tid == 0) barrier_expect(&s.received[0], kRanks * kOwn * 32 * (span.last - span.first));
+            if (U::kFew && u + 1 < tiles.units) asm volatile("bar.arrive %0, %1;" ::"r"(7 + (u + 1) % 2), "r"(kComputing) : "memory");
+            if (U::kFew && tid == 0) barrier_expect(&s.received[0], kRanks * kOwn * 32 * (span.last - span.first));
             send_sums(acc, span.last - span.first);
             meanwhile(operands, first);
             barrier_wait(&s.received[box()], inbox_parity);
@@ -181,7 +181,7 @@ struct Compute {
     }
 
     // Eight lanes a row, four columns a lane: the operands and the end of up to six or ten tiles, four at a time.
-    static constexpr int kRounds = (kQkvMost + 3) / 4;
+    static constexpr int kRounds = (kQkv + 3) / 4;
 
     struct ResidualOperands {
         float4 old[kRounds], scale[kRounds], gate[kRounds];
@@ -191,7 +191,7 @@ struct Compute {
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
-        split<kNarrowMost, FEW ? 1 : 2, FEW ? 2 : 1>(
+        split<kNarrow, U::kChunks, 2 / U::kChunks>(
             kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
@@ -235,7 +235,7 @@ struct Compute {
         const bool valid = own < kOwn && n < rows;
         const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        split<kQkvMost, 1, 1>(
+        split<kQkv, 1, 1>(
             kQkvTiles, 2,
             [&](Span tiles) {
                 QkvOperands r;
@@ -283,7 +283,7 @@ struct Compute {
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
-        const Tiles tiles(kMlpTiles, kWideMost, blockIdx.x, gridDim.x);
+        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
         const float* const biases = w.gate_up_bias;
         if (wg == 1) {
             // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
@@ -305,13 +305,13 @@ struct Compute {
                 continue;
             }
             const Span span = tiles.of(u);
-            float2 bias[kWideMost];
+            float2 bias[kWide];
 #pragma unroll
-            for (int j = 0; j < kWideMost; j++) {
+            for (int j = 0; j < kWide; j++) {
                 bias[j] = make_float2(0.0f, 0.0f);
                 if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
             }
-            float acc[4 * kWideMost];
+            float acc[4 * kWide];
             take_turn(u, kWidth / kChunk);
             product<1, 2>(acc, kWidth / kChunk);
             pass_turn(u, tiles.units, kWidth / kChunk);
@@ -326,11 +326,11 @@ struct Compute {
                 return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
             };
 #pragma unroll
-            for (int j = 0; j < kWideMost; j += 2) {
-                const uint32_t here = gated(j), next = j + 1 < kWideMost ? gated((j + 1) % kWideMost) : 0;
+            for (int j = 0; j < kWide; j += 2) {
+                const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
                 const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
                 const int k = j + t / 2, tile = span.first + k;
-                if (n < rows && k < kWideMost && tile < span.last)
+                if (n < rows && k < kWide && tile < span.last)
                     *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
             }
         }
@@ -375,7 +375,7 @@ struct Compute {
     template <int TILES, int BATCHES, int EACH>
     __device__ __forceinline__ void weights(const Buffers& b, const Cut& c, int row0, int tiles) {
         constexpr int kPieces = EACH * BATCHES;
-        static_assert(BATCHES == 1 || 2 * EACH < kStages, "a batch waits for no slot whose last piece nobody has waited for");
+        static_assert(BATCHES == 1 || 2 * EACH <= kStages, "a batch waits for no slot whose last piece nobody has waited for");
         const int w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, suffix = c.pieces * kKeys;
         float d[BATCHES][TILES][EACH][4] = {};
         // Of the suffix, by row: all of it but for the state's row, which the first step has.
@@ -397,7 +397,7 @@ struct Compute {
                 const int p = wg + 2 * (EACH * batch + i);
                 keys[i] = b.keys + (p == c.pieces ? warp % 2 * 8 * kRow : 0);
                 if (p >= c.pieces) continue;
-                const Ring at = ring.ahead(p);
+                const Ring<kStages> at = ring.ahead(p);
                 keys[i] = s.ring[at.slot] + warp * 8 * kRow;
                 barrier_wait(&s.full[at.slot], at.parity);
             }
@@ -602,7 +602,7 @@ struct Compute {
                     done(kQuarters, tiles, kMlpTiles / kRanks);
                 }
                 residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
-                         (init ? 1 : mlp ? 4 : 2) * (FEW ? 2 : 1), init, !init && !mlp);
+                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);
                 done();
             }
         }

@@ -6,16 +6,15 @@
 
 // --- The warp that keeps the ring filled.
 
-// FEW: clusters, so units are of kMuch.
-template <bool FEW>
+template <class U>
 struct Producer {
     const PersistentArgs& a;
-    Shared& s;
+    Shared<U>& s;
     int lane;
     uint64_t policy;
-    Ring ring;
+    Ring<U::kStages> ring;
 
-    __device__ __forceinline__ Producer(const PersistentArgs& a, Shared& s) : a(a), s(s), lane(threadIdx.x % 32) {
+    __device__ __forceinline__ Producer(const PersistentArgs& a, Shared<U>& s) : a(a), s(s), lane(threadIdx.x % 32) {
         // Weights pass once a step, keys and values of the prefix ten times: those shall stay in L2.
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         ring.parity = 1;
@@ -37,7 +36,7 @@ struct Producer {
 #pragma unroll 1
                 for (int c = 0; c < chunks; c++, from += apart)
                     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                                     smem_address(s.ring[ring.slot] + c * kNarrow * kTile)),
+                                     smem_address(s.ring[ring.slot] + c * U::kNarrow * kTile)),
                                  "l"(from), "r"(bytes), "r"(smem_address(full)), "l"(policy)
                                  : "memory");
             }
@@ -57,8 +56,8 @@ struct Producer {
     __device__ __forceinline__ const bf16* matrix(int i) const { return a.layers[i / 4].weights[i % 4]; }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
         if (lane != 0) return;
-        const Tiles narrow(kWidthTiles, FEW ? kMuch : kNarrow, cluster, clusters), qkv(kQkvTiles, FEW ? kMuch : kQkv, cluster, clusters),
-            wide(kMlpTiles, FEW ? kMuch : kWide, blockIdx.x, gridDim.x);
+        const Tiles narrow(kWidthTiles, U::kNarrow, cluster, clusters), qkv(kQkvTiles, U::kQkv, cluster, clusters),
+            wide(kMlpTiles, U::kWide, blockIdx.x, gridDim.x);
         const int count = 4 * a.layer_count, all = a.step_count * count;
         const bf16* next = all > 0 ? matrix(0) : nullptr;
 #pragma unroll 1
@@ -71,7 +70,7 @@ struct Producer {
                 const bf16* const w = i < 0 ? a.time_w : next;
                 // On its way while this one's weights are fetched.
                 if (i >= 0) next = matrix(min(step * count + i + 1, all - 1));
-                const int chunks = FEW || product % 2 == 0 ? 1 : 2, pieces = (product < 0 ? 2 : product == 0 ? 2 : product == 1 ? 4 : 8) / chunks;
+                const int chunks = product % 2 == 0 ? 1 : U::kChunks, pieces = (product < 0 ? 2 : product == 0 ? 2 : product == 1 ? 4 : 8) / chunks;
                 weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
                         pieces, chunks, product == 2 ? 0 : rank * pieces * chunks);
                 if (product != 0) continue;
@@ -90,13 +89,14 @@ struct Producer {
 
 // --- The warp that waits at the barriers and brings activations.
 
+template <class U>
 struct Loader {
     const PersistentArgs& a;
-    Shared& s;
+    Shared<U>& s;
     int lane;
     uint32_t groups = 0, finished = 0, wholes = 0, quarters = 0, layers = 0;  // wholes, quarters: blocks that have to have finished
 
-    __device__ __forceinline__ Loader(const PersistentArgs& a, Shared& s)
+    __device__ __forceinline__ Loader(const PersistentArgs& a, Shared<U>& s)
         : a(a), s(s), lane(threadIdx.x % 32) {}
 
     // Until `target` blocks have come to this lane's counter, for every lane. One that does not come means that blocks are not

@@ -20,12 +20,13 @@ static_assert(sizeof(FlowBuffers) <= kActs, "the flow's buffers fit");
 // warp, and then, of the in-projection, a quarter of the columns, one a thread. Weights of the former are on their way before
 // the barrier, of the latter while the ranks exchange what they have; as many as the published model has are loaded once for
 // all rows. Loops over rows are not unrolled: the code runs once a step.
+template <class U>
 struct Flow {
     const PersistentArgs& a;
-    Shared& s;
+    Shared<U>& s;
     const int rank, cluster, clusters, step, tid, lane, warp, column;
 
-    __device__ __forceinline__ Flow(const PersistentArgs& a, Shared& s, int rank, int cluster, int clusters, int step)
+    __device__ __forceinline__ Flow(const PersistentArgs& a, Shared<U>& s, int rank, int cluster, int clusters, int step)
         : a(a), s(s), rank(rank), cluster(cluster), clusters(clusters), step(step), tid(threadIdx.x), lane(threadIdx.x % 32),
           warp(of_warp(threadIdx.x / 32)), column(rank * kComputing + threadIdx.x) {}
 

@@ -78,8 +78,8 @@ def edits() -> list[tuple[str, str]]:
         ("            begin();\n            Flow(", f"            MARK({mark('flow', 'begin')});\n            begin();\n            Flow("),
         ("            if (step == a.step_count) break;\n            done();\n",
          f"            if (step == a.step_count) break;\n            done();\n            MARK({mark('flow', 'done')});\n"),
-        ("                         (init ? 1 : mlp ? 4 : 2) * (FEW ? 2 : 1), init, !init && !mlp);\n                done();\n",
-         f"                         (init ? 1 : mlp ? 4 : 2) * (FEW ? 2 : 1), init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
+        ("                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);\n                done();\n",
+         f"                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
          "                if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
          "                    for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
         ("struct Compute {\n", "struct Compute {\n    int phase = 0;\n"),
@@ -106,13 +106,13 @@ def main() -> None:
             names = ", ".join(f'"{n}"' for n in NAMES)
             text = replace(text, "for gate/up\n};", "for gate/up\n    uint32_t clocks[kMarks];\n};", source.name)
             text = replace(
-                text, "struct Shared {\n",
+                text, "template <class U>\nstruct Shared {\n",
                 f"constexpr int kMarks = {len(NAMES)}, kFlowMarks = {mark('flow', 'begin')}, kMostBlocks = 264, kMarked = {thread};\n"
                 f"static const char* const kNames[] = {{{names}}};\n"
                 "__device__ uint32_t clocks_of[kMostBlocks][kMarks];\n"
                 "#define MARK(i) do { if (threadIdx.x == kMarked) s.clocks[i] = clock_now(); } while (0)\n"
                 '__device__ __forceinline__ uint32_t clock_now() {\n    uint32_t c;\n    asm volatile("mov.u32 %0, %%clock;" : "=r"(c)::"memory");\n    return c;\n}\n'
-                "struct Shared {\n", source.name)
+                "template <class U>\nstruct Shared {\n", source.name)
         (to / source.name).write_text(text)
 
 

@@ -419,8 +419,8 @@ impl CudaDecoder {
             });
         }
         self.write_inputs(cache, input)?;
-        let attention = match self.persistent {
-            Some(_) => plan::persistent(cache.rows),
+        let attention = match &self.persistent {
+            Some(p) => plan::persistent(cache.rows, p.blocks() / plan::RANKS),
             None => plan::decode_attention(keys, self.model.decode_head.1).0,
         };
         let key = Key { steps: input.steps, attention };

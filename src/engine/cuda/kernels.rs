@@ -593,7 +593,7 @@ pub(super) struct Hopper {
     pub attention_vision: Kernel<AttentionArgs>,
     /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
-    /// For the published action expert, by pieces of keys, see [`plan::PERSISTENT_PIECES`].
+    /// For the published action expert, by pieces of keys and tiles of columns, see [`plan::PERSISTENT_VARIANTS`].
     pub persistent: Vec<Kernel<PersistentArgs>>,
     /// Every product of the tower's layers, by block, see [`plan::TOWER_VARIANTS`].
     pub tower: Vec<Kernel<TowerArgs>>,
@@ -627,9 +627,11 @@ impl Hopper {
                 .iter()
                 .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
-            persistent: plan::PERSISTENT_PIECES
+            persistent: plan::PERSISTENT_VARIANTS
                 .iter()
-                .map(|n| persistent.kernel(&format!("persistent_decode_{n}"), plan::PERSISTENT_SHARED))
+                .map(|(pieces, tiles)| {
+                    persistent.kernel(&format!("persistent_decode_{pieces}_{tiles}"), plan::PERSISTENT_SHARED)
+                })
                 .collect::<Result<_, _>>()?,
             tower: plan::TOWER_VARIANTS
                 .iter()

@@ -507,12 +507,18 @@ pub(super) const PANEL_ROWS: usize = 52;
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
 /// Token rows at most.
 const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
-/// Pieces of keys that a rank has at most, by variant: the first has no code for more than its ring holds.
-pub(super) const PERSISTENT_PIECES: [usize; 2] = [5, 23];
+/// Pieces of keys that a rank has at most.
+const MOST_PIECES: usize = 23;
+/// Tiles of a unit of columns at most, and where clusters are few.
+const UNIT: usize = 5;
+const LARGE_UNIT: usize = 10;
+/// Variants of it: pieces of keys that a rank has at most, of which five fit its ring, and tiles of a unit.
+pub(super) const PERSISTENT_VARIANTS: [(usize, usize); 5] =
+    [(3, UNIT), (5, UNIT), (MOST_PIECES, UNIT), (5, LARGE_UNIT), (MOST_PIECES, LARGE_UNIT)];
 /// Keys of a piece.
 const PIECE_KEYS: usize = 32;
 /// Rows of a prefix at most.
-const PERSISTENT_PREFIX: usize = RANKS * PERSISTENT_PIECES[1] * PIECE_KEYS;
+const PERSISTENT_PREFIX: usize = RANKS * MOST_PIECES * PIECE_KEYS;
 /// The action expert it is compiled for.
 const PUBLISHED: StackDims = StackDims { layers: 18, width: 1024, mlp: 4096, heads: 8, head_dim: 256 };
 
@@ -542,9 +548,12 @@ pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Resu
     }
 }
 
-/// Variant of the persistent decoder for a prefix of so many rows, of [`PERSISTENT_PIECES`].
-pub(super) fn persistent(prefix: usize) -> usize {
-    usize::from(prefix > RANKS * PERSISTENT_PIECES[0] * PIECE_KEYS)
+/// Variant of the persistent decoder for a prefix of so many rows on so many clusters, of [`PERSISTENT_VARIANTS`]. Sums and
+/// their order are those of any other.
+pub(super) fn persistent(prefix: usize, clusters: usize) -> usize {
+    let unit = if (PUBLISHED.width / 8).div_ceil(clusters.max(1)) > UNIT { LARGE_UNIT } else { UNIT };
+    let fits = |&(pieces, tiles): &(usize, usize)| tiles == unit && prefix <= RANKS * pieces * PIECE_KEYS;
+    PERSISTENT_VARIANTS.iter().position(fits).unwrap_or(PERSISTENT_VARIANTS.len() - 1)
 }
 
 /// Clusters of the persistent decoder, of which `most` are wanted: each has some of the attention's query rows.
@@ -677,7 +686,10 @@ mod tests {
         dims.expert.mlp = 2048;
         assert_eq!(path(&dims, true, None), Some(Packing::General));
         assert_eq!(clusters(&dims, 33), 33);
-        assert_eq!([1, 640, 641, PERSISTENT_PREFIX].map(persistent), [0, 0, 1, 1], "rows that fit five pieces a rank");
+        let variants = |clusters| [1, 384, 385, 640, 641, PERSISTENT_PREFIX].map(|rows| persistent(rows, clusters));
+        assert_eq!(variants(30), [0, 0, 1, 1, 2, 2], "rows that fit three and five pieces a rank");
+        assert_eq!(variants(25), [3, 3, 3, 3, 4, 4], "six of the width's 128 tiles for some of 25 clusters");
+        assert_eq!([26, 13, 1].map(|clusters| persistent(532, clusters)), [1, 3, 3]);
         dims.horizon = 2;
         assert_eq!(clusters(&dims, 33), 16, "eight heads of two rows");
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
