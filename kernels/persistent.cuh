@@ -24,11 +24,11 @@ constexpr float kEps = 1e-6f;
 template <int MOST>
 struct Units {
     static constexpr bool kFew = MOST > 5;
-    static constexpr int kNarrow = MOST, kQkv = kFew ? MOST : 6, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
-    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece of T, O and down; others have one
+    static constexpr int kNarrow = MOST, kQkv = kFew ? MOST : 4, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
+    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece; of gate/up it has one
     static constexpr int kSlot = kChunks * MOST * kTile, kStages = 100 * 1024 / kSlot;
-    static_assert(kQkv * kTile <= kSlot && kWide * kTile <= kSlot && kKeys * kRow <= kSlot, "a piece fits");
-    static constexpr int kInbox = kFew ? MOST : 2 * kQkv;  // tiles whose sums have a place: those of a unit, or of one of each warpgroup
+    static_assert(kQkv <= MOST && kWide * kTile <= kSlot && kKeys * kRow <= kSlot, "a piece fits");
+    static constexpr int kInbox = kFew ? MOST : 2 * MOST;  // tiles whose sums have a place: those of a unit, or of one of each warpgroup
     static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 };
 
@@ -95,8 +95,7 @@ struct Shared {
     alignas(16) float inbox[kRanks * U::kInbox * kOwn * 8];
     uint64_t full[U::kStages], empty[U::kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received, values_full, finished;
-    alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV
-    float inverse_rms[64];        // of each token row, for gate/up
+    float inverse_rms[64];  // of each token row, for QKV and gate/up
 };
 
 extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -153,7 +152,7 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48, 72 or 80 columns by 16.
+// d += a·bᵀ, a 64 tokens by 16 of K, b 32, 40, 72 or 80 columns by 16.
 __device__ __forceinline__ void mma(float (&d)[20], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
@@ -161,11 +160,11 @@ __device__ __forceinline__ void mma(float (&d)[20], uint64_t a, uint64_t b) {
         : D4(0), D4(4), D4(8), D4(12), D4(16)
         : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void mma(float (&d)[24], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void mma(float (&d)[16], uint64_t a, uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20)
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12)
         : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void mma(float (&d)[36], uint64_t a, uint64_t b) {
@@ -252,7 +251,6 @@ struct Buffers {
     }
 };
 static_assert(attention_bytes(40, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
-static_assert(kActs / kRanks <= attention_bytes(16, 0), "QKV's activations lie before the early values");
 
 template <int STAGES>
 struct Ring {

@@ -82,9 +82,17 @@ struct Compute {
         if (lane == 0) barrier_arrive(&s.empty[before], 2);
     }
 
+    // The lanes of a pair exchange what they have of a tile: four neighbouring columns of the upper row for the even one, of
+    // the lower for the odd one.
+    __device__ __forceinline__ float4 of_one_row(const float* c) const {
+        const bool odd = lane & 1;
+        const float x = __shfl_xor_sync(0xffffffffu, odd ? c[0] : c[2], 1), y = __shfl_xor_sync(0xffffffffu, odd ? c[1] : c[3], 1);
+        return odd ? make_float4(x, y, c[2], c[3]) : make_float4(c[0], c[1], x, y);
+    }
+
     // Where this block finds what rank `from` has sent of a tile of the present unit.
     __device__ __forceinline__ float* inbox(int from, int tile) const {
-        return s.inbox + ((U::kFew ? from : wg * kRanks + from) * kQkv + tile) * (kOwn * 8);
+        return s.inbox + ((U::kFew ? from : wg * kRanks + from) * kNarrow + tile) * (kOwn * 8);
     }
     // Which barriers of it.
     __device__ __forceinline__ int box() const { return U::kFew ? 0 : wg; }
@@ -98,9 +106,7 @@ struct Compute {
         const uint32_t to = remote_address(inbox(rank, 0) + row % kOwn * 8 + t / 2 * 4, to_rank), barrier = remote_address(&s.received[box()], to_rank);
 #pragma unroll
         for (int j = 0; j < REGS / 4; j++) {
-            const float* c = acc + 4 * j;
-            const float x = __shfl_xor_sync(0xffffffffu, odd ? c[0] : c[2], 1), y = __shfl_xor_sync(0xffffffffu, odd ? c[1] : c[3], 1);
-            const float4 v = odd ? make_float4(x, y, c[2], c[3]) : make_float4(c[0], c[1], x, y);
+            const float4 v = of_one_row(acc + 4 * j);
             if (j < tiles && row < kOwn * kRanks) send(to + j * (kOwn * 32), v, barrier);
         }
     }
@@ -116,35 +122,12 @@ struct Compute {
         return v;
     }
 
-    // Sums of squares of a rank's token rows, four rows a lane: those of tiles first, first + step, ...
-    template <int TILES>
-    struct Squares {
-        float4 parts[TILES];
-        __device__ __forceinline__ void load(const float* squares, int rank, int first, int step, int quad) {
-            const float4* from = reinterpret_cast<const float4*>(squares) + (rank * kWidthTiles + first) * 4 + quad;
-#pragma unroll
-            for (int i = 0; i < TILES; i++) parts[i] = __ldcg(from + i * step * 4);
-        }
-        // Over the warp: every fourth lane has other rows.
-        __device__ __forceinline__ float4 sum() const {
-            float v[4] = {};
-#pragma unroll
-            for (int i = 0; i < TILES; i++) v[0] += parts[i].x, v[1] += parts[i].y, v[2] += parts[i].z, v[3] += parts[i].w;
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-#pragma unroll
-                for (int m = 4; m < 32; m <<= 1) v[r] += __shfl_xor_sync(0xffffffffu, v[r], m);
-            return make_float4(v[0], v[1], v[2], v[3]);
-        }
-    };
-
-    // A product split over the cluster. before(tiles): operands of the end that the phase before does not write; after(operands):
-    // those that it does, on their way while the product runs; meanwhile(operands): what can be done while the ranks' sums are
-    // on their way; finish(tiles, operands): adds them up, of 13 rows. Each EACH pieces have activations of their own.
-    template <int MOST, int CHUNKS, int EACH, class Before, class After, class Meanwhile, class Finish>
-    __device__ __forceinline__ void split(int count, int pieces, Before before, After after, Meanwhile meanwhile, Finish finish) {
+    // A product split over the cluster. before(tiles): operands of the end, which the phase before does not write; finish(tiles,
+    // operands): adds up the ranks' sums of 13 rows. Each EACH pieces have activations of their own.
+    template <int CHUNKS, int EACH, class Before, class Finish>
+    __device__ __forceinline__ void split(int count, int pieces, Before before, Finish finish) {
         begin();
-        const Tiles tiles(count, MOST, cluster, clusters);
+        const Tiles tiles(count, kNarrow, cluster, clusters);
 #pragma unroll 1
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
@@ -154,12 +137,8 @@ struct Compute {
             }
             const Span span = tiles.of(u);
             if (!U::kFew && tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
-            auto operands = before(span);
-            // The first activations are there: so is all that the phase before wrote.
-            barrier_wait(&s.acts_full[0], acts_parity);
-            const bool first = !U::kFew || u < 2;
-            after(operands, first);
-            float acc[4 * MOST];
+            const auto operands = before(span);
+            float acc[4 * kNarrow];
             take_turn(u, pieces);
             product<CHUNKS, EACH>(acc, pieces);
             pass_turn(u, tiles.units, pieces);
@@ -170,7 +149,6 @@ struct Compute {
             if (U::kFew && u + 1 < tiles.units) asm volatile("bar.arrive %0, %1;" ::"r"(7 + (u + 1) % 2), "r"(kComputing) : "memory");
             if (U::kFew && tid == 0) barrier_expect(&s.received[0], kRanks * kOwn * 32 * (span.last - span.first));
             send_sums(acc, span.last - span.first);
-            meanwhile(operands, first);
             barrier_wait(&s.received[box()], inbox_parity);
             finish(span, operands);
             meet(2 + wg, 128);
@@ -180,8 +158,8 @@ struct Compute {
         acts_parity ^= 1;
     }
 
-    // Eight lanes a row, four columns a lane: the operands and the end of up to six or ten tiles, four at a time.
-    static constexpr int kRounds = (kQkv + 3) / 4;
+    // Eight lanes a row, four columns a lane: the operands and the end of all tiles, four at a time.
+    static constexpr int kRounds = (kNarrow + 3) / 4;
 
     struct ResidualOperands {
         float4 old[kRounds], scale[kRounds], gate[kRounds];
@@ -191,7 +169,7 @@ struct Compute {
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
-        split<kNarrow, U::kChunks, 2 / U::kChunks>(
+        split<U::kChunks, 2 / U::kChunks>(
             kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
@@ -205,7 +183,6 @@ struct Compute {
                 }
                 return r;
             },
-            [](ResidualOperands&, bool) {}, [](ResidualOperands&, bool) {},
             [&](Span tiles, const ResidualOperands& r) {
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
@@ -225,49 +202,88 @@ struct Compute {
             });
     }
 
+    // What token rows are divided by, of the sums of squares by tile: 13 rows a warp, four a lane.
+    __device__ __forceinline__ void measure(const float* squares) {
+        const float4* from = reinterpret_cast<const float4*>(squares) + (warp * kWidthTiles + lane / 4) * 4 + lane % 4;
+        float4 parts[kWidthTiles / 8];
+#pragma unroll
+        for (int i = 0; i < kWidthTiles / 8; i++) parts[i] = __ldcg(from + i * 32);
+        float v[4] = {};
+#pragma unroll
+        for (int i = 0; i < kWidthTiles / 8; i++) v[0] += parts[i].x, v[1] += parts[i].y, v[2] += parts[i].z, v[3] += parts[i].w;
+        // Over the warp: every fourth lane has other rows.
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+            for (int m = 4; m < 32; m <<= 1) v[r] += __shfl_xor_sync(0xffffffffu, v[r], m);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            if (lane < 4 && lane * 4 + r < kOwn) s.inverse_rms[warp * kOwn + lane * 4 + r] = inverse_rms(v[r]);
+    }
+
+    // A product of rows behind a norm, all of K in this block. before(tiles): operands of the end; finish(tiles, acc, operands).
+    template <int MOST, int CHUNKS, class Before, class Finish>
+    __device__ __forceinline__ void whole(int count, const float* squares, Before before, Finish finish) {
+        constexpr int kPieces = kWidth / kChunk / CHUNKS;
+        begin();
+        const Tiles tiles(count, MOST, blockIdx.x, gridDim.x);
+        if (wg == 1) {
+            // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
+            barrier_wait(&s.acts_full[0], acts_parity);
+            measure(squares);
+            meet(3, 128);
+            asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
+        }
+#pragma unroll 1
+        for (int u = 0; u < tiles.units; u++) {
+            if (u % 2 != wg) {
+                ring.skip(kPieces);
+                continue;
+            }
+            const Span span = tiles.of(u);
+            const auto operands = before(span);
+            float acc[4 * MOST];
+            take_turn(u, kPieces);
+            product<CHUNKS, 2 / CHUNKS>(acc, kPieces);
+            pass_turn(u, tiles.units, kPieces);
+            if (u == 0) meet(6, kComputing);
+            finish(span, acc, operands);
+        }
+        acts_parity ^= 1;
+    }
+
     struct QkvOperands {
-        float4 bias[kRounds], turn[kRounds];
-        Squares<4> squares;
+        float4 bias[kQkv], turn[kQkv];
     };
     // Columns 2p and 2p+1 are pair p of the rotation.
     __device__ __forceinline__ void qkv(const LayerArgs& w, int layer) {
-        const int own = tid / 8, part = tid % 8, n = rank * kOwn + own;
-        const bool valid = own < kOwn && n < rows;
+        const int n = warp * 16 + lane / 4 + lane % 2 * 8, first = lane % 4 / 2 * 2;  // row, and pair in a tile
+        const bool valid = n < rows;
         const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        split<kQkv, 1, 1>(
-            kQkvTiles, 2,
+        whole<kQkv, U::kChunks>(
+            kQkvTiles, a.squares[0],
             [&](Span tiles) {
                 QkvOperands r;
 #pragma unroll
-                for (int i = 0; i < kRounds; i++) {
-                    const int tile = tiles.first + 4 * i + part / 2, pair = tile * 4 + part % 2 * 2;
+                for (int j = 0; j < kQkv; j++) {
+                    const int tile = tiles.first + j, pair = tile * 4 + first;
                     const bool mine = valid && tile < tiles.last;
-                    r.turn[i] = r.bias[i] = make_float4(0, 0, 0, 0);
+                    r.turn[j] = r.bias[j] = make_float4(0, 0, 0, 0);
                     if (mine && pair / (kHead / 2) <= kHeads)
-                        r.turn[i] = load4(reinterpret_cast<const float*>(a.rope + (a.params->prefix + key) * (kHead / 2) + pair % (kHead / 2)));
-                    if (mine && bias) r.bias[i] = load4(bias + 2 * pair);
+                        r.turn[j] = load4(reinterpret_cast<const float*>(a.rope + (a.params->prefix + key) * (kHead / 2) + pair % (kHead / 2)));
+                    if (mine && bias) r.bias[j] = load4(bias + 2 * pair);
                 }
                 return r;
             },
-            [&](QkvOperands& r, bool first) {
-                if (first) r.squares.load(a.squares[0], rank, tid / 4, 32, tid % 4);
-            },
-            [&](QkvOperands& r, bool first) {
-                if (!first) return;
-                const float4 v = r.squares.sum();
-                if (lane < 4) *reinterpret_cast<float4*>(&s.row_squares[wg][warp][lane * 4]) = v;
-                meet(2 + wg, 128);
-            },
-            [&](Span tiles, const QkvOperands& r) {
-                const float(&q)[4][16] = s.row_squares[wg];
-                const float rinv = inverse_rms((q[0][own] + q[1][own]) + (q[2][own] + q[3][own]));
+            [&](Span tiles, const float (&acc)[4 * kQkv], const QkvOperands& r) {
+                const float rinv = s.inverse_rms[n];
 #pragma unroll
-                for (int i = 0; i < kRounds; i++) {
-                    const int j = 4 * i + part / 2, tile = tiles.first + j, pair = tile * 4 + part % 2 * 2;
+                for (int j = 0; j < kQkv; j++) {
+                    float4 v = of_one_row(acc + 4 * j);
+                    const int tile = tiles.first + j, pair = tile * 4 + first;
                     if (!valid || tile >= tiles.last) continue;
-                    float4 v = sums(j, own, part % 2 * 4);
-                    const float4 b = r.bias[i], c = r.turn[i];
+                    const float4 b = r.bias[j], c = r.turn[j];
                     v = make_float4(v.x * rinv + b.x, v.y * rinv + b.y, v.z * rinv + b.z, v.w * rinv + b.w);
                     const int head = pair / (kHead / 2), d = pair % (kHead / 2);
                     if (head <= kHeads) v = make_float4(v.x * c.x - v.y * c.y, v.y * c.x + v.x * c.y, v.z * c.z - v.w * c.w, v.w * c.z + v.z * c.w);
@@ -279,62 +295,43 @@ struct Compute {
             });
     }
 
-    // gelu(gate)·up, all of K in this block; a tile's columns are a gate and its up by turns.
+    struct GateUpOperands {
+        float2 bias[kWide];
+    };
+    // gelu(gate)·up; a tile's columns are a gate and its up by turns.
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
-        begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
-        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
         const float* const biases = w.gate_up_bias;
-        if (wg == 1) {
-            // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
-            barrier_wait(&s.acts_full[0], acts_parity);
-            Squares<16> squares;
-            squares.load(a.squares[1], warp, lane / 4, 8, lane % 4);
-            const float4 v = squares.sum();
-            const float sums[4] = {v.x, v.y, v.z, v.w};
+        whole<kWide, 1>(
+            kMlpTiles, a.squares[1],
+            [&](Span tiles) {
+                GateUpOperands r;
 #pragma unroll
-            for (int r = 0; r < 4; r++)
-                if (lane < 4 && lane * 4 + r < kOwn) s.inverse_rms[warp * kOwn + lane * 4 + r] = inverse_rms(sums[r]);
-            meet(3, 128);
-            asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
-        }
-#pragma unroll 1
-        for (int u = 0; u < tiles.units; u++) {
-            if (u % 2 != wg) {
-                ring.skip(kWidth / kChunk);
-                continue;
-            }
-            const Span span = tiles.of(u);
-            float2 bias[kWide];
+                for (int j = 0; j < kWide; j++) {
+                    r.bias[j] = make_float2(0.0f, 0.0f);
+                    if (biases && tiles.first + j < tiles.last) r.bias[j] = *reinterpret_cast<const float2*>(biases + (tiles.first + j) * 8 + 2 * t);
+                }
+                return r;
+            },
+            [&](Span tiles, const float (&acc)[4 * kWide], const GateUpOperands& r) {
+                const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
+                // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
+                const int n = warp * 16 + g + 8 * odd;
+                auto gated = [&](int j) {
+                    const float upper = gelu_tanh(acc[4 * j] * rinv[0] + r.bias[j].x) * (acc[4 * j + 1] * rinv[0] + r.bias[j].y);
+                    const float lower = gelu_tanh(acc[4 * j + 2] * rinv[1] + r.bias[j].x) * (acc[4 * j + 3] * rinv[1] + r.bias[j].y);
+                    const uint32_t mine = pack_bf16(upper, lower), other = __shfl_xor_sync(0xffffffffu, mine, 1);
+                    return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
+                };
 #pragma unroll
-            for (int j = 0; j < kWide; j++) {
-                bias[j] = make_float2(0.0f, 0.0f);
-                if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
-            }
-            float acc[4 * kWide];
-            take_turn(u, kWidth / kChunk);
-            product<1, 2>(acc, kWidth / kChunk);
-            pass_turn(u, tiles.units, kWidth / kChunk);
-            if (u == 0) meet(6, kComputing);
-            const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
-            // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
-            const int n = warp * 16 + g + 8 * odd;
-            auto gated = [&](int j) {
-                const float upper = gelu_tanh(acc[4 * j] * rinv[0] + bias[j].x) * (acc[4 * j + 1] * rinv[0] + bias[j].y);
-                const float lower = gelu_tanh(acc[4 * j + 2] * rinv[1] + bias[j].x) * (acc[4 * j + 3] * rinv[1] + bias[j].y);
-                const uint32_t mine = pack_bf16(upper, lower), other = __shfl_xor_sync(0xffffffffu, mine, 1);
-                return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
-            };
-#pragma unroll
-            for (int j = 0; j < kWide; j += 2) {
-                const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
-                const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
-                const int k = j + t / 2, tile = span.first + k;
-                if (n < rows && k < kWide && tile < span.last)
-                    *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
-            }
-        }
-        acts_parity ^= 1;
+                for (int j = 0; j < kWide; j += 2) {
+                    const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
+                    const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
+                    const int k = j + t / 2, tile = tiles.first + k;
+                    if (n < rows && k < kWide && tile < tiles.last)
+                        *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
+                }
+            });
     }
 
     // Adds the scores of 16·M query rows against N times 8 keys.
@@ -531,9 +528,8 @@ struct Compute {
                 const uint32_t to = remote_address(b.inbox + ((rank * 8 + w8 % 2 * 4) * c.group + row) * 8 + (t / 2) * 4, w8 / 2);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    const float* d = o[m][j];
-                    const float x = __shfl_xor_sync(0xffffffffu, odd ? d[0] : d[2], 1), y = __shfl_xor_sync(0xffffffffu, odd ? d[1] : d[3], 1);
-                    if (row < here) send(to + j * c.group * 32, odd ? make_float4(x, y, d[2], d[3]) : make_float4(d[0], d[1], x, y), parts);
+                    const float4 v = of_one_row(o[m][j]);
+                    if (row < here) send(to + j * c.group * 32, v, parts);
                 }
             }
             if (all < here * kRanks) {
@@ -592,7 +588,7 @@ struct Compute {
                 const LayerArgs& w = a.layers[step * a.layer_count + max(i, 0) / 2];
                 if (!init && !mlp) {
                     qkv(w, i / 2);
-                    const Span tiles(kQkvTiles, cluster, clusters), queries(kHeads * rows, cluster, clusters);
+                    const Span tiles(kQkvTiles, blockIdx.x, gridDim.x), queries(kHeads * rows, cluster, clusters);
                     done(kHeadParts, tiles, kHead / 8);
                     attention();
                     done(kQuarters, queries, kHeads / kRanks * rows);

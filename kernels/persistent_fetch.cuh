@@ -56,7 +56,7 @@ struct Producer {
     __device__ __forceinline__ const bf16* matrix(int i) const { return a.layers[i / 4].weights[i % 4]; }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
         if (lane != 0) return;
-        const Tiles narrow(kWidthTiles, U::kNarrow, cluster, clusters), qkv(kQkvTiles, U::kQkv, cluster, clusters),
+        const Tiles narrow(kWidthTiles, U::kNarrow, cluster, clusters), qkv(kQkvTiles, U::kQkv, blockIdx.x, gridDim.x),
             wide(kMlpTiles, U::kWide, blockIdx.x, gridDim.x);
         const int count = 4 * a.layer_count, all = a.step_count * count;
         const bf16* next = all > 0 ? matrix(0) : nullptr;
@@ -70,9 +70,9 @@ struct Producer {
                 const bf16* const w = i < 0 ? a.time_w : next;
                 // On its way while this one's weights are fetched.
                 if (i >= 0) next = matrix(min(step * count + i + 1, all - 1));
-                const int chunks = product % 2 == 0 ? 1 : U::kChunks, pieces = (product < 0 ? 2 : product == 0 ? 2 : product == 1 ? 4 : 8) / chunks;
+                const int chunks = product == 2 ? 1 : U::kChunks, pieces = (product < 0 ? 2 : product == 1 ? 4 : 8) / chunks;
                 weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
-                        pieces, chunks, product == 2 ? 0 : rank * pieces * chunks);
+                        pieces, chunks, product == 0 || product == 2 ? 0 : rank * pieces * chunks);
                 if (product != 0) continue;
                 const size_t at = i / 4 * a.params->layer_stride + static_cast<size_t>(cut.first_key) * (kRow / 2);
 #pragma unroll 1
@@ -99,12 +99,14 @@ struct Loader {
     __device__ __forceinline__ Loader(const PersistentArgs& a, Shared<U>& s)
         : a(a), s(s), lane(threadIdx.x % 32) {}
 
+    // Until this block has finished a phase: its places in shared memory are free.
+    __device__ __forceinline__ void leave() {
+        barrier_wait(&s.finished, finished);
+        finished ^= 1;
+    }
     // Until `target` blocks have come to this lane's counter, for every lane. One that does not come means that blocks are not
     // all on the chip. The whole warp looks, which is quicker than one lane of it.
     __device__ __forceinline__ void wait(int counter, uint32_t target) {
-        // Their places in shared memory are still in use until this block has finished, too.
-        barrier_wait(&s.finished, finished);
-        finished ^= 1;
         const uint32_t* const arrived = a.arrived + counter * kCounterWords;
         uint64_t start = 0, now;
         for (uint32_t looks = 1;; looks++) {
@@ -162,7 +164,7 @@ struct Loader {
         const int phases = 5 * a.layer_count;
         // Of QKV's result, the blocks that make part number `lane`; of gate/up's, those that make this rank's quarter.
         const int part = min(lane, kHeads + 1);
-        const uint32_t head_sharers = kRanks * sharers(part, kHead / 8, kQkvTiles, clusters);
+        const uint32_t head_sharers = sharers(part, kHead / 8, kQkvTiles, gridDim.x);
         const uint32_t gated_sharers = sharers(rank, kMlpTiles / kRanks, kMlpTiles, gridDim.x);
 #pragma unroll 1
         for (int step = 0; a.step_count > 0; step++) {
@@ -176,7 +178,9 @@ struct Loader {
             for (int i = -2; i < phases; i++) {
                 if (i == -1 && !a.time_w) continue;
                 const int phase = i < 0 ? i : i % 5;
+                if (step > 0 || i > -2) leave();
                 if (phase == 1) {
+                    early_values(cut, i / 5);
                     layers++;
                     wait(kHeadParts + part, read ? layers * head_sharers : 0);
                 } else if (phase == 2 || phase == 4) {
@@ -192,10 +196,9 @@ struct Loader {
                 }
                 const bf16* panel = phase < 0 ? a.u : phase == 2 ? a.attended : phase == 4 ? a.gated : a.hb[phase == 3];
                 // As many parts as a product has pieces, at most four. The flow reads what it needs by itself.
-                slice(panel, phase <= 0 ? kWidth / kRanks : phase == 2 ? kAttention / kRanks : kWidth, phase == 3 ? 0 : rank,
-                      phase == -2 ? 0 : phase < 0 ? 1 : phase == 0 || phase == 2 ? 2 : 4);
+                slice(panel, phase < 0 ? kWidth / kRanks : phase == 2 ? kAttention / kRanks : kWidth, phase == 0 || phase == 3 ? 0 : rank,
+                      phase == -2 ? 0 : phase < 0 ? 1 : phase == 2 ? 2 : 4);
                 if (step == a.step_count) return;
-                if (phase == 0) early_values(cut, i / 5);
             }
         }
     }
