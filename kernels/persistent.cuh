@@ -8,6 +8,7 @@ constexpr int kRanks = 4;        // blocks of a cluster
 constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
 constexpr int kOwn = 13;         // token rows that each rank finishes
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
+constexpr int kTurnedTiles = (kHeads + 1) * kHead / 8;  // of QKV: those of queries and keys
 constexpr int kComputing = 256, kThreads = kComputing + 64;
 constexpr int kChunk = 128;            // K of one chunk of weights
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
@@ -24,11 +25,12 @@ constexpr float kEps = 1e-6f;
 template <int MOST>
 struct Units {
     static constexpr bool kFew = MOST > 5;
-    static constexpr int kNarrow = MOST, kQkv = kFew ? MOST : 4, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
-    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece; of gate/up it has one
+    static constexpr int kNarrow = MOST, kQkv = kFew ? 8 : 6, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
+    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece of T, O and down; others have one
     static constexpr int kSlot = kChunks * MOST * kTile, kStages = 100 * 1024 / kSlot;
-    static_assert(kQkv <= MOST && kWide * kTile <= kSlot && kKeys * kRow <= kSlot, "a piece fits");
-    static constexpr int kInbox = kFew ? MOST : 2 * MOST;  // tiles whose sums have a place: those of a unit, or of one of each warpgroup
+    static_assert(kQkv * kTile <= kSlot && kWide * kTile <= kSlot && kKeys * kRow <= kSlot, "a piece fits");
+    static constexpr int kInbox = kFew ? MOST : kQkv, kInboxes = kFew ? 1 : 2;  // tiles of a unit whose sums go between ranks, and of how many units
+    static_assert(!kFew || kQkv * 128 * 4 <= kRanks * kInbox * kOwn * 8, "an inbox holds a warpgroup's sums of QKV");
     static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 };
 
@@ -92,10 +94,11 @@ struct Shared {
     alignas(128) uint8_t acts[kActs];  // activations of a product, or the attention's buffers
     alignas(128) uint8_t ring[U::kStages][U::kSlot];
     // What the ranks send of a unit, [ranks][tiles][kOwn][8]: of each warpgroup's, or of one at a time where clusters are few.
-    alignas(16) float inbox[kRanks * U::kInbox * kOwn * 8];
+    alignas(16) float inbox[U::kInboxes * kRanks * U::kInbox * kOwn * 8];
     uint64_t full[U::kStages], empty[U::kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received, values_full, finished;
-    float inverse_rms[64];  // of each token row, for QKV and gate/up
+    alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV split over the cluster
+    float inverse_rms[64];        // of each token row, for gate/up and for QKV in one block
 };
 
 extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -152,7 +155,7 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-// d += a·bᵀ, a 64 tokens by 16 of K, b 32, 40, 72 or 80 columns by 16.
+// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48, 64, 72 or 80 columns by 16.
 __device__ __forceinline__ void mma(float (&d)[20], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
@@ -160,11 +163,19 @@ __device__ __forceinline__ void mma(float (&d)[20], uint64_t a, uint64_t b) {
         : D4(0), D4(4), D4(8), D4(12), D4(16)
         : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void mma(float (&d)[16], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void mma(float (&d)[24], uint64_t a, uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12)
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "%32, %33, 1, 1, 1, 0, 0;"
+        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28)
         : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void mma(float (&d)[36], uint64_t a, uint64_t b) {
@@ -211,7 +222,7 @@ struct Cut {
     int first_suffix, suffix_keys;
     int first_row, last_row, group;
     int early;  // pieces of values that have a place in `acts` and need not wait for the ring
-    __device__ __forceinline__ Cut(const PersistentArgs& a, int tokens, int rank, int cluster, int clusters) {
+    __device__ __forceinline__ Cut(const PersistentArgs& a, int tokens, int rank, int cluster, int clusters, bool few) {
         const int prefix = a.params->prefix;
         const int each = ((prefix + kRanks - 1) / kRanks + 7) / 8 * 8;
         first_key = min(rank * each, prefix);
@@ -225,7 +236,7 @@ struct Cut {
         first_row = rows.first, last_row = rows.last;
         // As many as the buffers hold, the same on every rank of a cluster: 40 while six pieces hold the keys and the suffix.
         group = each <= 5 * kKeys && last_row - first_row > 16 ? 40 : 16;
-        early = last_row - first_row > 16 ? 0 : min(keys / kKeys, (kActs - attention_bytes(16, pieces)) / (kKeys * kRow));
+        early = few || last_row - first_row > 16 ? 0 : min(keys / kKeys, (kActs - attention_bytes(16, pieces)) / (kKeys * kRow));
     }
 };
 
@@ -251,6 +262,7 @@ struct Buffers {
     }
 };
 static_assert(attention_bytes(40, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
+static_assert(kActs / kRanks <= attention_bytes(16, 0), "QKV's activations lie before the early values");
 
 template <int STAGES>
 struct Ring {

@@ -7,7 +7,7 @@
 // PIECES: of a rank's keys at most.
 template <int PIECES, class U>
 struct Compute {
-    static constexpr int kStages = U::kStages, kNarrow = U::kNarrow, kQkv = U::kQkv, kWide = U::kWide;
+    static constexpr int kStages = U::kStages, kNarrow = U::kNarrow, kQkv = U::kQkv, kWide = U::kWide, kInbox = U::kInbox;
     const PersistentArgs& a;
     Shared<U>& s;
     const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
@@ -52,17 +52,17 @@ struct Compute {
         if (unit + 1 < units && by_turns(unit + 1, pieces)) asm volatile("bar.arrive %0, %1;" ::"r"(4 + (unit + 1) % 2), "r"(kComputing) : "memory");
     }
 
-    // acc = tokens · weights over `pieces` pieces of CHUNKS chunks, and as many columns as `acc` holds. Each EACH of them
+    // acc = tokens · weights over pieces [first, last) of CHUNKS chunks, and as many columns as `acc` holds. Each EACH of them
     // have activations of their own.
     template <int CHUNKS, int EACH, int REGS>
-    __device__ __forceinline__ void product(float (&acc)[REGS], int pieces) {
+    __device__ __forceinline__ void product(float (&acc)[REGS], int last, int first = 0) {
         constexpr int kPiece = CHUNKS * kChunk;
         const uint64_t x = operand(of_warp(smem_address(s.acts)), kOctet, 128);
         uint32_t before = 0;
 #pragma unroll
         for (int i = 0; i < REGS; i++) acc[i] = 0.0f;
 #pragma unroll 1
-        for (int p = 0; p < pieces; p++) {
+        for (int p = first; p < last; p++) {
             barrier_wait(&s.full[ring.slot], ring.parity);
             const uint64_t w = operand(of_warp(smem_address(s.ring[ring.slot])), 128, kTile);
             const uint64_t here = x + p * (kPiece / 8 * kOctet >> 4);
@@ -71,7 +71,7 @@ struct Compute {
 #pragma unroll
             for (int k = 0; k < kPiece / 16; k++) mma(acc, here + (k * 2 * kOctet >> 4), w + (k / 8 * kNarrow * kTile + k % 8 * 256 >> 4));
             mma_commit();
-            if (p > 0) {
+            if (p > first) {
                 mma_wait<1>();
                 if (lane == 0) barrier_arrive(&s.empty[before], 2);
             }
@@ -92,7 +92,7 @@ struct Compute {
 
     // Where this block finds what rank `from` has sent of a tile of the present unit.
     __device__ __forceinline__ float* inbox(int from, int tile) const {
-        return s.inbox + ((U::kFew ? from : wg * kRanks + from) * kNarrow + tile) * (kOwn * 8);
+        return s.inbox + ((U::kFew ? from : wg * kRanks + from) * kInbox + tile) * (kOwn * 8);
     }
     // Which barriers of it.
     __device__ __forceinline__ int box() const { return U::kFew ? 0 : wg; }
@@ -122,12 +122,43 @@ struct Compute {
         return v;
     }
 
-    // A product split over the cluster. before(tiles): operands of the end, which the phase before does not write; finish(tiles,
-    // operands): adds up the ranks' sums of 13 rows. Each EACH pieces have activations of their own.
-    template <int CHUNKS, int EACH, class Before, class Finish>
-    __device__ __forceinline__ void split(int count, int pieces, Before before, Finish finish) {
+    // Sums of squares of a rank's token rows, four rows a lane: those of tiles first, first + step, ...
+    template <int TILES>
+    struct Squares {
+        float4 parts[TILES];
+        __device__ __forceinline__ void load(const float* squares, int rank, int first, int step, int quad) {
+            const float4* from = reinterpret_cast<const float4*>(squares) + (rank * kWidthTiles + first) * 4 + quad;
+#pragma unroll
+            for (int i = 0; i < TILES; i++) parts[i] = __ldcg(from + i * step * 4);
+        }
+        // Over the warp: every fourth lane has other rows.
+        __device__ __forceinline__ float4 sum() const {
+            float v[4] = {};
+#pragma unroll
+            for (int i = 0; i < TILES; i++) v[0] += parts[i].x, v[1] += parts[i].y, v[2] += parts[i].z, v[3] += parts[i].w;
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int m = 4; m < 32; m <<= 1) v[r] += __shfl_xor_sync(0xffffffffu, v[r], m);
+            return make_float4(v[0], v[1], v[2], v[3]);
+        }
+    };
+
+    // Of four rows of rank `warp` a lane, of the first four lanes.
+    __device__ __forceinline__ void keep_inverse_rms(float4 squares) {
+        const float v[4] = {squares.x, squares.y, squares.z, squares.w};
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            if (lane < 4 && lane * 4 + r < kOwn) s.inverse_rms[warp * kOwn + lane * 4 + r] = inverse_rms(v[r]);
+    }
+
+    // A product split over the cluster. before(tiles): operands of the end that the phase before does not write; after(operands):
+    // those that it does, on their way while the product runs; meanwhile(operands): what can be done while the ranks' sums are
+    // on their way; finish(tiles, operands): adds them up, of 13 rows. Each EACH pieces have activations of their own.
+    template <int MOST, int CHUNKS, int EACH, class Before, class After, class Meanwhile, class Finish>
+    __device__ __forceinline__ void split(int count, int pieces, Before before, After after, Meanwhile meanwhile, Finish finish) {
         begin();
-        const Tiles tiles(count, kNarrow, cluster, clusters);
+        const Tiles tiles(count, MOST, cluster, clusters);
 #pragma unroll 1
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
@@ -137,8 +168,11 @@ struct Compute {
             }
             const Span span = tiles.of(u);
             if (!U::kFew && tid == 0) barrier_expect(&s.received[wg], kRanks * kOwn * 32 * (span.last - span.first));
-            const auto operands = before(span);
-            float acc[4 * kNarrow];
+            auto operands = before(span);
+            // The first activations are there: so is all that the phase before wrote.
+            barrier_wait(&s.acts_full[0], acts_parity);
+            after(operands);
+            float acc[4 * MOST];
             take_turn(u, pieces);
             product<CHUNKS, EACH>(acc, pieces);
             pass_turn(u, tiles.units, pieces);
@@ -149,6 +183,7 @@ struct Compute {
             if (U::kFew && u + 1 < tiles.units) asm volatile("bar.arrive %0, %1;" ::"r"(7 + (u + 1) % 2), "r"(kComputing) : "memory");
             if (U::kFew && tid == 0) barrier_expect(&s.received[0], kRanks * kOwn * 32 * (span.last - span.first));
             send_sums(acc, span.last - span.first);
+            meanwhile(operands);
             barrier_wait(&s.received[box()], inbox_parity);
             finish(span, operands);
             meet(2 + wg, 128);
@@ -158,8 +193,8 @@ struct Compute {
         acts_parity ^= 1;
     }
 
-    // Eight lanes a row, four columns a lane: the operands and the end of all tiles, four at a time.
-    static constexpr int kRounds = (kNarrow + 3) / 4;
+    // Eight lanes a row, four columns a lane: the operands and the end of up to six or ten tiles, four at a time.
+    static constexpr int kRounds = (kInbox + 3) / 4;
 
     struct ResidualOperands {
         float4 old[kRounds], scale[kRounds], gate[kRounds];
@@ -169,7 +204,7 @@ struct Compute {
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
-        split<U::kChunks, 2 / U::kChunks>(
+        split<kNarrow, U::kChunks, 2 / U::kChunks>(
             kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
@@ -183,6 +218,7 @@ struct Compute {
                 }
                 return r;
             },
+            [](ResidualOperands&) {}, [](ResidualOperands&) {},
             [&](Span tiles, const ResidualOperands& r) {
 #pragma unroll
                 for (int i = 0; i < kRounds; i++) {
@@ -202,88 +238,46 @@ struct Compute {
             });
     }
 
-    // What token rows are divided by, of the sums of squares by tile: 13 rows a warp, four a lane.
-    __device__ __forceinline__ void measure(const float* squares) {
-        const float4* from = reinterpret_cast<const float4*>(squares) + (warp * kWidthTiles + lane / 4) * 4 + lane % 4;
-        float4 parts[kWidthTiles / 8];
-#pragma unroll
-        for (int i = 0; i < kWidthTiles / 8; i++) parts[i] = __ldcg(from + i * 32);
-        float v[4] = {};
-#pragma unroll
-        for (int i = 0; i < kWidthTiles / 8; i++) v[0] += parts[i].x, v[1] += parts[i].y, v[2] += parts[i].z, v[3] += parts[i].w;
-        // Over the warp: every fourth lane has other rows.
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-#pragma unroll
-            for (int m = 4; m < 32; m <<= 1) v[r] += __shfl_xor_sync(0xffffffffu, v[r], m);
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-            if (lane < 4 && lane * 4 + r < kOwn) s.inverse_rms[warp * kOwn + lane * 4 + r] = inverse_rms(v[r]);
-    }
-
-    // A product of rows behind a norm, all of K in this block. before(tiles): operands of the end; finish(tiles, acc, operands).
-    template <int MOST, int CHUNKS, class Before, class Finish>
-    __device__ __forceinline__ void whole(int count, const float* squares, Before before, Finish finish) {
-        constexpr int kPieces = kWidth / kChunk / CHUNKS;
-        begin();
-        const Tiles tiles(count, MOST, blockIdx.x, gridDim.x);
-        if (wg == 1) {
-            // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
-            barrier_wait(&s.acts_full[0], acts_parity);
-            measure(squares);
-            meet(3, 128);
-            asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
-        }
-#pragma unroll 1
-        for (int u = 0; u < tiles.units; u++) {
-            if (u % 2 != wg) {
-                ring.skip(kPieces);
-                continue;
-            }
-            const Span span = tiles.of(u);
-            const auto operands = before(span);
-            float acc[4 * MOST];
-            take_turn(u, kPieces);
-            product<CHUNKS, 2 / CHUNKS>(acc, kPieces);
-            pass_turn(u, tiles.units, kPieces);
-            if (u == 0) meet(6, kComputing);
-            finish(span, acc, operands);
-        }
-        acts_parity ^= 1;
-    }
-
     struct QkvOperands {
-        float4 bias[kQkv], turn[kQkv];
+        float4 bias[kRounds], turn[kRounds];
+        Squares<4> squares;
     };
-    // Columns 2p and 2p+1 are pair p of the rotation.
-    __device__ __forceinline__ void qkv(const LayerArgs& w, int layer) {
-        const int n = warp * 16 + lane / 4 + lane % 2 * 8, first = lane % 4 / 2 * 2;  // row, and pair in a tile
-        const bool valid = n < rows;
+    // Where clusters are many, split over a cluster. Columns 2p and 2p+1 are pair p of the rotation.
+    __device__ __forceinline__ void qkv_split(const LayerArgs& w, int layer) {
+        const int own = tid / 8, part = tid % 8, n = rank * kOwn + own;
+        const bool valid = own < kOwn && n < rows;
         const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        whole<kQkv, U::kChunks>(
-            kQkvTiles, a.squares[0],
+        split<kQkv, 1, 1>(
+            kQkvTiles, 2,
             [&](Span tiles) {
                 QkvOperands r;
 #pragma unroll
-                for (int j = 0; j < kQkv; j++) {
-                    const int tile = tiles.first + j, pair = tile * 4 + first;
+                for (int i = 0; i < kRounds; i++) {
+                    const int tile = tiles.first + 4 * i + part / 2, pair = tile * 4 + part % 2 * 2;
                     const bool mine = valid && tile < tiles.last;
-                    r.turn[j] = r.bias[j] = make_float4(0, 0, 0, 0);
+                    r.turn[i] = r.bias[i] = make_float4(0, 0, 0, 0);
                     if (mine && pair / (kHead / 2) <= kHeads)
-                        r.turn[j] = load4(reinterpret_cast<const float*>(a.rope + (a.params->prefix + key) * (kHead / 2) + pair % (kHead / 2)));
-                    if (mine && bias) r.bias[j] = load4(bias + 2 * pair);
+                        r.turn[i] = load4(reinterpret_cast<const float*>(a.rope + (a.params->prefix + key) * (kHead / 2) + pair % (kHead / 2)));
+                    if (mine && bias) r.bias[i] = load4(bias + 2 * pair);
                 }
                 return r;
             },
-            [&](Span tiles, const float (&acc)[4 * kQkv], const QkvOperands& r) {
-                const float rinv = s.inverse_rms[n];
+            [&](QkvOperands& r) { r.squares.load(a.squares[0], rank, tid / 4, 32, tid % 4); },
+            [&](QkvOperands& r) {
+                const float4 v = r.squares.sum();
+                if (lane < 4) *reinterpret_cast<float4*>(&s.row_squares[wg][warp][lane * 4]) = v;
+                meet(2 + wg, 128);
+            },
+            [&](Span tiles, const QkvOperands& r) {
+                const float(&q)[4][16] = s.row_squares[wg];
+                const float rinv = inverse_rms((q[0][own] + q[1][own]) + (q[2][own] + q[3][own]));
 #pragma unroll
-                for (int j = 0; j < kQkv; j++) {
-                    float4 v = of_one_row(acc + 4 * j);
-                    const int tile = tiles.first + j, pair = tile * 4 + first;
+                for (int i = 0; i < kRounds; i++) {
+                    const int j = 4 * i + part / 2, tile = tiles.first + j, pair = tile * 4 + part % 2 * 2;
                     if (!valid || tile >= tiles.last) continue;
-                    const float4 b = r.bias[j], c = r.turn[j];
+                    float4 v = sums(j, own, part % 2 * 4);
+                    const float4 b = r.bias[i], c = r.turn[i];
                     v = make_float4(v.x * rinv + b.x, v.y * rinv + b.y, v.z * rinv + b.z, v.w * rinv + b.w);
                     const int head = pair / (kHead / 2), d = pair % (kHead / 2);
                     if (head <= kHeads) v = make_float4(v.x * c.x - v.y * c.y, v.y * c.x + v.x * c.y, v.z * c.z - v.w * c.w, v.w * c.z + v.z * c.w);
@@ -295,43 +289,144 @@ struct Compute {
             });
     }
 
-    struct GateUpOperands {
-        float2 bias[kWide];
-    };
-    // gelu(gate)·up; a tile's columns are a gate and its up by turns.
+    // Where clusters are few, all of K is in this block, and no ranks exchange sums: the second warpgroup measures rows and
+    // multiplies the last quarter. Everything is added in the order of qkv_split().
+    __device__ __forceinline__ void qkv_whole(const LayerArgs& w, int layer) {
+        constexpr int kQuarter = kWidth / kChunk / 4, kLast = 3 * kQuarter;
+        begin();
+        const Tiles tiles(kQkvTiles, kQkv, blockIdx.x, gridDim.x);
+        float4* const last = reinterpret_cast<float4*>(s.inbox) + tid;  // [tiles][128]
+        const int n = warp * 16 + lane / 4 + lane % 2 * 8, key = n == a.horizon ? 0 : min(a.has_state + n, a.suffix - 1);
+        const int first = lane % 4 / 2 * 2;  // of the pairs in a tile
+#pragma unroll 1
+        for (int u = 0; u < tiles.units; u++) {
+            float acc[4 * kQkv];
+            if (wg == 1) {
+                if (u == 0) {
+                    // The first activations are there: so are the sums of squares.
+                    barrier_wait(&s.acts_full[0], acts_parity);
+                    Squares<kWidthTiles / 32> quarters[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) quarters[i].load(a.squares[0], warp, i * 8 + lane / 4, 32, lane % 4);
+                    float4 q[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) q[i] = quarters[i].sum();
+                    keep_inverse_rms(make_float4((q[0].x + q[1].x) + (q[2].x + q[3].x), (q[0].y + q[1].y) + (q[2].y + q[3].y),
+                                                 (q[0].z + q[1].z) + (q[2].z + q[3].z), (q[0].w + q[1].w) + (q[2].w + q[3].w)));
+                }
+                ring.skip(kLast);
+                // Not a round of the ring ahead of the other warpgroup.
+                meet(4, kComputing);
+                product<1, kQuarter>(acc, kLast + kQuarter, kLast);
+                if (u > 0) meet(5, kComputing);
+#pragma unroll
+                for (int j = 0; j < kQkv; j++) last[j * 128] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+                asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
+                continue;
+            }
+            const Span span = tiles.of(u);
+            const float* const turns = reinterpret_cast<const float*>(a.rope + (a.params->prefix + key) * (kHead / 2) + first);
+            float4 turn[kQkv], bias[kQkv];
+#pragma unroll
+            for (int j = 0; j < kQkv; j++) {
+                const uint32_t tile = min(span.first + j, kQkvTiles - 1);
+                turn[j] = load4(turns + tile % (kHead / 8) * 8);
+                bias[j] = w.qkv_bias ? load4(w.qkv_bias + tile * 8 + 2 * first) : make_float4(0, 0, 0, 0);
+            }
+            float sum[4 * kQkv] = {};
+#pragma unroll 1
+            for (int p = 0; p < kLast; p += kQuarter) {
+                product<1, kQuarter>(acc, p + kQuarter, p);
+                if (p == kQuarter) asm volatile("bar.arrive 4, %0;" ::"n"(kComputing) : "memory");
+#pragma unroll
+                for (int i = 0; i < 4 * kQkv; i++) sum[i] += acc[i];
+            }
+            ring.skip(kQuarter);
+            meet(6, kComputing);
+            const float rinv = s.inverse_rms[n];
+#pragma unroll
+            for (int j = 0; j < kQkv; j++) {
+                const float4 q = last[j * 128];
+                sum[4 * j] += q.x, sum[4 * j + 1] += q.y, sum[4 * j + 2] += q.z, sum[4 * j + 3] += q.w;
+            }
+            if (u + 1 < tiles.units) asm volatile("bar.arrive 5, %0;" ::"n"(kComputing) : "memory");
+            uint2 results[kQkv];
+#pragma unroll
+            for (int j = 0; j < kQkv; j++) {
+                float4 v = of_one_row(sum + 4 * j);
+                const float4 b = bias[j], t = turn[j];
+                v = make_float4(v.x * rinv + b.x, v.y * rinv + b.y, v.z * rinv + b.z, v.w * rinv + b.w);
+                if (span.first + j < kTurnedTiles) v = make_float4(v.x * t.x - v.y * t.y, v.y * t.x + v.x * t.y, v.z * t.z - v.w * t.w, v.w * t.z + v.z * t.w);
+                results[j] = make_uint2(pack_bf16(v.x, v.z), pack_bf16(v.y, v.w));
+            }
+            if (n < rows) {
+                const size_t at = (static_cast<size_t>(layer) * a.suffix + key) * (kRow / 2) + first;
+#pragma unroll
+                for (int j = 0; j < kQkv; j++) {
+                    const int tile = span.first + j, head = tile / (kHead / 8);
+                    if (tile >= span.last) break;
+                    bf16* to = (head < kHeads ? a.q + (head * rows + n) * (kRow / 2) + first : (head == kHeads ? a.suffix_keys : a.suffix_values) + at) + tile % (kHead / 8) * 4;
+                    *reinterpret_cast<uint32_t*>(to) = results[j].x;
+                    *reinterpret_cast<uint32_t*>(to + kHead / 2) = results[j].y;
+                }
+            }
+            __syncwarp();
+        }
+        acts_parity ^= 1;
+    }
+
+    // gelu(gate)·up, all of K in this block; a tile's columns are a gate and its up by turns.
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
+        begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
+        const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
         const float* const biases = w.gate_up_bias;
-        whole<kWide, 1>(
-            kMlpTiles, a.squares[1],
-            [&](Span tiles) {
-                GateUpOperands r;
+        if (wg == 1) {
+            // While the other warpgroup multiplies. The first activations are there: so are the sums of squares.
+            barrier_wait(&s.acts_full[0], acts_parity);
+            Squares<16> squares;
+            squares.load(a.squares[1], warp, lane / 4, 8, lane % 4);
+            keep_inverse_rms(squares.sum());
+            meet(3, 128);
+            asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
+        }
+#pragma unroll 1
+        for (int u = 0; u < tiles.units; u++) {
+            if (u % 2 != wg) {
+                ring.skip(kWidth / kChunk);
+                continue;
+            }
+            const Span span = tiles.of(u);
+            float2 bias[kWide];
 #pragma unroll
-                for (int j = 0; j < kWide; j++) {
-                    r.bias[j] = make_float2(0.0f, 0.0f);
-                    if (biases && tiles.first + j < tiles.last) r.bias[j] = *reinterpret_cast<const float2*>(biases + (tiles.first + j) * 8 + 2 * t);
-                }
-                return r;
-            },
-            [&](Span tiles, const float (&acc)[4 * kWide], const GateUpOperands& r) {
-                const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
-                // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
-                const int n = warp * 16 + g + 8 * odd;
-                auto gated = [&](int j) {
-                    const float upper = gelu_tanh(acc[4 * j] * rinv[0] + r.bias[j].x) * (acc[4 * j + 1] * rinv[0] + r.bias[j].y);
-                    const float lower = gelu_tanh(acc[4 * j + 2] * rinv[1] + r.bias[j].x) * (acc[4 * j + 3] * rinv[1] + r.bias[j].y);
-                    const uint32_t mine = pack_bf16(upper, lower), other = __shfl_xor_sync(0xffffffffu, mine, 1);
-                    return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
-                };
+            for (int j = 0; j < kWide; j++) {
+                bias[j] = make_float2(0.0f, 0.0f);
+                if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
+            }
+            float acc[4 * kWide];
+            take_turn(u, kWidth / kChunk);
+            product<1, 2>(acc, kWidth / kChunk);
+            pass_turn(u, tiles.units, kWidth / kChunk);
+            if (u == 0) meet(6, kComputing);
+            const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
+            // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
+            const int n = warp * 16 + g + 8 * odd;
+            auto gated = [&](int j) {
+                const float upper = gelu_tanh(acc[4 * j] * rinv[0] + bias[j].x) * (acc[4 * j + 1] * rinv[0] + bias[j].y);
+                const float lower = gelu_tanh(acc[4 * j + 2] * rinv[1] + bias[j].x) * (acc[4 * j + 3] * rinv[1] + bias[j].y);
+                const uint32_t mine = pack_bf16(upper, lower), other = __shfl_xor_sync(0xffffffffu, mine, 1);
+                return odd ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
+            };
 #pragma unroll
-                for (int j = 0; j < kWide; j += 2) {
-                    const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
-                    const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
-                    const int k = j + t / 2, tile = tiles.first + k;
-                    if (n < rows && k < kWide && tile < tiles.last)
-                        *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
-                }
-            });
+            for (int j = 0; j < kWide; j += 2) {
+                const uint32_t here = gated(j), next = j + 1 < kWide ? gated((j + 1) % kWide) : 0;
+                const uint32_t other = __shfl_xor_sync(0xffffffffu, t < 2 ? next : here, 2);
+                const int k = j + t / 2, tile = span.first + k;
+                if (n < rows && k < kWide && tile < span.last)
+                    *reinterpret_cast<uint2*>(a.gated + panel(n, tile * 4, kPanelRows)) = t < 2 ? make_uint2(here, other) : make_uint2(other, next);
+            }
+        }
+        acts_parity ^= 1;
     }
 
     // Adds the scores of 16·M query rows against N times 8 keys.
@@ -490,7 +585,7 @@ struct Compute {
 
     __device__ __forceinline__ void attention() {
         begin();
-        const Cut c(a, rows, rank, cluster, clusters);
+        const Cut c(a, rows, rank, cluster, clusters, U::kFew);
         const Buffers b(s.acts, c);
         const int all = threadIdx.x, w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, odd = t & 1;
         // The ranks may send: what lay in their inboxes' place is not needed any more.
@@ -587,8 +682,9 @@ struct Compute {
                 const bool init = i < 0, mlp = i & 1;
                 const LayerArgs& w = a.layers[step * a.layer_count + max(i, 0) / 2];
                 if (!init && !mlp) {
-                    qkv(w, i / 2);
-                    const Span tiles(kQkvTiles, blockIdx.x, gridDim.x), queries(kHeads * rows, cluster, clusters);
+                    if constexpr (U::kFew) qkv_whole(w, i / 2);
+                    else qkv_split(w, i / 2);
+                    const Span tiles(kQkvTiles, U::kFew ? blockIdx.x : cluster, U::kFew ? gridDim.x : clusters), queries(kHeads * rows, cluster, clusters);
                     done(kHeadParts, tiles, kHead / 8);
                     attention();
                     done(kQuarters, queries, kHeads / kRanks * rows);

@@ -56,13 +56,13 @@ struct Producer {
     __device__ __forceinline__ const bf16* matrix(int i) const { return a.layers[i / 4].weights[i % 4]; }
     __device__ __forceinline__ void run(int rank, int cluster, int clusters) {
         if (lane != 0) return;
-        const Tiles narrow(kWidthTiles, U::kNarrow, cluster, clusters), qkv(kQkvTiles, U::kQkv, blockIdx.x, gridDim.x),
+        const Tiles narrow(kWidthTiles, U::kNarrow, cluster, clusters), qkv(kQkvTiles, U::kQkv, U::kFew ? blockIdx.x : cluster, U::kFew ? gridDim.x : clusters),
             wide(kMlpTiles, U::kWide, blockIdx.x, gridDim.x);
         const int count = 4 * a.layer_count, all = a.step_count * count;
         const bf16* next = all > 0 ? matrix(0) : nullptr;
 #pragma unroll 1
         for (int step = 0; step < a.step_count; step++) {
-            const Cut cut(a, a.rows(step), rank, cluster, clusters);
+            const Cut cut(a, a.rows(step), rank, cluster, clusters, U::kFew);
             // The products by turns: first, where there is one, what makes the residual; then QKV, O, gate/up and down of each layer.
 #pragma unroll 1
             for (int i = a.time_w ? -1 : 0; i < count; i++) {
@@ -70,9 +70,12 @@ struct Producer {
                 const bf16* const w = i < 0 ? a.time_w : next;
                 // On its way while this one's weights are fetched.
                 if (i >= 0) next = matrix(min(step * count + i + 1, all - 1));
-                const int chunks = product == 2 ? 1 : U::kChunks, pieces = (product < 0 ? 2 : product == 1 ? 4 : 8) / chunks;
+                // All of K, or a rank's quarter.
+                const bool whole = product == 2 || (U::kFew && product == 0);
+                const int chunks = product % 2 == 0 ? 1 : U::kChunks;
+                const int pieces = (product == 1 ? 4 : whole || product == 3 ? 8 : 2) / chunks;
                 weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
-                        pieces, chunks, product == 0 || product == 2 ? 0 : rank * pieces * chunks);
+                        pieces, chunks, whole ? 0 : rank * pieces * chunks);
                 if (product != 0) continue;
                 const size_t at = i / 4 * a.params->layer_stride + static_cast<size_t>(cut.first_key) * (kRow / 2);
 #pragma unroll 1
@@ -99,14 +102,12 @@ struct Loader {
     __device__ __forceinline__ Loader(const PersistentArgs& a, Shared<U>& s)
         : a(a), s(s), lane(threadIdx.x % 32) {}
 
-    // Until this block has finished a phase: its places in shared memory are free.
-    __device__ __forceinline__ void leave() {
-        barrier_wait(&s.finished, finished);
-        finished ^= 1;
-    }
     // Until `target` blocks have come to this lane's counter, for every lane. One that does not come means that blocks are not
     // all on the chip. The whole warp looks, which is quicker than one lane of it.
     __device__ __forceinline__ void wait(int counter, uint32_t target) {
+        // Their places in shared memory are still in use until this block has finished, too.
+        barrier_wait(&s.finished, finished);
+        finished ^= 1;
         const uint32_t* const arrived = a.arrived + counter * kCounterWords;
         uint64_t start = 0, now;
         for (uint32_t looks = 1;; looks++) {
@@ -164,12 +165,12 @@ struct Loader {
         const int phases = 5 * a.layer_count;
         // Of QKV's result, the blocks that make part number `lane`; of gate/up's, those that make this rank's quarter.
         const int part = min(lane, kHeads + 1);
-        const uint32_t head_sharers = sharers(part, kHead / 8, kQkvTiles, gridDim.x);
+        const uint32_t head_sharers = U::kFew ? sharers(part, kHead / 8, kQkvTiles, gridDim.x) : kRanks * sharers(part, kHead / 8, kQkvTiles, clusters);
         const uint32_t gated_sharers = sharers(rank, kMlpTiles / kRanks, kMlpTiles, gridDim.x);
 #pragma unroll 1
         for (int step = 0; a.step_count > 0; step++) {
             const int tokens = a.rows(step);
-            const Cut cut(a, tokens, rank, cluster, clusters);
+            const Cut cut(a, tokens, rank, cluster, clusters, U::kFew);
             const uint32_t attended_sharers = kRanks * sharers(rank, kHeads / kRanks * tokens, kHeads * tokens, clusters);
             // The heads of this cluster's queries, and keys and values.
             const bool read = lane >= kHeads || (lane >= cut.first_row / tokens && lane <= (cut.last_row - 1) / tokens);
@@ -178,9 +179,7 @@ struct Loader {
             for (int i = -2; i < phases; i++) {
                 if (i == -1 && !a.time_w) continue;
                 const int phase = i < 0 ? i : i % 5;
-                if (step > 0 || i > -2) leave();
                 if (phase == 1) {
-                    early_values(cut, i / 5);
                     layers++;
                     wait(kHeadParts + part, read ? layers * head_sharers : 0);
                 } else if (phase == 2 || phase == 4) {
@@ -196,9 +195,11 @@ struct Loader {
                 }
                 const bf16* panel = phase < 0 ? a.u : phase == 2 ? a.attended : phase == 4 ? a.gated : a.hb[phase == 3];
                 // As many parts as a product has pieces, at most four. The flow reads what it needs by itself.
-                slice(panel, phase < 0 ? kWidth / kRanks : phase == 2 ? kAttention / kRanks : kWidth, phase == 0 || phase == 3 ? 0 : rank,
-                      phase == -2 ? 0 : phase < 0 ? 1 : phase == 2 ? 2 : 4);
+                const bool whole = phase == 3 || (U::kFew && phase == 0);
+                slice(panel, whole || phase == 4 ? kWidth : phase == 2 ? kAttention / kRanks : kWidth / kRanks, whole ? 0 : rank,
+                      phase == -2 ? 0 : phase < 0 ? 1 : whole || phase == 4 ? 4 : 2);
                 if (step == a.step_count) return;
+                if (phase == 0) early_values(cut, i / 5);
             }
         }
     }

@@ -44,19 +44,17 @@ def edits() -> list[tuple[str, str]]:
     att = {m: mark("attention", m) for m in ATTENTION}
     gate = {m: mark("gate/up", m) for m in IN_PHASE}
     return [
-        ("            const auto operands = before(span);\n            float acc[4 * kNarrow];\n",
-         f"            const auto operands = before(span);\n            MARK(phase + {at['operands asked']});\n"
-         f"            barrier_wait(&s.acts_full[0], acts_parity);\n            MARK(phase + {at['activations']});\n            float acc[4 * kNarrow];\n"),
+        ("            auto operands = before(span);\n", f"            auto operands = before(span);\n            MARK(phase + {at['operands asked']});\n"),
+        ("            after(operands);\n", f"            MARK(phase + {at['activations']});\n            after(operands);\n"),
         ("            product<CHUNKS, EACH>(acc, pieces);\n", f"            product<CHUNKS, EACH>(acc, pieces);\n            MARK(phase + {at['product']});\n"),
         ("            send_sums(acc, span.last - span.first);\n",
          f"            MARK(phase + {at['inbox free']});\n            send_sums(acc, span.last - span.first);\n            MARK(phase + {at['sent']});\n"),
         ("            finish(span, operands);\n",
          f"            MARK(phase + {at['received']});\n            finish(span, operands);\n            MARK(phase + {at['finished']});\n"),
-        ("            const auto operands = before(span);\n            float acc[4 * MOST];\n",
-         f"            const auto operands = before(span);\n            MARK(phase + {at['operands asked']});\n"
-         f"            barrier_wait(&s.acts_full[0], acts_parity);\n            MARK(phase + {at['activations']});\n            float acc[4 * MOST];\n"),
-        ("            product<CHUNKS, 2 / CHUNKS>(acc, kPieces);\n", f"            product<CHUNKS, 2 / CHUNKS>(acc, kPieces);\n            MARK(phase + {at['product']});\n"),
-        ("            finish(span, acc, operands);\n", f"            MARK(phase + {at['received']});\n            finish(span, acc, operands);\n            MARK(phase + {at['finished']});\n"),
+        ("            product<1, 2>(acc, kWidth / kChunk);\n",
+         f"            MARK({gate['operands asked']});\n            product<1, 2>(acc, kWidth / kChunk);\n            MARK({gate['product']});\n"),
+        ("            if (u == 0) meet(6, kComputing);\n", f"            if (u == 0) meet(6, kComputing);\n            MARK({gate['received']});\n"),
+        ("        acts_parity ^= 1;\n    }\n\n    // Adds the scores of 16", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // Adds the scores of 16"),
         ("            if (batch == 0) barrier_wait(&s.queries_full, groups & 1);\n",
          f"            if (batch == 0) {{\n                MARK({att['keys']});\n                barrier_wait(&s.queries_full, groups & 1);\n                MARK({att['queries']});\n            }}\n"),
         ("        ring.skip(c.pieces);\n", f"        MARK({att['multiplied']});\n        ring.skip(c.pieces);\n"),
@@ -70,11 +68,15 @@ def edits() -> list[tuple[str, str]]:
          f"            MARK({att['sent']});\n            barrier_wait(&s.parts_received, parity);\n            MARK({att['received']});\n"),
         ("            meet(1, kComputing);\n            if (all < kRanks && row0",
          f"            MARK({att['joined']});\n            meet(1, kComputing);\n            if (all < kRanks && row0"),
-        ("                    qkv(w, i / 2);\n", f"                    phase = {mark('QKV', IN_PHASE[0])};\n                    MARK(0);\n                    qkv(w, i / 2);\n"),
+        ("                    if constexpr (U::kFew) qkv_whole(w, i / 2);\n",
+         f"                    phase = {mark('QKV', IN_PHASE[0])};\n                    MARK(0);\n                    if constexpr (U::kFew) qkv_whole(w, i / 2);\n"),
+        ("            float sum[4 * kQkv] = {};\n", f"            MARK(phase + {at['operands asked']});\n            float sum[4 * kQkv] = {{}};\n"),
+        ("            ring.skip(kQuarter);\n", f"            MARK(phase + {at['product']});\n            ring.skip(kQuarter);\n"),
+        ("            const float rinv = s.inverse_rms[n];\n", f"            MARK(phase + {at['received']});\n            const float rinv = s.inverse_rms[n];\n"),
+        ("            __syncwarp();\n        }\n        acts_parity", f"            __syncwarp();\n            MARK(phase + {at['finished']});\n        }}\n        acts_parity"),
         ("                    attention();\n", f"                    MARK({mark('QKV', 'done')});\n                    attention();\n"),
         ("                    done(kQuarters, queries, kHeads / kRanks * rows);\n",
          f"                    done(kQuarters, queries, kHeads / kRanks * rows);\n                    MARK({att['done']});\n"),
-        ("                    gate_up(w);\n", f"                    phase = {mark('gate/up', IN_PHASE[0])};\n                    gate_up(w);\n"),
         ("                    done(kQuarters, tiles, kMlpTiles / kRanks);\n",
          f"                    done(kQuarters, tiles, kMlpTiles / kRanks);\n                    MARK({gate['done']});\n"),
         ("                residual(init ? a.steps", f"                phase = mlp ? {mark('down', IN_PHASE[0])} : {mark('O', IN_PHASE[0])};\n                residual(init ? a.steps"),
@@ -107,7 +109,7 @@ def main() -> None:
             text = replace(text, old, new, source.name)
         if source.name == "persistent.cuh":
             names = ", ".join(f'"{n}"' for n in NAMES)
-            text = replace(text, "for QKV and gate/up\n};", "for QKV and gate/up\n    uint32_t clocks[kMarks];\n};", source.name)
+            text = replace(text, "for QKV in one block\n};", "for QKV in one block\n    uint32_t clocks[kMarks];\n};", source.name)
             text = replace(
                 text, "template <class U>\nstruct Shared {\n",
                 f"constexpr int kMarks = {len(NAMES)}, kFlowMarks = {mark('flow', 'begin')}, kMostBlocks = 264, kMarked = {thread};\n"
