@@ -257,6 +257,11 @@ impl Room {
         self.allocation.bytes.saturating_sub(self.used)
     }
 
+    /// All of it.
+    pub fn span(&self) -> Span<'_> {
+        Span { at: self.allocation.pointer, bytes: self.allocation.bytes, of: PhantomData }
+    }
+
     /// Zeroed memory for `len` elements (at least one): in the room, or an allocation of its own once that is full.
     pub fn buffer<T: Plain>(&mut self, len: usize) -> Result<Buffer<T>, EngineError> {
         let bytes = len.max(1) * size_of::<T>();
@@ -267,6 +272,14 @@ impl Room {
         self.used += bytes.next_multiple_of(ROOM_STEP);
         Ok(Buffer { allocation: Arc::clone(&self.allocation), pointer, len, of: PhantomData })
     }
+}
+
+/// A stretch of device memory that is lent for a while.
+#[derive(Clone, Copy)]
+pub(super) struct Span<'a> {
+    pub at: u64,
+    pub bytes: usize,
+    of: PhantomData<&'a ()>,
 }
 
 /// `len` elements of device memory: an allocation of its own, or a part of one.
@@ -308,6 +321,11 @@ impl<T: Plain> Buffer<T> {
 
     pub fn pointer(&self) -> u64 {
         self.pointer
+    }
+
+    /// All of it.
+    pub fn span(&self) -> Span<'_> {
+        Span { at: self.pointer, bytes: self.len * size_of::<T>(), of: PhantomData }
     }
 
     /// Copies `values` to element `at` on and waits.

@@ -85,6 +85,8 @@ pub(super) struct EncoderWeights {
     /// Position embedding plus patch bias, once per view: `[MAX_VIEWS, tokens, width]`.
     pub position: Buffer<f32>,
     pub tower: Tower,
+    /// What the matrices of the tower lie in.
+    pub tower_room: Room,
     pub post_norm: LayerNorm,
     pub projector: Buffer<u16>,
     pub projector_bias: Buffer<f32>,
@@ -235,7 +237,8 @@ fn elements(dims: &Dims) -> usize {
 }
 
 /// Bytes that an engine of two views takes on the device, for a check before anything is allocated: weights, what the
-/// stages work with, and what measuring the products takes for a moment. Small buffers are left out.
+/// stages work with, and what measuring the products takes for a moment. Small buffers are left out, and the library's
+/// kernels.
 pub(super) fn device_bytes(dims: &Dims) -> usize {
     let (v, t) = (&dims.vision, &dims.trunk);
     let weights = 2 * elements(dims) + MAX_VIEWS * v.tokens() * v.width * 4;
@@ -245,7 +248,9 @@ pub(super) fn device_bytes(dims: &Dims) -> usize {
         + plan::part_rows(rows, t.mlp, t.width) * t.width * 4;
     let widest = (2 * t.mlp * t.width).max(v.mlp * v.width) * 2;
     let cache = 2 * 2 * t.layers * rows * t.head_dim;
-    let measuring = super::lt::COLD_BYTES.max(widest) + rows * (2 * t.mlp.max(v.mlp) + 8 * t.mlp);
+    // Measured on the tower's matrices where those are enough, and on what the encoder works with.
+    let cold = super::lt::COLD_BYTES.max(widest);
+    let measuring = if layers_room(v.layers, tower_matrices(v, false)) < cold { cold } else { 0 };
     weights + tower + trunk + 3 * cache + (super::lt::WORKSPACE + measuring).max(widest)
 }
 
@@ -579,7 +584,8 @@ impl Reader<'_, '_> {
         })
     }
 
-    fn tower(&mut self, dims: &Dims) -> Result<Tower, EngineError> {
+    /// SigLIP's layers, and the room that their matrices are in.
+    fn tower(&mut self, dims: &Dims) -> Result<(Tower, Room), EngineError> {
         let v = &dims.vision;
         let (layers, packed) = (0..v.layers, self.packing.tower(v));
         self.room = Room::new(&self.device, layers_room(v.layers, tower_matrices(v, packed)))?;
@@ -588,8 +594,7 @@ impl Reader<'_, '_> {
         } else {
             Tower::Rows(layers.map(|i| self.vision_layer(i, dims)).collect::<Result<_, _>>()?)
         };
-        self.leave_room()?;
-        Ok(tower)
+        Ok((tower, self.leave_room()?))
     }
 
     fn trunk_out(&mut self, name: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
@@ -645,10 +650,12 @@ impl Reader<'_, '_> {
         for row in position.chunks_exact_mut(v.width) {
             row.iter_mut().zip(&bias).for_each(|(p, b)| *p += b);
         }
+        let (tower, tower_room) = self.tower(dims)?;
         Ok(EncoderWeights {
             patch,
             position: Buffer::from_slice(&self.device, &position.repeat(MAX_VIEWS))?,
-            tower: self.tower(dims)?,
+            tower,
+            tower_room,
             post_norm: self.layer_norm(&format!("{VISION}.post_layernorm"), v.width)?,
             projector: self.matrix(&format!("{PROJECTOR}.weight"), dims.trunk.width, v.width)?,
             projector_bias: self.vector(&format!("{PROJECTOR}.bias"), dims.trunk.width, dims.trunk.width, 0.0)?,
