@@ -159,6 +159,15 @@ impl Device {
         check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "reading free memory")?;
         Ok((free, total))
     }
+
+    /// Logs how much of its memory is in use, by whomever, once `what` is done.
+    pub(super) fn log_memory(&self, what: &str) {
+        if tracing::enabled!(tracing::Level::DEBUG)
+            && let Ok((free, total)) = self.memory()
+        {
+            tracing::debug!("GPU memory: {} MiB in use, {what}", (total - free) >> 20);
+        }
+    }
 }
 
 impl Drop for Device {

@@ -319,6 +319,7 @@ impl CudaEncoder {
         let (views, rows) = self.workspace.as_ref().map_or((views, rows), |w| (w.views.max(views), w.rows.max(rows)));
         self.workspace = None;
         self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, &self.weights, views, rows)?);
+        self.model.device.log_memory("encoder's buffers made");
         Ok(())
     }
 
@@ -376,6 +377,7 @@ impl CudaEncoder {
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
+            model.device.log_memory("tower captured");
         }
         if !self.trunk_graphs.contains_key(&rows)
             && let Some(w) = &self.workspace
@@ -387,6 +389,7 @@ impl CudaEncoder {
             queue.prepare_trunk(rows)?;
             let graph = self.stream.capture(|| queue.trunk(rows))?;
             self.trunk_graphs.insert(rows, graph);
+            model.device.log_memory("trunk captured");
         }
         Ok(())
     }

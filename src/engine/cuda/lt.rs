@@ -366,6 +366,7 @@ impl Lt {
             per_run(first),
             candidates.len()
         );
+        self.lane.device().log_memory("product measured");
         Ok(best.0)
     }
 
