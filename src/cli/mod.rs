@@ -6,6 +6,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
 use crate::error::{Blame, Fault};
 
@@ -51,8 +52,14 @@ fn run(command: Command) -> Result<(), CliError> {
     }
 }
 
-/// Runs the tool named on the command line; the exit code tells who is at fault ([`Fault::exit_code`]).
+/// Runs the tool named on the command line; the exit code tells who is at fault ([`Fault::exit_code`]). Standard error gets
+/// what `RUST_LOG` asks for, and without it nothing of what is logged.
 pub fn main() -> ExitCode {
+    if std::env::var_os("RUST_LOG").is_some() {
+        let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env());
+        // Fails only if it was begun before.
+        let _ = log.with_writer(std::io::stderr).try_init();
+    }
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

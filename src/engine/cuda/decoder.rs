@@ -442,6 +442,7 @@ impl CudaDecoder {
                     self.stream.download(&self.x, actions.len(), &self.output)
                 })?;
                 self.graphs.insert(key, graph);
+                self.model.device.log_memory("decoder captured");
             }
         }
         let device = Arc::clone(self.lane.device());

@@ -159,6 +159,15 @@ impl Device {
         check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "reading free memory")?;
         Ok((free, total))
     }
+
+    /// Logs how much of its memory is in use, by whomever, once `what` is done.
+    pub(super) fn log_memory(&self, what: &str) {
+        if tracing::enabled!(tracing::Level::DEBUG)
+            && let Ok((free, total)) = self.memory()
+        {
+            tracing::debug!("GPU memory: {} MiB in use, {what}", (total - free) >> 20);
+        }
+    }
 }
 
 impl Drop for Device {
@@ -195,9 +204,96 @@ fn settle() -> Result<(), EngineError> {
     check(unsafe { sys::cuStreamSynchronize(std::ptr::null_mut()) }, "waiting for a copy")
 }
 
-/// `len` elements of device memory.
-pub(super) struct Buffer<T> {
+/// One allocation of the driver.
+struct Allocation {
     device: Arc<Device>,
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl Allocation {
+    /// `bytes` zeros, at least one.
+    fn zeroed(device: &Arc<Device>, bytes: usize) -> Result<Arc<Self>, EngineError> {
+        let _current = device.enter()?;
+        let bytes = bytes.max(1);
+        let mut pointer = 0;
+        // SAFETY: out-parameter on this stack; the size is not zero.
+        let code = unsafe { sys::cuMemAlloc_v2(&mut pointer, bytes) };
+        if code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            let (free, _) = device.memory()?;
+            return Err(EngineError::Memory { device: device.name.clone(), needed: bytes, free });
+        }
+        check(code, "allocating GPU memory")?;
+        let allocation = Arc::new(Self { device: Arc::clone(device), pointer, bytes });
+        // SAFETY: the whole of a live allocation.
+        check(unsafe { sys::cuMemsetD8_v2(pointer, 0, bytes) }, "zeroing GPU memory")?;
+        settle()?;
+        Ok(allocation)
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        let _current = self.device.enter();
+        // SAFETY: allocated in `zeroed`, freed once; cuMemFree waits for work that uses it.
+        unsafe { sys::cuMemFree_v2(self.pointer) };
+    }
+}
+
+/// Buffers in a [`Room`] begin at multiples of this.
+const ROOM_STEP: usize = 256;
+
+/// Bytes that a room needs for buffers of so many bytes each.
+pub(super) fn room_bytes(buffers: impl IntoIterator<Item = usize>) -> usize {
+    buffers.into_iter().map(|bytes| bytes.next_multiple_of(ROOM_STEP)).sum()
+}
+
+/// One allocation that buffers lie in, one behind the other. The driver rounds every allocation of 1 MiB or more up to
+/// whole pieces of 2 MiB, which is much for many matrices of a few MiB.
+pub(super) struct Room {
+    allocation: Arc<Allocation>,
+    used: usize,
+}
+
+impl Room {
+    /// Room for buffers of `bytes` in all, see [`room_bytes`].
+    pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Self, EngineError> {
+        Ok(Self { allocation: Allocation::zeroed(device, bytes)?, used: 0 })
+    }
+
+    /// Bytes in it that no buffer has.
+    pub fn left(&self) -> usize {
+        self.allocation.bytes.saturating_sub(self.used)
+    }
+
+    /// All of it.
+    pub fn span(&self) -> Span<'_> {
+        Span { at: self.allocation.pointer, bytes: self.allocation.bytes, of: PhantomData }
+    }
+
+    /// Zeroed memory for `len` elements (at least one): in the room, or an allocation of its own once that is full.
+    pub fn buffer<T: Plain>(&mut self, len: usize) -> Result<Buffer<T>, EngineError> {
+        let bytes = len.max(1) * size_of::<T>();
+        if bytes > self.left() {
+            return Buffer::zeroed(&self.allocation.device, len);
+        }
+        let pointer = self.allocation.pointer + self.used as u64;
+        self.used += bytes.next_multiple_of(ROOM_STEP);
+        Ok(Buffer { allocation: Arc::clone(&self.allocation), pointer, len, of: PhantomData })
+    }
+}
+
+/// A stretch of device memory that is lent for a while.
+#[derive(Clone, Copy)]
+pub(super) struct Span<'a> {
+    pub at: u64,
+    pub bytes: usize,
+    of: PhantomData<&'a ()>,
+}
+
+/// `len` elements of device memory: an allocation of its own, or a part of one.
+pub(super) struct Buffer<T> {
+    allocation: Arc<Allocation>,
     pointer: sys::CUdeviceptr,
     len: usize,
     of: PhantomData<T>,
@@ -211,21 +307,8 @@ unsafe impl<T> Sync for Buffer<T> {}
 impl<T: Plain> Buffer<T> {
     /// Zeroed memory for `len` elements (at least one).
     pub fn zeroed(device: &Arc<Device>, len: usize) -> Result<Self, EngineError> {
-        let _current = device.enter()?;
-        let bytes = len.max(1) * size_of::<T>();
-        let mut pointer = 0;
-        // SAFETY: out-parameter on this stack; the size is not zero.
-        let code = unsafe { sys::cuMemAlloc_v2(&mut pointer, bytes) };
-        if code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            let (free, _) = device.memory()?;
-            return Err(EngineError::Memory { device: device.name.clone(), needed: bytes, free });
-        }
-        check(code, "allocating GPU memory")?;
-        let buffer = Self { device: Arc::clone(device), pointer, len, of: PhantomData };
-        // SAFETY: the whole of a live allocation.
-        check(unsafe { sys::cuMemsetD8_v2(pointer, 0, bytes) }, "zeroing GPU memory")?;
-        settle()?;
-        Ok(buffer)
+        let allocation = Allocation::zeroed(device, len.max(1) * size_of::<T>())?;
+        Ok(Self { pointer: allocation.pointer, allocation, len, of: PhantomData })
     }
 
     /// A copy of `values`.
@@ -249,10 +332,15 @@ impl<T: Plain> Buffer<T> {
         self.pointer
     }
 
+    /// All of it.
+    pub fn span(&self) -> Span<'_> {
+        Span { at: self.pointer, bytes: self.len * size_of::<T>(), of: PhantomData }
+    }
+
     /// Copies `values` to element `at` on and waits.
     pub fn write(&self, at: usize, values: &[T]) -> Result<(), EngineError> {
         assert!(at + values.len() <= self.len, "write past a device buffer");
-        let _current = self.device.enter()?;
+        let _current = self.allocation.device.enter()?;
         // SAFETY: both ranges are live and checked.
         let code = unsafe { sys::cuMemcpyHtoD_v2(self.at(at), values.as_ptr().cast(), size_of_val(values)) };
         check(code, "copying to the GPU")?;
@@ -262,7 +350,7 @@ impl<T: Plain> Buffer<T> {
     /// Copies elements from `at` on into `out` and waits.
     pub fn read(&self, at: usize, out: &mut [T]) -> Result<(), EngineError> {
         assert!(at + out.len() <= self.len, "read past a device buffer");
-        let _current = self.device.enter()?;
+        let _current = self.allocation.device.enter()?;
         // SAFETY: both ranges are live and checked.
         let code = unsafe { sys::cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), self.at(at), size_of_val(out)) };
         check(code, "copying from the GPU")
@@ -270,9 +358,9 @@ impl<T: Plain> Buffer<T> {
 
     /// Sets every byte to `byte` and waits: poison for tests.
     pub fn fill(&self, byte: u8) -> Result<(), EngineError> {
-        let _current = self.device.enter()?;
+        let _current = self.allocation.device.enter()?;
         let bytes = self.len.max(1) * size_of::<T>();
-        // SAFETY: the whole of a live allocation, which has room for one element at least.
+        // SAFETY: the whole of a live buffer, which has room for one element at least.
         check(unsafe { sys::cuMemsetD8_v2(self.pointer, byte, bytes) }, "filling GPU memory")?;
         settle()
     }
@@ -284,14 +372,6 @@ impl Buffer<u16> {
         let mut bits = vec![0; len];
         self.read(at, &mut bits)?;
         Ok(bits.into_iter().map(|b| half::bf16::from_bits(b).to_f32()).collect())
-    }
-}
-
-impl<T> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        let _current = self.device.enter();
-        // SAFETY: allocated in `zeroed`, freed once; cuMemFree waits for work that uses it.
-        unsafe { sys::cuMemFree_v2(self.pointer) };
     }
 }
 

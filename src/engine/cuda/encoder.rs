@@ -7,13 +7,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Model;
-use super::device::{Buffer, Device, Pinned};
+use super::device::{Buffer, Device, Pinned, Span};
 use super::images::Images;
 use super::kernels::{
     AttentionArgs, GegluArgs, GegluWideArgs, Hopper, Kernels, NormArgs, RopeArgs, Shape, TowerArgs, TowerBeginArgs,
 };
 use super::lane::Lane;
-use super::lt::{Epilogue, Key, Lt, Operands};
+use super::lt::{Epilogue, Key, Lt, Operands, Scratch};
 use super::plan::{self, HEAD_DIMS, Path, TOWER_K, TOWER_TILE, TowerKind};
 use super::stream::{Event, Graph, Stream};
 use super::weights::{EncoderWeights, Folded, LayerNorm, MAX_VIEWS, Tower, TowerLayer, TrunkRest, VisionLayer};
@@ -160,6 +160,13 @@ impl Workspace {
             gate_up: half(if weights.wide_trunk { 0 } else { rows * 2 * t.mlp })?,
             mlp: half(rows * t.mlp)?,
         })
+    }
+
+    /// What products may be timed on while no encode is under way.
+    fn scratch<'a>(&'a self, weights: &'a EncoderWeights) -> Scratch<'a> {
+        let largest = |a: Span<'a>, b: Span<'a>| if a.bytes > b.bytes { a } else { b };
+        let out = largest(self.gate_up.span(), largest(self.parts.span(), self.x.span()));
+        Scratch { weights: weights.tower_room.span(), rows: self.mlp.span(), out }
     }
 }
 
@@ -312,6 +319,7 @@ impl CudaEncoder {
         let (views, rows) = self.workspace.as_ref().map_or((views, rows), |w| (w.views.max(views), w.rows.max(rows)));
         self.workspace = None;
         self.workspace = Some(Workspace::new(&self.model.device, &self.model.dims, &self.weights, views, rows)?);
+        self.model.device.log_memory("encoder's buffers made");
         Ok(())
     }
 
@@ -369,6 +377,7 @@ impl CudaEncoder {
             queue.prepare_vision(views)?;
             let graph = self.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
+            model.device.log_memory("tower captured");
         }
         if !self.trunk_graphs.contains_key(&rows)
             && let Some(w) = &self.workspace
@@ -380,6 +389,7 @@ impl CudaEncoder {
             queue.prepare_trunk(rows)?;
             let graph = self.stream.capture(|| queue.trunk(rows))?;
             self.trunk_graphs.insert(rows, graph);
+            model.device.log_memory("trunk captured");
         }
         Ok(())
     }
@@ -550,7 +560,7 @@ impl Queue<'_> {
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
         let own = if self.weights.tower_packed() { 4 } else { 0 };
-        self.lt.prepare(self.stream, &keys[..keys.len() - own])
+        self.lt.prepare(self.stream, &keys[..keys.len() - own], &self.w.scratch(self.weights))
     }
 
     fn prepare_trunk(&mut self, rows: usize) -> Result<(), EngineError> {
@@ -566,7 +576,7 @@ impl Queue<'_> {
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
         let own = if self.weights.wide_trunk { 2 } else { 0 };
-        self.lt.prepare(self.stream, &keys[..keys.len() - own])
+        self.lt.prepare(self.stream, &keys[..keys.len() - own], &self.w.scratch(self.weights))
     }
 
     /// How the down product of a trunk layer and the norm behind it share the work: index into [`plan::NORM_PARTS`].

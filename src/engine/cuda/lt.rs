@@ -2,7 +2,8 @@
 //!
 //! A plan (descriptors and algorithm) is made once per shape and kept. Which of the library's algorithms is fastest is
 //! measured when a shape is first seen, with weights that come from memory as they do in the model, and holds for all
-//! stages of the engine: the same shape always runs the same algorithm, whatever share of the GPU it has.
+//! stages of the engine: the same shape always runs the same algorithm, whatever share of the GPU it has. Measuring takes
+//! memory that is there already, where that is enough.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -10,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result, sys};
 
-use super::device::Buffer;
+use super::device::{Buffer, Device, Span};
 use super::kernels::{RandomArgs, Shape};
 use super::lane::Lane;
 use super::stream::{Event, Stream};
@@ -19,15 +20,18 @@ use crate::engine::EngineError;
 /// Bytes of scratch memory one stage lends to the library (NVIDIA's advice for Hopper).
 pub(super) const WORKSPACE: usize = 32 << 20;
 
-/// Algorithms asked for and tried.
+/// Algorithms asked for and tried. The library loads the kernels of those that are tried, and keeps them.
 const CANDIDATES: usize = 32;
 
 /// Runs that are timed of each candidate, and how often: the best time counts.
 const TIMED_RUNS: usize = 6;
 const TIMED_ROUNDS: usize = 3;
 
-/// Weights are read from this much memory in turn while candidates are timed: more than any L2.
+/// Weights are read from this much memory in turn while candidates are timed, or more: more than any L2.
 pub(super) const COLD_BYTES: usize = 192 << 20;
+
+/// Numbers that one block draws while the timed runs are queued: about 0.1 ms.
+const HELD: usize = 1 << 18;
 
 /// A candidate replaces the library's first choice when it takes less than this part of its time.
 const WORTH_IT: f32 = 0.99;
@@ -245,8 +249,8 @@ impl Lt {
     }
 
     /// Makes the plans of `keys` that there are none of: not while a graph is being captured. The stream is one of
-    /// the stage's; nothing else should run meanwhile, for algorithms are timed.
-    pub fn prepare(&mut self, stream: &Stream, keys: &[Key]) -> Result<(), EngineError> {
+    /// the stage's; nothing else should run meanwhile, for algorithms are timed, on `scratch`.
+    pub fn prepare(&mut self, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<(), EngineError> {
         let mut bench = None;
         for key in keys {
             if self.plans.contains_key(key) {
@@ -259,7 +263,7 @@ impl Lt {
                     let candidates = self.candidates(&plan)?;
                     let bench = match &mut bench {
                         Some(bench) => bench,
-                        none => none.insert(Bench::new(&self.lane, stream, keys)?),
+                        none => none.insert(Bench::new(&self.lane, stream, keys, scratch)?),
                     };
                     let fastest = self.fastest(stream, &plan, &candidates, bench)?;
                     self.algorithms.put(*key, fastest);
@@ -330,18 +334,17 @@ impl Lt {
         stream: &Stream,
         plan: &Plan,
         candidates: &[sys::cublasLtMatmulAlgo_t],
-        bench: &Bench,
+        bench: &mut Bench,
     ) -> Result<sys::cublasLtMatmulAlgo_t, EngineError> {
         let mut best = (candidates[0], f32::INFINITY);
         let mut first = 0.0;
         for (n, algorithm) in candidates.iter().enumerate() {
             let mut time = f32::INFINITY;
             for round in 0..=TIMED_ROUNDS {
-                // Hides the time of queueing, and empties the caches.
-                stream.fill(&bench.weights, 0x3c)?;
+                bench.hold(stream)?;
                 stream.record(&bench.events[0])?;
-                for i in 0..TIMED_RUNS {
-                    self.queue(stream, plan, algorithm, bench.operands(plan.key, round * TIMED_RUNS + i))?;
+                for _ in 0..TIMED_RUNS {
+                    self.queue(stream, plan, algorithm, bench.operands(plan.key))?;
                 }
                 stream.record(&bench.events[1])?;
                 stream.synchronize()?;
@@ -363,6 +366,7 @@ impl Lt {
             per_run(first),
             candidates.len()
         );
+        self.lane.device().log_memory("product measured");
         Ok(best.0)
     }
 
@@ -417,38 +421,88 @@ impl Lt {
     }
 }
 
-/// Memory to time candidates on.
+/// Memory of the stage on which candidates may be timed, while nothing else uses it.
+pub(super) struct Scratch<'a> {
+    /// Only read.
+    pub weights: Span<'a>,
+    /// Overwritten.
+    pub rows: Span<'a>,
+    /// Overwritten.
+    pub out: Span<'a>,
+}
+
+/// Memory of the scratch, or of its own where that is too little.
+struct Piece {
+    at: u64,
+    bytes: usize,
+    own: Option<Buffer<u8>>,
+}
+
+impl Piece {
+    fn new(device: &Arc<Device>, lent: Span<'_>, needed: usize) -> Result<Self, EngineError> {
+        if lent.bytes >= needed {
+            return Ok(Self { at: lent.at, bytes: lent.bytes, own: None });
+        }
+        let own = Buffer::zeroed(device, needed)?;
+        Ok(Self { at: own.pointer(), bytes: needed, own: Some(own) })
+    }
+}
+
+/// What candidates are timed on; it goes before the scratch does.
 struct Bench {
-    weights: Buffer<u8>,
-    rows: Buffer<u16>,
-    out: Buffer<f32>,
+    lane: Arc<Lane>,
+    weights: Piece,
+    /// Bytes of the weights read since they were last begun.
+    read: usize,
+    rows: Piece,
+    out: Piece,
     events: [Event; 2],
 }
 
 impl Bench {
-    fn new(lane: &Arc<Lane>, stream: &Stream, keys: &[Key]) -> Result<Self, EngineError> {
+    fn new(lane: &Arc<Lane>, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<Self, EngineError> {
         let device = lane.device();
         let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
+        let out = |k: &Key| k.epilogue.parts() * k.rows * k.outputs * if k.epilogue.wide() { 4 } else { 2 };
         let bench = Self {
-            weights: Buffer::zeroed(device, COLD_BYTES.max(most(|k| k.outputs * k.k * 2)))?,
-            rows: Buffer::zeroed(device, most(|k| k.rows * k.k))?,
-            out: Buffer::zeroed(device, most(|k| k.epilogue.parts() * k.rows * k.outputs))?,
+            lane: Arc::clone(lane),
+            weights: Piece::new(device, scratch.weights, COLD_BYTES.max(most(|k| k.outputs * k.k * 2)))?,
+            read: 0,
+            rows: Piece::new(device, scratch.rows, HELD.max(most(|k| k.rows * k.k)) * 2)?,
+            out: Piece::new(device, scratch.out, most(out))?,
             events: [Event::new(lane)?, Event::new(lane)?],
         };
-        // Zeros would draw less power than real rows.
-        let args =
-            RandomArgs { to: bench.rows.pointer(), count: bench.rows.len() as i64, seed: 1, deviation: 1.0, to_f32: 0 };
-        let shape = Shape { dependent: false, ..Shape::blocks(1024, 256) };
-        lane.kernels().random.launch(stream, shape, &args)?;
+        // Zeros would draw less power than real numbers.
+        if let Some(own) = &bench.weights.own {
+            bench.draw(stream, own.pointer(), own.len() / 2, 1024)?;
+        }
+        bench.draw(stream, bench.rows.at, bench.rows.bytes / 2, 1024)?;
+        bench.draw(stream, bench.out.at, bench.out.bytes / 2, 1024)?;
         Ok(bench)
     }
 
-    /// Operands of run `n`: other weights each time.
-    fn operands(&self, key: Key, n: usize) -> Operands {
+    /// Queues drawing `count` bf16 numbers, the same every time.
+    fn draw(&self, stream: &Stream, to: u64, count: usize, blocks: usize) -> Result<(), EngineError> {
+        let args = RandomArgs { to, count: count as i64, seed: 1, deviation: 1.0, to_f32: 0 };
+        let shape = Shape { dependent: false, ..Shape::blocks(blocks, 256) };
+        self.lane.kernels().random.launch(stream, shape, &args)
+    }
+
+    /// Keeps the GPU busy while the runs that are timed are queued: draws the first of the rows' numbers once more.
+    fn hold(&self, stream: &Stream) -> Result<(), EngineError> {
+        self.draw(stream, self.rows.at, HELD, 1)
+    }
+
+    /// Operands of the next run. Its weights lie behind those of the run before, so that they come back only after all
+    /// others, when L2 has them no more.
+    fn operands(&mut self, key: Key) -> Operands {
         let bytes = (key.outputs * key.k * 2).next_multiple_of(256);
-        let places = (self.weights.len() / bytes).max(1);
-        let out = self.out.pointer();
-        Operands { w: self.weights.at(n % places * bytes), x: self.rows.pointer(), bias: out, c: out, d: out }
+        if self.read + bytes > self.weights.bytes {
+            self.read = 0;
+        }
+        let w = self.weights.at + self.read as u64;
+        self.read += bytes;
+        Operands { w, x: self.rows.at, bias: self.out.at, c: self.out.at, d: self.out.at }
     }
 }
 

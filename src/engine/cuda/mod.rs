@@ -248,6 +248,7 @@ impl CudaEngine {
     ) -> Result<Self, EngineError> {
         plan::check(&dims)?;
         let device = Gpu::open(ordinal)?;
+        device.log_memory("context opened");
         let variant = |found: Option<(usize, usize)>, d: usize| {
             found.ok_or_else(|| EngineError::Shape {
                 what: "head dimension",
@@ -260,6 +261,7 @@ impl CudaEngine {
         let positions = plan::positions(&dims);
         let packing = plan::packing(&dims, device.kernels().hopper().is_some(), packing)?;
         let (encoder, decoder) = weights::load(&device, &dims, source, packing)?;
+        device.log_memory("weights loaded");
         let model = Model {
             dims,
             resampler,

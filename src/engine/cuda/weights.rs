@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::device::{Buffer, Device};
+use super::device::{Buffer, Device, Room, room_bytes};
 use super::faults;
 use super::kernels::{CopyArgs, PackArgs, TowerFoldArgs};
 use super::load::{Loader, Source};
 use super::plan::{self, Packing, STEP_K, TILE, TOWER_K, TOWER_TILE, pad};
 use crate::engine::EngineError;
-use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION};
+use crate::model::{Dims, EXPERT, Family, PROJECTOR, StackDims, TRUNK, Tensor, VISION, VisionDims};
 
 /// Views one encode may hold.
 pub(super) const MAX_VIEWS: usize = 8;
@@ -85,6 +85,8 @@ pub(super) struct EncoderWeights {
     /// Position embedding plus patch bias, once per view: `[MAX_VIEWS, tokens, width]`.
     pub position: Buffer<f32>,
     pub tower: Tower,
+    /// What the matrices of the tower lie in.
+    pub tower_room: Room,
     pub post_norm: LayerNorm,
     pub projector: Buffer<u16>,
     pub projector_bias: Buffer<f32>,
@@ -200,6 +202,28 @@ impl ExpertSizes {
             width_rows: pad(s.width, TILE),
         }
     }
+
+    /// Elements of the matrices of one layer: QKV, O, gate and up, down.
+    fn matrices(self) -> [usize; 4] {
+        [
+            self.qkv_rows * self.width,
+            self.width_rows * self.attention,
+            self.gate_up_rows * self.width,
+            self.width_rows * self.mlp,
+        ]
+    }
+}
+
+/// Elements of the matrices of one SigLIP layer, packed or not: QKV, O, first and second of the MLP.
+fn tower_matrices(v: &VisionDims, packed: bool) -> [usize; 4] {
+    let padded = |n: usize| if packed { plan::tower_pad(n) } else { n };
+    let [width, mlp] = [v.width, v.mlp].map(padded);
+    [padded(3 * v.width) * width, width * width, mlp * width, width * mlp]
+}
+
+/// Bytes of the room for the bf16 matrices of `layers` layers.
+fn layers_room(layers: usize, matrices: [usize; 4]) -> usize {
+    layers * room_bytes(matrices.map(|elements| 2 * elements))
 }
 
 /// Elements of all matrices that the device holds.
@@ -213,7 +237,8 @@ fn elements(dims: &Dims) -> usize {
 }
 
 /// Bytes that an engine of two views takes on the device, for a check before anything is allocated: weights, what the
-/// stages work with, and what measuring the products takes for a moment. Small buffers are left out.
+/// stages work with, and what measuring the products takes for a moment. Small buffers are left out, and the library's
+/// kernels.
 pub(super) fn device_bytes(dims: &Dims) -> usize {
     let (v, t) = (&dims.vision, &dims.trunk);
     let weights = 2 * elements(dims) + MAX_VIEWS * v.tokens() * v.width * 4;
@@ -223,7 +248,9 @@ pub(super) fn device_bytes(dims: &Dims) -> usize {
         + plan::part_rows(rows, t.mlp, t.width) * t.width * 4;
     let widest = (2 * t.mlp * t.width).max(v.mlp * v.width) * 2;
     let cache = 2 * 2 * t.layers * rows * t.head_dim;
-    let measuring = super::lt::COLD_BYTES.max(widest) + rows * (2 * t.mlp.max(v.mlp) + 8 * t.mlp);
+    // Measured on the tower's matrices where those are enough, and on what the encoder works with.
+    let cold = super::lt::COLD_BYTES.max(widest);
+    let measuring = if layers_room(v.layers, tower_matrices(v, false)) < cold { cold } else { 0 };
     weights + tower + trunk + 3 * cache + (super::lt::WORKSPACE + measuring).max(widest)
 }
 
@@ -245,9 +272,17 @@ struct Reader<'a, 'b> {
     loader: &'a mut Loader<'b>,
     device: Arc<Device>,
     packing: Packing,
+    /// Where matrices go while they fit: each of [`Reader::tower`] and [`Reader::decoder`] makes one of the size it needs.
+    room: Room,
 }
 
 impl Reader<'_, '_> {
+    /// The room, which nothing goes to from now on.
+    fn leave_room(&mut self) -> Result<Room, EngineError> {
+        debug_assert!(self.room.left() < 256, "{} bytes of the room were not needed", self.room.left());
+        Ok(std::mem::replace(&mut self.room, Room::new(&self.device, 0)?))
+    }
+
     /// Converts tensor `name` `[rows, cols]` into `to` from element `at` on, rows `stride` apart.
     fn place<T: super::device::Plain>(
         &mut self,
@@ -277,14 +312,14 @@ impl Reader<'_, '_> {
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<Buffer<u16>, EngineError> {
-        let to = Buffer::zeroed(&self.device, rows * cols)?;
+        let to = self.room.buffer(rows * cols)?;
         self.place(name, &[rows, cols], &to, 0, cols, 0.0)?;
         Ok(to)
     }
 
     /// Several matrices of `cols` columns, one below the other.
     fn stacked(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Buffer<u16>, EngineError> {
-        let to = Buffer::zeroed(&self.device, parts.iter().map(|p| p.1).sum::<usize>() * cols)?;
+        let to = self.room.buffer(parts.iter().map(|p| p.1).sum::<usize>() * cols)?;
         let mut at = 0;
         for (name, rows) in parts {
             self.place(name, &[*rows, cols], &to, at * cols, cols, 0.0)?;
@@ -363,18 +398,17 @@ impl Reader<'_, '_> {
         let (e, n) = (&dims.expert, ExpertSizes::new(&dims.expert));
         let layer = format!("{EXPERT}.layers.{i}");
         let name = |module: &str| format!("{layer}.{module}_proj.weight");
-        let device = Arc::clone(&self.device);
-        let packed = |rows: usize, k: usize| Buffer::<u16>::zeroed(&device, rows * k);
-        let qkv = packed(n.qkv_rows, n.width)?;
+        let [qkv, out, gate_up, down] = n.matrices();
+        let qkv = self.room.buffer(qkv)?;
         self.pack(&name("self_attn.q"), e.heads * e.head_dim, e.width, Order::Heads(0), e.head_dim, &qkv)?;
         self.pack(&name("self_attn.k"), e.head_dim, e.width, Order::Heads(e.heads), e.head_dim, &qkv)?;
         self.pack(&name("self_attn.v"), e.head_dim, e.width, Order::Heads(e.heads + 1), e.head_dim, &qkv)?;
-        let out = packed(n.width_rows, n.attention)?;
+        let out = self.room.buffer(out)?;
         self.pack(&name("self_attn.o"), e.width, e.heads * e.head_dim, Order::Natural, 2, &out)?;
-        let gate_up = packed(n.gate_up_rows, n.width)?;
+        let gate_up = self.room.buffer(gate_up)?;
         self.pack(&name("mlp.gate"), e.mlp, e.width, Order::Gate, 2, &gate_up)?;
         self.pack(&name("mlp.up"), e.mlp, e.width, Order::Up, 2, &gate_up)?;
-        let down = packed(n.width_rows, n.mlp)?;
+        let down = self.room.buffer(down)?;
         self.pack(&name("mlp.down"), e.width, e.mlp, Order::Natural, 2, &down)?;
         let norm1 = self.expert_norm(&format!("{layer}.input_layernorm"), dims)?;
         let norm2 = self.expert_norm(&format!("{layer}.post_attention_layernorm"), dims)?;
@@ -482,7 +516,7 @@ impl Reader<'_, '_> {
     fn tower_matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Buffer<u16>, EngineError> {
         let k = plan::tower_pad(cols);
         let rows = parts.iter().map(|p| p.1).sum();
-        let to = Buffer::zeroed(&self.device, plan::tower_pad(rows) * k)?;
+        let to = self.room.buffer(plan::tower_pad(rows) * k)?;
         let mut at = 0;
         for (name, rows) in parts {
             let (from, dtype) = self.loader.stage(name, &[*rows, cols])?;
@@ -550,13 +584,17 @@ impl Reader<'_, '_> {
         })
     }
 
-    fn tower(&mut self, dims: &Dims) -> Result<Tower, EngineError> {
-        let layers = 0..dims.vision.layers;
-        Ok(if self.packing.tower(&dims.vision) {
+    /// SigLIP's layers, and the room that their matrices are in.
+    fn tower(&mut self, dims: &Dims) -> Result<(Tower, Room), EngineError> {
+        let v = &dims.vision;
+        let (layers, packed) = (0..v.layers, self.packing.tower(v));
+        self.room = Room::new(&self.device, layers_room(v.layers, tower_matrices(v, packed)))?;
+        let tower = if packed {
             Tower::Packed(layers.map(|i| self.tower_layer(i, dims)).collect::<Result<_, _>>()?)
         } else {
             Tower::Rows(layers.map(|i| self.vision_layer(i, dims)).collect::<Result<_, _>>()?)
-        })
+        };
+        Ok((tower, self.leave_room()?))
     }
 
     fn trunk_out(&mut self, name: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
@@ -612,10 +650,12 @@ impl Reader<'_, '_> {
         for row in position.chunks_exact_mut(v.width) {
             row.iter_mut().zip(&bias).for_each(|(p, b)| *p += b);
         }
+        let (tower, tower_room) = self.tower(dims)?;
         Ok(EncoderWeights {
             patch,
             position: Buffer::from_slice(&self.device, &position.repeat(MAX_VIEWS))?,
-            tower: self.tower(dims)?,
+            tower,
+            tower_room,
             post_norm: self.layer_norm(&format!("{VISION}.post_layernorm"), v.width)?,
             projector: self.matrix(&format!("{PROJECTOR}.weight"), dims.trunk.width, v.width)?,
             projector_bias: self.vector(&format!("{PROJECTOR}.bias"), dims.trunk.width, dims.trunk.width, 0.0)?,
@@ -629,9 +669,13 @@ impl Reader<'_, '_> {
         let padded = pad(dims.expert.width, STEP_K);
         let to = Buffer::zeroed(&self.device, dims.action_dim * padded)?;
         self.place("action_out_proj.weight", &[dims.action_dim, dims.expert.width], &to, 0, padded, 0.0)?;
+        let matrices = ExpertSizes::new(&dims.expert).matrices();
+        self.room = Room::new(&self.device, layers_room(dims.expert.layers, matrices))?;
+        let layers = (0..dims.expert.layers).map(|i| self.expert_layer(i, dims)).collect::<Result<_, _>>()?;
+        self.leave_room()?;
         Ok(DecoderWeights {
             packing: self.packing,
-            layers: (0..dims.expert.layers).map(|i| self.expert_layer(i, dims)).collect::<Result<_, _>>()?,
+            layers,
             final_norm: self.expert_norm(&format!("{EXPERT}.norm"), dims)?,
             suffix: self.suffix(dims)?,
             out: to,
@@ -650,8 +694,32 @@ pub(super) fn load(
     let (free, _) = device.memory()?;
     faults::room(device.name(), device_bytes(dims), free)?;
     let mut loader = Loader::new(device, source, elements(dims))?;
-    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device), packing };
+    let room = Room::new(device, 0)?;
+    let mut reader = Reader { loader: &mut loader, device: Arc::clone(device), packing, room };
     let weights = (reader.encoder(dims)?, reader.decoder(dims)?);
     loader.finish()?;
     Ok(weights)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rooms_of_the_published_model_hold_its_matrices_and_no_more() {
+        let dims = Dims::published(50);
+        let (v, e) = (&dims.vision, &dims.expert);
+        // 3456, 1152 and 4352 rows (4304, padded) of 1152 bf16, and 1152 of 4352.
+        let layer = (3456 + 1152 + 4352 + 4352) * 1152 * 2;
+        assert_eq!(layers_room(v.layers, tower_matrices(v, true)), 27 * layer);
+        let layer = (3456 + 1152 + 4304 + 4304) * 1152 * 2;
+        assert_eq!(layers_room(v.layers, tower_matrices(v, false)), 27 * layer);
+        let layer = (2560 + 8192) * 1024 * 2 + 1024 * (2048 + 4096) * 2;
+        assert_eq!(layers_room(e.layers, ExpertSizes::new(e).matrices()), 18 * layer);
+    }
+
+    #[test]
+    fn buffers_of_a_room_begin_at_whole_steps() {
+        assert_eq!(room_bytes([1, 256, 257, 0]), 256 + 256 + 512);
+    }
 }
