@@ -69,13 +69,6 @@ __device__ __forceinline__ void send_bulk(uint32_t remote, const void* shared, u
                  : "memory");
 }
 
-// Stores two 8×8 matrices with rows and columns exchanged; lanes 0 to 15 name the rows.
-__device__ __forceinline__ void store_transposed(void* shared, uint32_t a, uint32_t b) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem_address(shared)), "r"(a),
-                 "r"(b)
-                 : "memory");
-}
-
 __device__ __forceinline__ float2 larger(float2 a, float2 b) { return make_float2(fmaxf(a.x, b.x), fmaxf(a.y, b.y)); }
 
 // Zeros where `wanted` is false; nothing is read then.

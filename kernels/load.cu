@@ -56,6 +56,12 @@ __device__ __forceinline__ int64_t wide_row(int64_t r, int order) {
 // Where row r of a matrix goes for tower.cu: two neighbours lie 8 apart.
 __device__ __forceinline__ int64_t tower_row(int64_t r) { return r / 16 * 16 + r % 2 * 8 + r % 16 / 2; }
 
+// The same where it is rotated: a tile is 32 pairs of a head, the halves of a pair lie 8 apart.
+__device__ __forceinline__ int64_t rotated_row(int64_t r, int head_dim) {
+    const int64_t pairs = head_dim / 2, d = r % head_dim, pair = d % pairs;
+    return r - d + pair / 8 * 16 + d / pairs * 8 + pair % 8;
+}
+
 __device__ __forceinline__ int half_of(int layout) { return layout == kFragments ? 32 : 1; }
 
 // Offset of (row, k) of `rows` packed rows.
@@ -82,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) load_pack(const __grid_co
     for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * kThreads) {
         const int64_t r = i / a.cols, k = i % a.cols;
         const int64_t row = a.layout == kWide    ? wide_row(r, a.order)
-                            : a.layout == kTower ? tower_row(r)
+                            : a.layout == kTower ? (a.order == 1 ? rotated_row(r, a.head_dim) : tower_row(r))
                                                  : packed_row(r, a.order, a.first, a.head_dim, half_of(a.layout));
         a.to[packed_at(row, k, a.padded_k, a.packed_rows, a.layout)] = __float2bfloat16(read_as(a.from, i, a.type));
     }

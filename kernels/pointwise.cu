@@ -6,11 +6,13 @@ constexpr int kThreads = 256;
 struct NormArgs {
     float* x;            // [rows, width]: the residual, to which the parts are added
     const float* parts;  // [PARTS, rows, width]
-    bf16* y;             // [rows, width]
+    bf16* y;             // [rows, width]; PACKED: as tower.cu says
     const float* scale;  // [width]: the weight, or 1 + weight for RMSNorm
     const float* shift;  // [width], or null: RMSNorm, no mean
     int32_t width;       // a multiple of 4, at most 16 of each thread
     float inv_width, eps;
+    float2* moments;     // PACKED: [warps][rows], of the columns of each warp a 0 and the sum of squares
+    int32_t octets;      // PACKED: rows/8 rounded up
 };
 
 __device__ __forceinline__ void add(float4& to, float4 v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
@@ -23,11 +25,13 @@ __device__ __forceinline__ float squares_of(float4 v) { return (v.x * v.x + v.y 
 // A warp takes its squares about its own mean. About the row's they are those and n·(warp's mean - row's mean)² for the n
 // columns of the warp: as good as a second pass over the row, for nothing is subtracted from a sum of squares, and one
 // exchange between the warps is enough.
-template <int PARTS>
+//
+// PACKED: what an RMSNorm that tower.cu folds in leaves to do, the row times the weight and its squares.
+template <int PARTS, bool PACKED = false>
 __device__ __forceinline__ void norm(const NormArgs& a) {
     __shared__ float4 of_warp[kThreads / 32];  // mean, squares about it, columns
     const int row = blockIdx.x, quads = a.width / 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const bool centred = PARTS == 0 && a.shift;
+    const bool centred = PARTS == 0 && !PACKED && a.shift;
     float4 v[4], scale[4], shift[4], parts[PARTS + 1][4];
     int columns = 0;
     grid_launch_dependents();
@@ -74,6 +78,18 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
         squares += squares_of(make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean));
     }
     squares = warp_sum(squares);
+    if constexpr (PACKED) {
+        if (threadIdx.x % 32 == 0) a.moments[static_cast<size_t>(warp) * gridDim.x + row] = make_float2(0, squares);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int c = threadIdx.x + i * blockDim.x;
+            if (c >= quads) continue;
+            const float4 s = scale[i];
+            bf16* y = a.y + ((static_cast<size_t>(c / 16) * a.octets + row / 8) * 8 + row % 8) * 64 + ((c % 16 / 2) ^ (row % 8)) * 8 + c % 2 * 4;
+            *reinterpret_cast<uint2*>(y) = pack_bf16x4(make_float4(v[i].x * s.x, v[i].y * s.y, v[i].z * s.z, v[i].w * s.w));
+        }
+        return;
+    }
     if (threadIdx.x % 32 == 0) of_warp[warp] = make_float4(mean, squares, columns, 0);
     __syncthreads();
     mean = squares = 0.0f;
@@ -103,6 +119,11 @@ __device__ __forceinline__ void norm(const NormArgs& a) {
     extern "C" __global__ void __launch_bounds__(kThreads) row_norm_##PARTS(const __grid_constant__ NormArgs a) { norm<PARTS>(a); }
 NORM(0)
 NORM(2)
+
+#define PACKED(PARTS)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(kThreads) row_packed_##PARTS(const __grid_constant__ NormArgs a) { norm<PARTS, true>(a); }
+PACKED(0)
+PACKED(2)
 
 struct RopeArgs {
     bf16* qkv;  // [rows, (heads + 2)·head_dim]: rotated queries stay here, keys and values go to the cache

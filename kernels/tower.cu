@@ -1,5 +1,6 @@
-// The four products of a SigLIP layer on sm_90a, the norms before them folded in, and the output projection of the trunk's
-// attention, whose norm geglu_wide.cu folds in.
+// The four products of a SigLIP layer on sm_90a, the norms before them folded in, and those around the trunk's attention:
+// queries, keys and values with the norm before them folded in and rotated behind, and the output projection, whose norm
+// geglu_wide.cu folds in.
 //
 // A norm in front of a product is r·(x − μ)·γ + β for each token, so w·norm(x) = r·(w·(xγ) − μ·S) + B with S = w·γ and
 // B = w·β + bias, which do not depend on the token. Whatever adds to the residual therefore leaves xγ in bf16 for the next
@@ -10,14 +11,14 @@
 // neither on the number of blocks nor on the cut.
 //
 // Packed weights: [outputs/64][K/64][64 rows][64] in the 128-byte swizzle; feature 16·w + 2·g + h of a tile is row
-// 16·w + g + 8·h: a thread has two features side by side. Packed activations: [K/64][octets][8 tokens][64], the same
-// swizzle.
+// 16·w + g + 8·h: a thread has two features side by side. Where they are rotated, a tile is 32 pairs of a head, and row
+// 16·w + g + 8·h is half h of pair 8·w + g. Packed activations: [K/64][octets][8 tokens][64], the same swizzle.
 #include "wgmma.cuh"
 
 struct TowerArgs {
     const bf16* w;          // packed
     const bf16* x;          // packed
-    const float2* moments;  // [width_tiles][tokens]: sums over 64 features of what the norm is of, and of its squares
+    const float2* moments;  // [width_tiles][tokens]: sums over some features of what the norm is of, and of its squares
     const float* fold;      // [outputs]: S
     const float* bias;      // [outputs]: B, or where nothing is normed the bias or null
     float* residual;        // [tokens, outputs], added to
@@ -31,13 +32,20 @@ struct TowerArgs {
     int32_t k_blocks;        // K/64, even
     int32_t width_tiles;
     float inv_width, eps;
+    int32_t heads;             // rotated: of queries; one of keys and one of values follow
+    int32_t layer, cache_row;  // cache_row: elements from one row of the cache to the next
+    const float2* rope;        // [tokens][kPairs]: cosine and sine
+    const EncodeParams* params;
 };
+
+constexpr int kPairs = 128;  // of a rotated head
 
 // What becomes of the sums.
 enum Kind {
     kRows,  // normed: y is [tokens, outputs]
     kGelu,  // normed, then GELU: y is packed
     kAdd,   // added to the residual: y is packed, times `scale`
+    kRotated,  // normed without a mean: rotated queries go to y, [tokens, outputs], rotated keys and values to the cache
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -47,11 +55,13 @@ WGMMA(wgmma, 64, 32, 32, 33, 34, 0)
 WGMMA(wgmma, 72, 36, 36, 37, 38, 0)
 WGMMA(wgmma, 80, 40, 40, 41, 42, 0)
 WGMMA(wgmma, 88, 44, 44, 45, 46, 0)
+WGMMA(wgmma, 96, 48, 48, 49, 50, 0)
 WGMMA(wgmma, 104, 52, 52, 53, 54, 0)
 WGMMA(wgmma, 112, 56, 56, 57, 58, 0)
 WGMMA(wgmma, 128, 64, 64, 65, 66, 0)
 WGMMA(wgmma, 136, 68, 68, 69, 70, 0)
 WGMMA(wgmma, 160, 80, 80, 81, 82, 0)
+WGMMA(wgmma, 184, 92, 92, 93, 94, 0)
 WGMMA(wgmma, 200, 100, 100, 101, 102, 0)
 
 __device__ __forceinline__ void store_bulk(void* global, const void* shared, uint32_t bytes) {
@@ -78,7 +88,8 @@ template <Kind kKind, int kGroups, int kTokens>
 struct Tower {
     static constexpr bool kAdds = kKind == kAdd;
     static_assert(!kAdds || kGroups == 1, "one group adds");
-    static constexpr int kDeep = kAdds && kTokens <= 136 ? 2 : 1;  // times 64 of K a stage
+    static constexpr bool kTurns = kKind == kRotated;
+    static constexpr int kDeep = kGroups == 1 && kTokens <= 136 ? 2 : 1;  // times 64 of K a stage
     static constexpr int kTile = 64 * 128, kPanel = kTokens * 128, kPart = kGroups * kTile;
     static constexpr int kStage = kDeep * (kPart + kPanel);
     static constexpr int kThreads = kGroups * 128;   // that multiply
@@ -137,12 +148,12 @@ struct Tower {
             for (int n = threadIdx.x % 32; n < kTokens; n += 32) {
                 const int at = min(token(unit) + n, a.tokens - 1);
                 float sum = 0.0f, squares = 0.0f;
-#pragma unroll 18
+#pragma unroll (kTurns ? 4 : 18)
                 for (int i = 0; i < a.width_tiles; i++) {
                     const float2 m = a.moments[static_cast<size_t>(i) * a.tokens + at];
                     sum += m.x, squares += m.y;
                 }
-                const float mean = sum * a.inv_width;
+                const float mean = kTurns ? 0.0f : sum * a.inv_width;
                 small[n] = make_float2(mean, rsqrtf(fmaxf(squares * a.inv_width - mean * mean, 0.0f) + a.eps));
             }
             __syncwarp();
@@ -266,7 +277,7 @@ struct Tower {
         }
     }
 
-    // Normed, and for fc1 GELU.
+    // Normed; for fc1 GELU, queries and keys rotated.
     __device__ __forceinline__ void norm(int group) const {
         const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, barrier = 3 + group;
         uint8_t* mine = results + group * kPanel;
@@ -275,7 +286,20 @@ struct Tower {
             const bool another = unit + static_cast<int>(gridDim.x) < units();
             const int own = tile(unit) + group, first = token(unit), feature = own * 64 + warp * 16 + 2 * g;
             float2 fold = {}, bias = {};
-            if (own < a.tiles) {
+            // Of a head: cosines and sines for the thread's pair of features. Values do not turn.
+            const int head = own * 32 / kPairs, pairs = own * 32 % kPairs;
+            constexpr int kEarly = !kTurns ? 0 : kTokens / 8 < 14 ? kTokens / 8 : 14;
+            float2 turn[kTokens / 8][2];
+            auto fetch = [&](int i) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    turn[i][e] = make_float2(1.0f, 0.0f);
+                    if (head <= a.heads) turn[i][e] = a.rope[min(first + 8 * i + 2 * t + e, a.tokens - 1) * kPairs + pairs + warp * 8 + g];
+                }
+            };
+#pragma unroll
+            for (int i = 0; i < kEarly; i++) fetch(i);
+            if (!kTurns && own < a.tiles) {
                 fold = *reinterpret_cast<const float2*>(a.fold + feature);
                 bias = *reinterpret_cast<const float2*>(a.bias + feature);
             }
@@ -284,15 +308,28 @@ struct Tower {
             multiply(d, slot, group);
             meet(1, kThreads + 32);
             uint8_t* to[2] = {place(mine, 0), place(mine, 1)};
+            uint8_t* halves = mine + lane % 8 * 128 + ((lane / 8 % 2 * 4 + warp) ^ lane % 8) * 16;
 #pragma unroll
             for (int i = 0; i < kTokens / 8; i++) {
                 const float4 n = *reinterpret_cast<const float4*>(small + 8 * i + 2 * t);
+                if constexpr (kTurns) {
+                    if (i + kEarly < kTokens / 8) fetch(i + kEarly);
+                    float low[2], high[2];
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float mean = e ? n.z : n.x, inverse = e ? n.w : n.y;
-                    const float u = fmaf(inverse, fmaf(-mean, fold.x, d[4 * i + e]), bias.x);
-                    const float v = fmaf(inverse, fmaf(-mean, fold.y, d[4 * i + 2 + e]), bias.y);
-                    *reinterpret_cast<uint32_t*>(to[e] + i * 1024) = kKind == kGelu ? gelu_pair(u, v) : pack_bf16(u, v);
+                    for (int e = 0; e < 2; e++) {
+                        const float inverse = e ? n.w : n.y, x = d[4 * i + e] * inverse, y = d[4 * i + 2 + e] * inverse;
+                        const float2 c = turn[i][e];
+                        low[e] = x * c.x - y * c.y, high[e] = y * c.x + x * c.y;
+                    }
+                    store_transposed(halves + i * 1024, pack_bf16(low[0], low[1]), pack_bf16(high[0], high[1]));
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const float mean = e ? n.z : n.x, inverse = e ? n.w : n.y;
+                        const float u = fmaf(inverse, fmaf(-mean, fold.x, d[4 * i + e]), bias.x);
+                        const float v = fmaf(inverse, fmaf(-mean, fold.y, d[4 * i + 2 + e]), bias.y);
+                        *reinterpret_cast<uint32_t*>(to[e] + i * 1024) = kKind == kGelu ? gelu_pair(u, v) : pack_bf16(u, v);
+                    }
                 }
             }
             if (another) pass(2, kThreads + 32);
@@ -303,11 +340,22 @@ struct Tower {
                 continue;
             }
             meet(barrier, 128);
-            bf16* y = a.y + static_cast<size_t>(first) * a.tiles * 64 + own * 64 + lane % 8 * 8;
+            // Eight threads store 64 features of a token, side by side or in two halves of a head.
+            bf16* y = a.y + own * 64 + lane % 8 * 8;
+            int row = a.tiles * 64;
+            if (kTurns) {
+                y = a.y + head * 2 * kPairs;
+                if (head >= a.heads) {
+                    y = (head == a.heads ? a.params->keys : a.params->values) + a.layer * a.params->layer_stride;
+                    row = a.cache_row;
+                }
+                y += lane % 8 / 4 * kPairs + pairs + lane % 4 * 8;
+            }
+            y += static_cast<size_t>(first) * row;
 #pragma unroll
             for (int n = warp * 4 + lane / 8; n < (kTokens + 15) / 16 * 16; n += 16)
                 if (n < kTokens && first + n < a.tokens && own < a.tiles)
-                    *reinterpret_cast<uint4*>(y + static_cast<size_t>(n) * a.tiles * 64) = *reinterpret_cast<const uint4*>(mine + n * 128 + ((lane % 8) ^ (n % 8)) * 16);
+                    *reinterpret_cast<uint4*>(y + static_cast<size_t>(n) * row) = *reinterpret_cast<const uint4*>(mine + n * 128 + ((lane % 8) ^ (n % 8)) * 16);
             if (another) meet(barrier, 128);
         }
     }
@@ -372,6 +420,11 @@ TOWER(kAdd, add, 1, 112)
 TOWER(kAdd, add, 1, 72)
 TOWER(kAdd, add, 1, 136)
 TOWER(kAdd, add, 1, 200)
+TOWER(kRotated, rotated, 1, 48)
+TOWER(kRotated, rotated, 1, 96)
+TOWER(kRotated, rotated, 1, 184)
+TOWER(kRotated, rotated, 2, 136)
+TOWER(kRotated, rotated, 2, 184)
 
 struct TowerBeginArgs {
     const float* x;      // [tokens, width]

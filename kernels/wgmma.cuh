@@ -19,6 +19,13 @@ __device__ __forceinline__ uint64_t tile_descriptor(const void* shared, uint32_t
            static_cast<uint64_t>(stride >> 4) << 32 | 1ull << 62;
 }
 
+// Stores two 8×8 matrices with rows and columns exchanged; lanes 0 to 15 name the rows.
+__device__ __forceinline__ void store_transposed(void* shared, uint32_t a, uint32_t b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem_address(shared)), "r"(a),
+                 "r"(b)
+                 : "memory");
+}
+
 // What other threads wrote to shared memory becomes visible to the matrix unit; a barrier follows.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -70,6 +70,9 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("r % 2 * 8 + r % 16 / 2", "r % 2 * 4 + r % 16 / 2"),
         ("in % 16 / 2 + in % 2 * 8", "in % 16 / 2 + in % 2 * 4"),
         ("(c % 16 / 2) ^ (token % 8)", "(c % 16 / 2)"),
+        // Halves of a pair are not side by side; a row's octet is lost.
+        ("d / pairs * 8 + pair % 8", "d / pairs * 4 + pair % 8"),
+        ("a.octets + row / 8) * 8", "a.octets) * 8"),
         // Who has only the last of a part does not count.
         ("(s.last - 1) / each + 1", "s.last / each"),
     ]);
@@ -78,7 +81,10 @@ fn a_fault_in_a_kernel_is_noticed() {
         ("decoder's attention", false),
         ("encoder's attention", false),
         ("packed gate and up", true),
-        ("packed for the tower", true),
+        ("weights packed for the tower", true),
+        ("rotated heads", true),
+        ("packed rows", true),
+        ("sums left", false),
         ("rounded, norm", false),
         ("tower's rows", true),
         ("tower's moments", false),

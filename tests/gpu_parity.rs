@@ -93,7 +93,7 @@ fn on_gpu(checkpoint: &Checkpoint, inputs: &Inputs, steps: usize) -> (Encoded, D
 }
 
 /// What the engine rounds at full width: the kernels of sm_90a keep gate and up in float32 until their product, and fold
-/// norms into the products of SigLIP's layers.
+/// norms into the products of SigLIP's layers and the trunk's.
 fn of_full_width(_: Stack, point: Point) -> bool {
     kernels::portable() || !matches!(point, Point::GateUp | Point::Normed)
 }

@@ -24,11 +24,11 @@ pub enum Point {
     Weight,
     /// What enters a matrix product: patches, normalised rows, attention's output, the MLP's hidden layer.
     Activation,
-    /// What a norm in front of a product of SigLIP's layers or the trunk's MLP makes, as
+    /// What a norm in front of a product of SigLIP's layers or the trunk makes, as
     /// [`Activation`](Self::Activation). Where it does not round, the norm is folded into the product (tower.cu, geglu_wide.cu): what enters is the residual times the norm's weight, and the
     /// sums get mean and deviation. That is the same but for rounding.
     Normed,
-    /// Queries, keys and values, before and after rotation.
+    /// Queries, keys and values, before and after rotation; where the trunk's norm is folded in, after it alone.
     QueryKeyValue,
     /// Gate and up projections of the trunk, which a kernel of their own multiplies.
     GateUp,
@@ -425,21 +425,30 @@ impl Oracle {
             |row: usize| if self.fault == Fault::PrefixPositionShifted { row.saturating_sub(1) } else { row };
         for l in 0..d.layers {
             let at = |rest: &str| format!("{TRUNK}.layers.{l}.{rest}");
+            // As in the tower: the norm in front of the product, or folded into it.
+            let before = (self.rounds)(Stack::Trunk, Point::Normed);
+            // The residual times a norm's weight, and behind the norm where that comes before the product; what else the
+            // product's sums are to be multiplied by.
             let norm = |h: &[f32], name: &str| {
                 let scale: Vec<f32> = self.exact(&at(name), &[d.width]).iter().map(|w| 1.0 + w).collect();
-                let mut x = scale_columns(h, &scale);
-                scale_rows(&mut x, d.width, &inverse_rms(h, d.width));
-                x
+                let (mut x, inverse) = (scale_columns(h, &scale), inverse_rms(h, d.width));
+                if before {
+                    scale_rows(&mut x, d.width, &inverse);
+                }
+                (x, if before { vec![1.0; inverse.len()] } else { inverse })
             };
-            let normed = norm(&h, "input_layernorm.weight");
+            let (x, inverse) = norm(&h, "input_layernorm.weight");
             let project = |part: &str, heads: usize| {
-                let name = at(&format!("self_attn.{part}_proj.weight"));
-                let mut y = self.linear(Stack::Trunk, normed.clone(), &name, heads * d.head_dim, d.width);
-                self.round(Stack::Trunk, Point::QueryKeyValue, &mut y);
-                if part != "v" {
-                    rotate(&mut y, heads, d.head_dim, position);
+                let (name, outputs) = (at(&format!("self_attn.{part}_proj.weight")), heads * d.head_dim);
+                let mut y = self.linear(Stack::Trunk, x.clone(), &name, outputs, d.width);
+                scale_rows(&mut y, outputs, &inverse);
+                if before {
                     self.round(Stack::Trunk, Point::QueryKeyValue, &mut y);
                 }
+                if part != "v" {
+                    rotate(&mut y, heads, d.head_dim, position);
+                }
+                self.round(Stack::Trunk, Point::QueryKeyValue, &mut y);
                 y
             };
             let kv = KeyValues { keys: project("k", 1), values: project("v", 1) };
@@ -454,20 +463,11 @@ impl Oracle {
             cache.push(kv);
             let (queries, out) = (d.heads * d.head_dim, at("self_attn.o_proj.weight"));
             add(&mut h, &self.linear(Stack::Trunk, attended, &out, d.width, queries));
-            // As in the tower: the norm in front of the product, or folded into it.
-            let before = (self.rounds)(Stack::Trunk, Point::Normed);
-            let scale: Vec<f32> =
-                self.exact(&at("post_attention_layernorm.weight"), &[d.width]).iter().map(|w| 1.0 + w).collect();
-            let (mut x, inverse) = (scale_columns(&h, &scale), inverse_rms(&h, d.width));
-            if before {
-                scale_rows(&mut x, d.width, &inverse);
-            }
+            let (x, inverse) = norm(&h, "post_attention_layernorm.weight");
             let [gate, up] = ["gate", "up"].map(|part| {
                 let name = at(&format!("mlp.{part}_proj.weight"));
                 let mut y = self.linear(Stack::Trunk, x.clone(), &name, d.mlp, d.width);
-                if !before {
-                    scale_rows(&mut y, d.mlp, &inverse);
-                }
+                scale_rows(&mut y, d.mlp, &inverse);
                 self.round(Stack::Trunk, Point::GateUp, &mut y);
                 y
             });

@@ -294,6 +294,35 @@ static void norm(int rows, int width, int threads) {
     residual.tell(std::string("exact, ") + (PARTS ? "joined" : "untouched") + " rows, " + size);
 }
 
+// The same where tower.cu does the rest: rows times the weight, packed, and sums of squares that together are the row's.
+template <int PARTS>
+static void packed_norm(int rows, int width, int threads) {
+    const size_t count = static_cast<size_t>(rows) * width;
+    const int octets = (rows + 7) / 8, warps = threads / 32;
+    const Floats before = floats(count), parts = floats(PARTS * count), scale = floats(width);
+    Floats x = before;
+    Half y(static_cast<size_t>(octets) * 8 * width, kNan);
+    std::vector<float2> moments(static_cast<size_t>(warps) * rows, float2{NAN, NAN});
+    const pointwise::NormArgs a{x.data(), parts.data(), y.data(), scale.data(), nullptr, width, 1.0f / width, 1e-6f, moments.data(), octets};
+    launch({rows, 1, 1}, threads, 0, [=] { pointwise::norm<PARTS, true>(a); });
+    Distance scaled, left;
+    for (int n = 0; n < rows; n++) {
+        double squares = 0, found = 0;
+        for (int k = 0; k < width; k++) {
+            const size_t at = static_cast<size_t>(n) * width + k;
+            double sum = before[at];
+            for (int p = 0; p < PARTS; p++) sum += parts[p * count + at];
+            squares += sum * sum;
+            scaled.put(value(y[swizzled(static_cast<size_t>(k / 64) * octets + n / 8, 8, n % 8, k % 64)]), sum * scale[k]);
+        }
+        for (int w = 0; w < warps; w++) found += moments[static_cast<size_t>(w) * rows + n].y;
+        left.put(found, squares);
+    }
+    const std::string size = std::to_string(PARTS) + " parts, " + std::to_string(rows) + " rows of width " + std::to_string(width);
+    scaled.tell("rounded, packed rows, " + size);
+    left.tell("exact, sums left, " + size);
+}
+
 // What the tower's first norm is given: a row times the norm's weight, packed, and sums over 64 columns.
 static void tower_begin(int tokens, int width) {
     const Floats x = floats(static_cast<size_t>(tokens) * width), scale = floats(width);
@@ -380,6 +409,25 @@ static void tower(int outputs, int width) {
     off.tell("exact, weights packed for the tower, " + std::to_string(outputs) + " of " + std::to_string(width));
 }
 
+// The same of heads that it rotates: a tile is 32 pairs of a head, whose halves are rows 8 apart.
+static void rotated(int heads, int head_dim, int width) {
+    const int outputs = heads * head_dim, half = head_dim / 2, k_blocks = width / 64;
+    const Half w = halves(static_cast<size_t>(outputs) * width, 0.05f);
+    Half packed(w.size(), kNan);
+    const loading::PackArgs a{w.data(), packed.data(), outputs, width, width, 0, 0, 1, 0, head_dim, loading::kTower};
+    launch({1, 1, 1}, 256, 0, [=] { loading::load_pack(a); });
+    Distance off;
+    for (int h = 0; h < heads; h++)
+        for (int pair = 0; pair < half; pair++)
+            for (int second = 0; second < 2; second++)
+                for (int k = 0; k < width; k++) {
+                    const int row = pair % 32 / 8 * 16 + pair % 8 + 8 * second;
+                    const size_t tile = static_cast<size_t>(h * head_dim / 64 + pair / 32) * k_blocks + k / 64;
+                    off.put(value(packed[swizzled(tile, 64, row, k % 64)]), value(w[static_cast<size_t>(h * head_dim + second * half + pair) * width + k]));
+                }
+    off.tell("exact, rotated heads packed for the tower, " + std::to_string(heads) + " of " + std::to_string(head_dim));
+}
+
 // Of the persistent decoder: whoever waits for a part of a result waits for as many as say that they have made some of it.
 static void counted(const char* what, int parts, int each, int least, int most) {
     Distance off;
@@ -401,6 +449,8 @@ int main() {
     for (int tokens = 1; tokens <= kPanelRows; tokens++) counted("attended quarters", kRanks, kHeads / kRanks * tokens, 1, 40);
     tower(64, 64);
     tower(208, 200);
+    rotated(2, 256, 128);
+    rotated(1, 64, 64);
     tower_begin(16, 1152);
     tower_begin(8, 64);
     tower_fold(72, 192);
@@ -414,6 +464,9 @@ int main() {
     norm<2>(3, 2048, 128);
     norm<3>(9, 128, 32);
     norm<4>(2, 1088, 96);
+    packed_norm<0>(21, 256, 64);
+    packed_norm<2>(12, 2048, 128);
+    packed_norm<2>(9, 1088, 96);
     layer_norm(3, 1152, 96);
     layer_norm(2, 200, 64);
     layer_norm(2, 4096, 256);

@@ -16,7 +16,9 @@ use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands, Scratch};
 use super::plan::{self, HEAD_DIMS, Path, TOWER_K, TOWER_TILE, TowerKind};
 use super::stream::{Event, Graph, Stream};
-use super::weights::{EncoderWeights, Folded, LayerNorm, MAX_VIEWS, Tower, TowerLayer, TrunkRest, VisionLayer};
+use super::weights::{
+    EncoderWeights, Folded, LayerNorm, MAX_VIEWS, Tower, TowerLayer, TrunkLayer, TrunkRest, VisionLayer,
+};
 use crate::engine::{EncodeInput, Encoder, EngineError, KvCache};
 use crate::model::Dims;
 
@@ -116,7 +118,7 @@ struct Workspace {
     /// For tower.cu: sums and sums of squares that attention's output projection leaves of the residual, and those that
     /// the MLP leaves.
     vision_moments: [Buffer<f32>; 2],
-    /// The same of the trunk's attention, for geglu_wide.cu.
+    /// The same of the trunk's residual before a product: for tower.cu, then for geglu_wide.cu.
     moments: Buffer<f32>,
     x: Buffer<f32>,
     /// What a layer adds to x, in parts.
@@ -568,14 +570,14 @@ impl Queue<'_> {
         let attention = t.heads * t.head_dim;
         let (_, down) = self.down(rows);
         let keys = [
+            (t.width, t.mlp, down),
             (attention + 2 * t.head_dim, t.width, Epilogue::Store),
             (2 * t.head_dim, t.width, Epilogue::Store),
-            (t.width, t.mlp, down),
             (t.width, attention, Epilogue::Add),
             (2 * t.mlp, t.width, Epilogue::Store),
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
-        let own = if self.weights.wide_trunk { 2 } else { 0 };
+        let own = if self.weights.wide_trunk { 4 } else { 0 };
         self.lt.prepare(self.stream, &keys[..keys.len() - own], &self.w.scratch(self.weights))
     }
 
@@ -606,11 +608,13 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: EPSILON,
+            ..NormArgs::default()
         };
         self.kernels.norm[0].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
     }
 
-    /// The trunk's norm, behind the sum of x and the parts of `variant` of [`plan::NORM_PARTS`].
+    /// The trunk's norm, behind the sum of x and the parts of `variant` of [`plan::NORM_PARTS`]; or what is left of it where
+    /// tower.cu folds it in.
     fn rms_norm(&self, scale: &Buffer<f32>, rows: usize, variant: usize) -> Result<(), EngineError> {
         let width = self.model.dims.trunk.width;
         let args = NormArgs {
@@ -622,8 +626,48 @@ impl Queue<'_> {
             width: width as i32,
             inv_width: 1.0 / width as f32,
             eps: EPSILON,
+            moments: self.w.moments.pointer(),
+            octets: rows.div_ceil(8) as i32,
         };
-        self.kernels.norm[variant].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
+        let kernels = if self.weights.wide_trunk { &self.kernels.packed } else { &self.kernels.norm };
+        kernels[variant].launch(self.stream, Shape::blocks(rows, plan::norm_threads(width)), &args)
+    }
+
+    /// Queries of a trunk layer to qkv, its keys and values to the cache; the last layer has no queries.
+    fn projected(&mut self, layer: &TrunkLayer, l: usize, rows: usize) -> Result<(), EngineError> {
+        let (t, w) = (self.model.dims.trunk, self.w);
+        let (x, qkv, rope) = (w.normed.pointer(), w.qkv.pointer(), self.model.rope.pointer());
+        let heads = if layer.rest.is_some() { t.heads } else { 0 };
+        let outputs = (heads + 2) * t.head_dim;
+        if self.weights.wide_trunk {
+            let Some(hopper) = self.kernels.hopper() else { return Err(plan::packed_for_hopper()) };
+            let args = TowerArgs {
+                w: layer.qkv.pointer(),
+                x,
+                moments: w.moments.pointer(),
+                y: qkv,
+                heads: heads as i32,
+                layer: l as i32,
+                cache_row: self.model.cache_row as i32,
+                rope,
+                params: self.params,
+                ..TowerArgs::default()
+            };
+            return self.tower_product(hopper, TowerKind::Rotated, [rows, outputs, t.width], args);
+        }
+        let o = Operands { w: layer.qkv.pointer(), x, bias: 0, c: qkv, d: qkv };
+        self.product(rows, outputs, t.width, Epilogue::Store, o)?;
+        let args = RopeArgs {
+            qkv,
+            rope,
+            params: self.params,
+            rows: rows as i32,
+            heads: heads as i32,
+            head_dim: t.head_dim as i32,
+            layer: l as i32,
+            cache_row: self.model.cache_row as i32,
+        };
+        self.kernels.rope.launch(self.stream, Shape::items(rows * outputs / 8, 256), &args)
     }
 
     /// What follows the trunk's attention up to the MLP's hidden layer: x += out·attended, mlp = gelu(gate) ⊙ up of x
@@ -822,7 +866,8 @@ impl Queue<'_> {
         Ok(())
     }
 
-    /// A product of tower.cu of `[rows, outputs, k]`, whole tiles all; `args` says what it reads and writes.
+    /// A product of tower.cu of `[rows, outputs, k]`, whole tiles all; `args` says what it reads and writes. A norm that is
+    /// folded in is over k.
     fn tower_product(
         &self,
         hopper: &Hopper,
@@ -830,8 +875,9 @@ impl Queue<'_> {
         [rows, outputs, k]: [usize; 3],
         args: TowerArgs,
     ) -> Result<(), EngineError> {
-        let width = self.model.dims.vision.width;
         let (tiles, k_blocks) = (outputs / TOWER_TILE, k / TOWER_K);
+        // Of the squares, one sum for each warp of the trunk's norm, or for each tile of a product of tower.cu.
+        let sums = if kind == TowerKind::Rotated { plan::norm_threads(k) as usize / 32 } else { k / TOWER_TILE };
         let plan = plan::tower(kind, tiles, k_blocks, rows, self.sms);
         let args = TowerArgs {
             tokens: rows as i32,
@@ -840,8 +886,8 @@ impl Queue<'_> {
             tiles: tiles as i32,
             weight_tiles: plan.weight_tiles as i32,
             k_blocks: k_blocks as i32,
-            width_tiles: (width / TOWER_TILE) as i32,
-            inv_width: 1.0 / width as f32,
+            width_tiles: sums as i32,
+            inv_width: 1.0 / k as f32,
             eps: EPSILON,
             ..args
         };
@@ -886,7 +932,7 @@ impl Queue<'_> {
         let t = self.model.dims.trunk;
         let w = self.w;
         let weights = self.weights;
-        let (x, normed, qkv) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer());
+        let (x, qkv) = (w.x.pointer(), w.qkv.pointer());
         let attention = t.heads * t.head_dim;
         let (variant, down) = self.down(rows);
         let sums = if down == Epilogue::Add { x } else { w.parts.pointer() };
@@ -894,21 +940,7 @@ impl Queue<'_> {
             if l == 0 {
                 self.rms_norm(&layer.norm1, rows, 0)?;
             }
-            let heads = if layer.rest.is_some() { t.heads } else { 0 };
-            let o = Operands { w: layer.qkv.pointer(), x: normed, bias: 0, c: qkv, d: qkv };
-            self.product(rows, (heads + 2) * t.head_dim, t.width, Epilogue::Store, o)?;
-            let rope = RopeArgs {
-                qkv,
-                rope: self.model.rope.pointer(),
-                params: self.params,
-                rows: rows as i32,
-                heads: heads as i32,
-                head_dim: t.head_dim as i32,
-                layer: l as i32,
-                cache_row: self.model.cache_row as i32,
-            };
-            let items = rows * (heads + 2) * (t.head_dim / 8);
-            self.kernels.rope.launch(self.stream, Shape::items(items, 256), &rope)?;
+            self.projected(layer, l, rows)?;
             let (Some(rest), Some(next)) = (&layer.rest, weights.trunk.get(l + 1)) else { break };
             let args = AttentionArgs {
                 q: qkv,

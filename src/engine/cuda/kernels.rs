@@ -197,6 +197,8 @@ pub(super) struct NormArgs {
     pub width: i32,
     pub inv_width: f32,
     pub eps: f32,
+    pub moments: u64,
+    pub octets: i32,
 }
 
 /// `RopeArgs` of pointwise.cu.
@@ -254,6 +256,11 @@ pub(super) struct TowerArgs {
     pub width_tiles: i32,
     pub inv_width: f32,
     pub eps: f32,
+    pub heads: i32,
+    pub layer: i32,
+    pub cache_row: i32,
+    pub rope: u64,
+    pub params: u64,
 }
 
 /// `TowerBeginArgs` of tower.cu.
@@ -597,7 +604,8 @@ pub(super) struct Hopper {
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert, by pieces of keys and tiles of columns, see [`plan::PERSISTENT_VARIANTS`].
     pub persistent: Vec<Kernel<PersistentArgs>>,
-    /// Every product of the tower's layers, by block, see [`plan::TOWER_VARIANTS`].
+    /// Every product of the tower's layers, and those around the trunk's attention, by block, see
+    /// [`plan::TOWER_VARIANTS`].
     pub tower: Vec<Kernel<TowerArgs>>,
     pub tower_begin: Kernel<TowerBeginArgs>,
     pub tower_fold: Kernel<TowerFoldArgs>,
@@ -666,6 +674,8 @@ pub(super) struct Kernels {
     pub flow: Kernel<FlowArgs>,
     /// By the parts that it joins, see [`NORM_PARTS`].
     pub norm: Vec<Kernel<NormArgs>>,
+    /// The same where tower.cu does the rest of the norm.
+    pub packed: Vec<Kernel<NormArgs>>,
     pub rope: Kernel<RopeArgs>,
     pub geglu: Kernel<GegluArgs>,
     pub images: Kernel<ImagesArgs>,
@@ -682,15 +692,16 @@ impl Kernels {
         let (attention, flow, pointwise) =
             (Module::load("attention")?, Module::load("flow")?, Module::load("pointwise")?);
         let (image, load) = (Module::load("image")?, Module::load("load")?);
+        let by_parts = |kind: &str| -> Result<Vec<_>, EngineError> {
+            NORM_PARTS.iter().map(|parts| pointwise.kernel(&format!("row_{kind}_{parts}"), 0)).collect()
+        };
         Ok(Self {
             hopper: Hopper::load()?,
             portable: OnceLock::new(),
             attention: by(HEAD_DIMS, |d| attention.kernel(&format!("attention_{d}"), plan::attention_shared(d)))?,
             flow: flow.kernel("flow_step", 0)?,
-            norm: NORM_PARTS
-                .iter()
-                .map(|parts| pointwise.kernel(&format!("row_norm_{parts}"), 0))
-                .collect::<Result<_, _>>()?,
+            norm: by_parts("norm")?,
+            packed: by_parts("packed")?,
             rope: pointwise.kernel("rope_cache", 0)?,
             geglu: pointwise.kernel("geglu", 0)?,
             images: image.kernel("image_patches", 0)?,

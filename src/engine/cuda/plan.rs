@@ -271,10 +271,12 @@ pub(super) enum TowerKind {
     Gelu,
     /// They are added to the residual.
     Add,
+    /// Queries, keys and values behind a norm: rotated, keys and values to the cache.
+    Rotated,
 }
 
 /// What tower.cu is compiled for: groups of 64 outputs of a block, and tokens.
-pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 14] = [
+pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 19] = [
     (TowerKind::Rows, 2, 64),
     (TowerKind::Rows, 2, 128),
     (TowerKind::Rows, 3, 80),
@@ -289,6 +291,11 @@ pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 14] = [
     (TowerKind::Add, 1, 72),
     (TowerKind::Add, 1, 136),
     (TowerKind::Add, 1, 200),
+    (TowerKind::Rotated, 1, 48),
+    (TowerKind::Rotated, 1, 96),
+    (TowerKind::Rotated, 1, 184),
+    (TowerKind::Rotated, 2, 136),
+    (TowerKind::Rotated, 2, 184),
 ];
 /// Outputs of a tile of it.
 pub(super) const TOWER_TILE: usize = 64;
@@ -446,7 +453,7 @@ pub(super) const EXCLUSIVE_SHARED: usize = 116 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
     /// The published model on sm_90a: one cooperative kernel a decode (persistent.cu), the trunk's gated product
-    /// (geglu_wide.cu), and the products of SigLIP's layers (tower.cu).
+    /// (geglu_wide.cu), the products of SigLIP's layers, and those around the trunk's attention (tower.cu).
     Published,
     /// Any dimensions and chip: five kernels a layer of the decoder, and GEMMs of cuBLASLt.
     General,
@@ -461,8 +468,8 @@ impl Packing {
         }
     }
 
-    /// Whether the trunk's output projection is packed for tower.cu, and its gate and up projections for geglu_wide.cu, with
-    /// the norm between them folded in.
+    /// Whether the projections around the trunk's attention are packed for tower.cu, and its gate and up projections for
+    /// geglu_wide.cu, with the norms in front of products folded in.
     pub(super) fn wide_trunk(self, trunk: &StackDims) -> bool {
         let whole = |n: usize| n.is_multiple_of(TOWER_K * TOWER_DEEP);
         self == Self::Published
@@ -818,6 +825,26 @@ mod tests {
     }
 
     #[test]
+    fn rotated_products_fill_one_round() {
+        let cut = |heads: usize, rows, sms| {
+            let p = tower(TowerKind::Rotated, (heads + 2) * WIDE_HEAD / TOWER_TILE, 32, rows, sms);
+            let (kind, g, n) = TOWER_VARIANTS[p.variant];
+            assert_eq!((kind, p.threads), (TowerKind::Rotated, 128 * g + 64));
+            assert!(p.token_tiles * n >= rows && p.blocks <= sms);
+            (g, n, p.blocks)
+        };
+        // One, two and three views with 20 tokens; keys and values alone; shares.
+        assert_eq!([276, 532, 788].map(|rows| cut(8, rows, 132)), [(1, 96, 120), (1, 184, 120), (2, 136, 120)]);
+        assert_eq!([276, 532, 788].map(|rows| cut(0, rows, 132)), [(1, 48, 48), (1, 48, 96), (1, 96, 72)]);
+        assert_eq!([92, 80, 66, 40].map(|sms| cut(8, 532, sms).0), [2, 2, 2, 2]);
+        for rows in 1..2100 {
+            for sms in [1, 17, 64, 132] {
+                cut(8, rows, sms);
+            }
+        }
+    }
+
+    #[test]
     fn a_norm_takes_its_whole_row() {
         assert_eq!([16, 1152, 2048, 4096].map(norm_threads), [32, 96, 128, 256]);
         for width in (8..=4096).step_by(8) {
@@ -826,6 +853,8 @@ mod tests {
                 threads.is_multiple_of(32) && threads <= 256 && 4 * NORM_PIECES * threads as usize >= width,
                 "{width}"
             );
+            // Where it leaves sums to tower.cu, there is room for one of each tile.
+            assert!(!width.is_multiple_of(TOWER_TILE) || threads as usize / 32 <= width / TOWER_TILE, "{width}");
         }
     }
 

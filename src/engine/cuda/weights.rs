@@ -73,7 +73,7 @@ pub(super) struct TrunkRest {
 /// One trunk layer. Norms hold 1 + weight.
 pub(super) struct TrunkLayer {
     pub norm1: Buffer<f32>,
-    /// Queries, keys, values; only keys and values in the last layer.
+    /// Queries, keys, values; only keys and values in the last layer. Packed where [`EncoderWeights::wide_trunk`] says so.
     pub qkv: Buffer<u16>,
     pub rest: Option<TrunkRest>,
 }
@@ -91,8 +91,8 @@ pub(super) struct EncoderWeights {
     pub projector: Buffer<u16>,
     pub projector_bias: Buffer<f32>,
     pub trunk: Vec<TrunkLayer>,
-    /// Output projections are packed for tower.cu, gate and up projections for geglu_wide.cu; or they are as in the
-    /// checkpoint, gate above up.
+    /// The projections around the attention are packed for tower.cu, gate and up projections for geglu_wide.cu; or they are
+    /// as in the checkpoint, gate above up.
     pub wide_trunk: bool,
     pub tokens: TokenTable,
 }
@@ -512,8 +512,14 @@ impl Reader<'_, '_> {
         })
     }
 
-    /// Matrices of `cols` columns, one below the other, packed for tower.cu; all but the last are whole tiles.
-    fn tower_matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Buffer<u16>, EngineError> {
+    /// Matrices of `cols` columns, one below the other, packed for tower.cu; all but the last are whole tiles. `rotated`:
+    /// they are heads of that dimension, whose halves are to lie side by side.
+    fn tower_matrix(
+        &mut self,
+        parts: &[(String, usize)],
+        cols: usize,
+        rotated: Option<usize>,
+    ) -> Result<Buffer<u16>, EngineError> {
         let k = plan::tower_pad(cols);
         let rows = parts.iter().map(|p| p.1).sum();
         let to = self.room.buffer(plan::tower_pad(rows) * k)?;
@@ -528,9 +534,9 @@ impl Reader<'_, '_> {
                 padded_k: k as i64,
                 packed_rows: 0,
                 dtype,
-                order: 0,
+                order: i32::from(rotated.is_some()),
                 first: 0,
-                head_dim: 0,
+                head_dim: rotated.unwrap_or(0) as i32,
                 layout: 3,
             };
             self.loader.convert(&self.device.kernels().pack, rows * cols, &args)?;
@@ -543,7 +549,7 @@ impl Reader<'_, '_> {
     fn folded(&mut self, names: &[String], rows: usize, norm: &LayerNorm) -> Result<Folded, EngineError> {
         let (width, outputs) = (norm.scale.len(), names.len() * rows);
         let parts: Vec<_> = names.iter().map(|n| (format!("{n}.weight"), rows)).collect();
-        let w = self.tower_matrix(&parts, width)?;
+        let w = self.tower_matrix(&parts, width, None)?;
         let padded = plan::tower_pad(outputs);
         let [fold, bias] = [Buffer::zeroed(&self.device, padded)?, Buffer::zeroed(&self.device, padded)?];
         for (part, name) in names.iter().enumerate() {
@@ -574,10 +580,10 @@ impl Reader<'_, '_> {
         let (out, fc1, fc2) = (attention("out"), format!("{layer}.mlp.fc1"), format!("{layer}.mlp.fc2"));
         Ok(TowerLayer {
             qkv: self.folded(&["q", "k", "v"].map(attention), v.width, &norm1)?,
-            out: self.tower_matrix(&[(format!("{out}.weight"), v.width)], v.width)?,
+            out: self.tower_matrix(&[(format!("{out}.weight"), v.width)], v.width, None)?,
             out_bias: self.vector(&format!("{out}.bias"), v.width, v.width, 0.0)?,
             fc1: self.folded(&[fc1], v.mlp, &norm2)?,
-            fc2: self.tower_matrix(&[(format!("{fc2}.weight"), v.width)], v.mlp)?,
+            fc2: self.tower_matrix(&[(format!("{fc2}.weight"), v.width)], v.mlp, None)?,
             fc2_bias: self.vector(&format!("{fc2}.bias"), v.width, v.width, 0.0)?,
             norm1,
             norm2,
@@ -599,7 +605,7 @@ impl Reader<'_, '_> {
 
     fn trunk_out(&mut self, name: &str, t: &StackDims) -> Result<Buffer<u16>, EngineError> {
         if self.packing.wide_trunk(t) {
-            return self.tower_matrix(&[(name.into(), t.width)], t.heads * t.head_dim);
+            return self.tower_matrix(&[(name.into(), t.width)], t.heads * t.head_dim, None);
         }
         self.matrix(name, t.width, t.heads * t.head_dim)
     }
@@ -624,7 +630,11 @@ impl Reader<'_, '_> {
             parts.insert(0, (name("self_attn.q"), t.heads * t.head_dim));
         }
         let norm1 = self.vector(&format!("{layer}.input_layernorm.weight"), t.width, t.width, 1.0)?;
-        let qkv = self.stacked(&parts, t.width)?;
+        let qkv = if self.packing.wide_trunk(t) {
+            self.tower_matrix(&parts, t.width, Some(t.head_dim))?
+        } else {
+            self.stacked(&parts, t.width)?
+        };
         let rest = if last {
             None
         } else {
