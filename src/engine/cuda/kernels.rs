@@ -554,7 +554,7 @@ impl Module {
         // SAFETY: a loaded module, a C string and out-parameters on this stack.
         unsafe {
             check(sys::cuModuleGetFunction(&mut function, self.0, symbol.as_ptr()), "finding a kernel")?;
-            // Whatever CUDA_MODULE_LOADING says, none is loaded between two frames.
+            // None is loaded between two frames, as the driver would do by itself.
             check(sys::cuFuncLoad(function), "loading a kernel")?;
             check(sys::cuFuncGetParamInfo(function, 0, &mut offset, &mut size), "reading a kernel's parameters")?;
         }

@@ -249,30 +249,33 @@ impl Lt {
     }
 
     /// Makes the plans of `keys` that there are none of: not while a graph is being captured. The stream is one of
-    /// the stage's; nothing else should run meanwhile, for algorithms are timed, on `scratch`.
+    /// the stage's; nothing else should run meanwhile, for algorithms are timed, on `scratch`. Those that are known run once,
+    /// which loads their kernels into this context: not when a frame is waiting.
     pub fn prepare(&mut self, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<(), EngineError> {
-        let mut bench = None;
-        for key in keys {
-            if self.plans.contains_key(key) {
-                continue;
-            }
-            let plan = Plan::new(*key, self.workspace.pointer())?;
-            let algorithm = match self.algorithms.get(*key).filter(|a| self.runs(&plan, a)) {
-                Some(known) => known,
+        let new: Vec<Key> = keys.iter().filter(|key| !self.plans.contains_key(key)).copied().collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let cold = if new.iter().all(|key| self.algorithms.get(*key).is_some()) { 0 } else { COLD_BYTES };
+        let mut bench = Bench::new(&self.lane, stream, &new, scratch, cold)?;
+        for key in new {
+            let plan = Plan::new(key, self.workspace.pointer())?;
+            let algorithm = match self.algorithms.get(key).filter(|a| self.runs(&plan, a)) {
+                Some(known) => {
+                    self.queue(stream, &plan, &known, bench.operands(key))?;
+                    known
+                }
                 None => {
                     let candidates = self.candidates(&plan)?;
-                    let bench = match &mut bench {
-                        Some(bench) => bench,
-                        none => none.insert(Bench::new(&self.lane, stream, keys, scratch)?),
-                    };
-                    let fastest = self.fastest(stream, &plan, &candidates, bench)?;
-                    self.algorithms.put(*key, fastest);
+                    let fastest = self.fastest(stream, &plan, &candidates, &mut bench)?;
+                    self.algorithms.put(key, fastest);
                     fastest
                 }
             };
-            self.plans.insert(*key, (plan, algorithm));
+            self.plans.insert(key, (plan, algorithm));
         }
-        Ok(())
+        // What it lies on may go.
+        stream.synchronize()
     }
 
     /// Whether an algorithm measured at another number of rows can run this plan.
@@ -460,13 +463,20 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(lane: &Arc<Lane>, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<Self, EngineError> {
+    /// With weights of `cold` bytes at least.
+    fn new(
+        lane: &Arc<Lane>,
+        stream: &Stream,
+        keys: &[Key],
+        scratch: &Scratch<'_>,
+        cold: usize,
+    ) -> Result<Self, EngineError> {
         let device = lane.device();
         let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
         let out = |k: &Key| k.epilogue.parts() * k.rows * k.outputs * if k.epilogue.wide() { 4 } else { 2 };
         let bench = Self {
             lane: Arc::clone(lane),
-            weights: Piece::new(device, scratch.weights, COLD_BYTES.max(most(|k| k.outputs * k.k * 2)))?,
+            weights: Piece::new(device, scratch.weights, cold.max(most(|k| k.outputs * k.k * 2)))?,
             read: 0,
             rows: Piece::new(device, scratch.rows, HELD.max(most(|k| k.rows * k.k)) * 2)?,
             out: Piece::new(device, scratch.out, most(out))?,
