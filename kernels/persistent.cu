@@ -3,8 +3,8 @@
 // A block is eight warps that compute and two that fetch. One keeps a ring of pieces filled, in the order of their use and
 // across barriers and steps: weights, and the prefix's keys and values. The other waits at the grid barrier and brings the
 // activations of the next phase. Four blocks form a cluster. Products are cut by columns over clusters and by K over the blocks of a
-// cluster, which send each other their sums; gate/up has all of K in every block instead. Which block does a piece depends
-// on the number of blocks; slices of K and the order of sums do not, so results do not.
+// cluster, which send each other their sums; gate/up, and QKV where clusters are few, has all of K in every block instead. Which
+// block does a piece depends on the number of blocks; slices of K and the order of sums do not, so results do not.
 //
 // A step: flow (persistent_flow.cuh) | time, for π0 | layers. A layer: QKV | attention | O | gate, up | down. There is a
 // barrier at each stroke and at the end, and the flow once more after the last step. Behind QKV, attention and gate/up a

@@ -10,7 +10,7 @@ constexpr int kOwn = 13;         // token rows that each rank finishes
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kTurnedTiles = (kHeads + 1) * kHead / 8;  // of QKV: those of queries and keys
 constexpr int kComputing = 256, kThreads = kComputing + 64;
-constexpr int kChunk = 128;            // K of one chunk of weights
+constexpr int kChunk = 128;           // K of one chunk of weights
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
 constexpr int kKeys = 32;             // keys of one piece
 constexpr int kMostKeys = 23;         // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
