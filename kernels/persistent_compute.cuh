@@ -467,7 +467,7 @@ struct Compute {
     template <int TILES, int BATCHES, int EACH>
     __device__ __forceinline__ void weights(const Buffers& b, const Cut& c, int row0, int tiles) {
         constexpr int kPieces = EACH * BATCHES;
-        static_assert(BATCHES == 1 || 2 * EACH <= kStages, "a batch waits for no slot whose last piece nobody has waited for");
+        static_assert(BATCHES == 1 || 2 * EACH < kStages, "a batch waits for no slot whose last piece nobody has waited for");
         const int w8 = wg * 4 + warp, g = lane / 4, t = lane % 4, suffix = c.pieces * kKeys;
         float d[BATCHES][TILES][EACH][4] = {};
         // Of the suffix, by row: all of it but for the state's row, which the first step has.

@@ -265,7 +265,7 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
 #[test]
 #[ignore = "needs a GPU"]
 fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
-    for (family, layers, steps, views) in [(Family::Pi0, 4, 10, 2), (Family::Pi05, 2, 3, 5)] {
+    for (family, layers, steps, views) in [(Family::Pi0, 4, 10, 2), (Family::Pi05, 2, 3, 5), (Family::Pi0, 2, 3, 1)] {
         let mut dims = full_width(family, layers);
         dims.vision.layers = 1;
         dims.trunk.mlp = 2048;

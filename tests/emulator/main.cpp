@@ -444,7 +444,7 @@ static void counted(const char* what, int parts, int each, int least, int most) 
 
 int main() {
     using namespace persistent;
-    counted("heads", kHeads + 2, kHead / 8, 1, 40);
+    counted("heads", kHeads + 2, kHead / 8, 1, 160);
     counted("gated quarters", kRanks, kMlpTiles / kRanks, kRanks, 160);
     for (int tokens = 1; tokens <= kPanelRows; tokens++) counted("attended quarters", kRanks, kHeads / kRanks * tokens, 1, 40);
     tower(64, 64);
