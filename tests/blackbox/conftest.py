@@ -119,6 +119,7 @@ def play_bag() -> Callable[[Path, NodeUnderTest], None]:
             topics[topic].publish(message)
             if armed is None or (armed.done() and not armed.result().success):
                 armed = node.ask_to_enable()
+        node.wait(armed.done, "answer to arming")
         assert armed.result().success, armed.result().message
         for publisher in everybody:
             ros.destroy_publisher(publisher)
