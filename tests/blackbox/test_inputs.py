@@ -85,7 +85,7 @@ def test_joint_states_stop(start_node, robot):
     node = start_node()
     node.run_armed()
     robot.faults.silent_joints = True
-    expect_stop(node, robot, ("joint 'shoulder_pan'", "ms old (limit 200 ms)"), ("joint 'shoulder_pan'", "ms old (limit 200 ms)"))
+    expect_stop(node, robot, ("joint 'shoulder_pan'", "ms old (limit 500 ms)"), ("joint 'shoulder_pan'", "ms old (limit 500 ms)"))
 
 
 def test_two_prompts_in_a_row(start_node, robot):
