@@ -1,6 +1,7 @@
 // What the warps of the persistent decoder share: its arguments, a block's shared memory, and how work is cut.
 #pragma once
 #include "common.cuh"
+#include "operands.cuh"
 
 constexpr int kWidth = 1024, kHeads = 8, kHead = 256, kMlp = 4096;  // the published action expert
 constexpr int kAttention = kHeads * kHead;
@@ -10,7 +11,7 @@ constexpr int kOwn = 13;         // token rows that each rank finishes
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kTurnedTiles = (kHeads + 1) * kHead / 8;  // of QKV: those of queries and keys
 constexpr int kComputing = 256, kThreads = kComputing + 64;
-constexpr int kChunk = 128;           // K of one chunk of weights
+constexpr int kChunk = 128;            // K of one chunk of weights
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
 constexpr int kKeys = 32;             // keys of one piece
 constexpr int kMostKeys = 23;         // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
@@ -154,47 +155,20 @@ __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-// d += a·bᵀ, a 64 tokens by 16 of K, b 40, 48, 64, 72 or 80 columns by 16.
-__device__ __forceinline__ void mma(float (&d)[20], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19}, %20, %21, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16)
-        : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void mma(float (&d)[24], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20)
-        : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-        "%32, %33, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28)
-        : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void mma(float (&d)[36], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35}, %36, %37, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32)
-        : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void mma(float (&d)[40], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39}, %40, %41, 1, 1, 1, 0, 0;"
-        : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28), D4(32), D4(36)
-        : "l"(a), "l"(b));
-}
-#undef D4
+// d += a·bᵀ, a 64 tokens by 16 of K, b N columns by 16. A, B: the operand numbers behind the floats.
+#define MMA(N, FLOATS, A, B)                                                                           \
+    __device__ __forceinline__ void mma(float (&d)[FLOATS], uint64_t a, uint64_t b) {                  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_FLOATS_##FLOATS \
+                     "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                                             \
+                     : WGMMA_OUTS_##FLOATS                                                             \
+                     : "l"(a), "l"(b));                                                                \
+    }
+MMA(40, 20, 20, 21)
+MMA(48, 24, 24, 25)
+MMA(64, 32, 32, 33)
+MMA(72, 36, 36, 37)
+MMA(80, 40, 40, 41)
+#undef MMA
 
 // The tiles of a product that fall to one of several, in units that are nearly equal.
 struct Tiles {

@@ -4,6 +4,7 @@
 // several such tiles one behind the other. Every tile begins at a multiple of 1024 bytes.
 #pragma once
 #include "common.cuh"
+#include "operands.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -68,52 +69,6 @@ struct Slot {
         if (++index == kStages) index = 0, parity ^= 1;
     }
 };
-
-// Operand lists of a matrix instruction with so many floats a thread.
-#define WGMMA_FLOATS_20 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
-#define WGMMA_FLOATS_24 WGMMA_FLOATS_20 ", %20, %21, %22, %23"
-#define WGMMA_FLOATS_28 WGMMA_FLOATS_24 ", %24, %25, %26, %27"
-#define WGMMA_FLOATS_32 WGMMA_FLOATS_28 ", %28, %29, %30, %31"
-#define WGMMA_FLOATS_36 WGMMA_FLOATS_32 ", %32, %33, %34, %35"
-#define WGMMA_FLOATS_40 WGMMA_FLOATS_36 ", %36, %37, %38, %39"
-#define WGMMA_FLOATS_44 WGMMA_FLOATS_40 ", %40, %41, %42, %43"
-#define WGMMA_FLOATS_48 WGMMA_FLOATS_44 ", %44, %45, %46, %47"
-#define WGMMA_FLOATS_52 WGMMA_FLOATS_48 ", %48, %49, %50, %51"
-#define WGMMA_FLOATS_56 WGMMA_FLOATS_52 ", %52, %53, %54, %55"
-#define WGMMA_FLOATS_60 WGMMA_FLOATS_56 ", %56, %57, %58, %59"
-#define WGMMA_FLOATS_64 WGMMA_FLOATS_60 ", %60, %61, %62, %63"
-#define WGMMA_FLOATS_68 WGMMA_FLOATS_64 ", %64, %65, %66, %67"
-#define WGMMA_FLOATS_72 WGMMA_FLOATS_68 ", %68, %69, %70, %71"
-#define WGMMA_FLOATS_76 WGMMA_FLOATS_72 ", %72, %73, %74, %75"
-#define WGMMA_FLOATS_80 WGMMA_FLOATS_76 ", %76, %77, %78, %79"
-#define WGMMA_FLOATS_84 WGMMA_FLOATS_80 ", %80, %81, %82, %83"
-#define WGMMA_FLOATS_88 WGMMA_FLOATS_84 ", %84, %85, %86, %87"
-#define WGMMA_FLOATS_92 WGMMA_FLOATS_88 ", %88, %89, %90, %91"
-#define WGMMA_FLOATS_96 WGMMA_FLOATS_92 ", %92, %93, %94, %95"
-#define WGMMA_FLOATS_100 WGMMA_FLOATS_96 ", %96, %97, %98, %99"
-#define WGMMA_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define WGMMA_OUTS_20 WGMMA_OUT_4(0), WGMMA_OUT_4(4), WGMMA_OUT_4(8), WGMMA_OUT_4(12), WGMMA_OUT_4(16)
-#define WGMMA_OUTS_24 WGMMA_OUTS_20, WGMMA_OUT_4(20)
-#define WGMMA_OUTS_28 WGMMA_OUTS_24, WGMMA_OUT_4(24)
-#define WGMMA_OUTS_32 WGMMA_OUTS_28, WGMMA_OUT_4(28)
-#define WGMMA_OUTS_36 WGMMA_OUTS_32, WGMMA_OUT_4(32)
-#define WGMMA_OUTS_40 WGMMA_OUTS_36, WGMMA_OUT_4(36)
-#define WGMMA_OUTS_44 WGMMA_OUTS_40, WGMMA_OUT_4(40)
-#define WGMMA_OUTS_48 WGMMA_OUTS_44, WGMMA_OUT_4(44)
-#define WGMMA_OUTS_52 WGMMA_OUTS_48, WGMMA_OUT_4(48)
-#define WGMMA_OUTS_56 WGMMA_OUTS_52, WGMMA_OUT_4(52)
-#define WGMMA_OUTS_60 WGMMA_OUTS_56, WGMMA_OUT_4(56)
-#define WGMMA_OUTS_64 WGMMA_OUTS_60, WGMMA_OUT_4(60)
-#define WGMMA_OUTS_68 WGMMA_OUTS_64, WGMMA_OUT_4(64)
-#define WGMMA_OUTS_72 WGMMA_OUTS_68, WGMMA_OUT_4(68)
-#define WGMMA_OUTS_76 WGMMA_OUTS_72, WGMMA_OUT_4(72)
-#define WGMMA_OUTS_80 WGMMA_OUTS_76, WGMMA_OUT_4(76)
-#define WGMMA_OUTS_84 WGMMA_OUTS_80, WGMMA_OUT_4(80)
-#define WGMMA_OUTS_88 WGMMA_OUTS_84, WGMMA_OUT_4(84)
-#define WGMMA_OUTS_92 WGMMA_OUTS_88, WGMMA_OUT_4(88)
-#define WGMMA_OUTS_96 WGMMA_OUTS_92, WGMMA_OUT_4(92)
-#define WGMMA_OUTS_100 WGMMA_OUTS_96, WGMMA_OUT_4(96)
 
 // NAME: d = a·bᵀ (+ d), a 64×16 and b N×16 in shared memory. K is contiguous in b, and in a too unless ROWS is 1: then
 // M is. A, B, ADD: the operand numbers behind the floats.

@@ -22,7 +22,7 @@ const HOST: [(&str, &str); 5] = [
 fn run(changes: &[(&str, &str)]) -> Vec<(String, f64)> {
     let (root, dir) = (Path::new(env!("CARGO_MANIFEST_DIR")), tempfile::tempdir().unwrap());
     let kernels = ["attention.cu", "portable.cu", "load.cu", "pointwise.cu", "tower.cu"];
-    for name in ["attention.cuh", "persistent.cuh", "skinny.cuh", "wgmma.cuh"].iter().chain(&kernels) {
+    for name in ["attention.cuh", "operands.cuh", "persistent.cuh", "skinny.cuh", "wgmma.cuh"].iter().chain(&kernels) {
         let mut source = std::fs::read_to_string(root.join("kernels").join(name)).unwrap();
         for (from, to) in HOST.iter().chain(changes) {
             source = source.replace(from, to);

@@ -50,6 +50,12 @@ def limits(kind: str) -> np.ndarray:
     return np.array([PARAMETERS[f"limits.{joint}.{kind}"] for joint in JOINTS])
 
 
+def go_first() -> None:
+    """The calling thread goes before the node's: a real robot does not wait for the node's processor."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -10)
+
+
 @dataclass
 class Faults:
     """What is wrong with the robot; the defaults are a healthy one."""
@@ -109,13 +115,8 @@ class IdealRobot:
     def now(self) -> float:
         return self.node.get_clock().now().nanoseconds * 1e-9
 
-    def _first(self) -> None:
-        """The calling thread goes before the node's: a real robot does not wait for the node's processor."""
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -10)
-
     def _spin(self) -> None:
-        self._first()
+        go_first()
         while not self._stop.is_set():
             try:
                 self._executor.spin_once(timeout_sec=0.1)
@@ -141,7 +142,7 @@ class IdealRobot:
         return (self.node.get_clock().now() + Duration(seconds=self.faults.stamp_shift.get(of, 0.0))).to_msg()
 
     def _publish(self) -> None:
-        self._first()
+        go_first()
         count = 0
         while not self._stop.wait(PERIOD_S):
             if not self.faults.silent_joints and count % self.faults.joints_every == 0:

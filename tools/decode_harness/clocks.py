@@ -103,7 +103,7 @@ def main() -> None:
     to = pathlib.Path(sys.argv[1])
     to.mkdir(parents=True, exist_ok=True)
     thread = int(sys.argv[2]) if len(sys.argv) == 3 else 0
-    for source in [*KERNELS.glob("persistent*"), KERNELS / "common.cuh"]:
+    for source in [*KERNELS.glob("persistent*"), KERNELS / "common.cuh", KERNELS / "operands.cuh"]:
         text = source.read_text()
         for old, new in edits() if source.name == COMPUTE else flow_edits() if source.name == FLOW else []:
             text = replace(text, old, new, source.name)

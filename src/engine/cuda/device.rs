@@ -241,7 +241,7 @@ impl Drop for Allocation {
 }
 
 /// Buffers in a [`Room`] begin at multiples of this.
-const ROOM_STEP: usize = 256;
+pub(super) const ROOM_STEP: usize = 256;
 
 /// Bytes that a room needs for buffers of so many bytes each.
 pub(super) fn room_bytes(buffers: impl IntoIterator<Item = usize>) -> usize {

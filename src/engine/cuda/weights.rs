@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::device::{Buffer, Device, Room, room_bytes};
+use super::device::{Buffer, Device, ROOM_STEP, Room, room_bytes};
 use super::faults;
 use super::kernels::{CopyArgs, PackArgs, TowerFoldArgs};
 use super::load::{Loader, Source};
@@ -279,7 +279,7 @@ struct Reader<'a, 'b> {
 impl Reader<'_, '_> {
     /// The room, which nothing goes to from now on.
     fn leave_room(&mut self) -> Result<Room, EngineError> {
-        debug_assert!(self.room.left() < 256, "{} bytes of the room were not needed", self.room.left());
+        debug_assert!(self.room.left() < ROOM_STEP, "{} bytes of the room were not needed", self.room.left());
         Ok(std::mem::replace(&mut self.room, Room::new(&self.device, 0)?))
     }
 
