@@ -54,13 +54,17 @@ def robots_first() -> Iterator[None]:
     there a thread's priority says nothing across sessions."""
     group = Path("/proc/self/autogroup")
     try:
-        before = group.read_text().split()[-1]
-        group.write_text("-10")
+        # Empty for a process outside every session's group, as under init: its threads' own priorities count there.
+        nice = group.read_text().split()[-1:]
+        if nice:
+            group.write_text("-10")
     except OSError:  # no such groups here, or not root
+        nice = []
+    try:
         yield
-        return
-    yield
-    group.write_text(before)
+    finally:
+        if nice:
+            group.write_text(nice[0])
 
 
 @pytest.fixture(scope="session", autouse=True)
