@@ -11,7 +11,10 @@ constexpr int kOwn = 13;         // token rows that each rank finishes
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kTurnedTiles = (kHeads + 1) * kHead / 8;  // of QKV: those of queries and keys
 constexpr int kComputing = 256, kThreads = kComputing + 64;
-constexpr int kChunk = 128;            // K of one chunk of weights
+#ifndef PACKED_K
+#define PACKED_K 128
+#endif
+constexpr int kChunk = PACKED_K;       // K of one chunk of weights, which are packed so; 64 can be tried in the harness
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
 constexpr int kKeys = 32;             // keys of one piece
 constexpr int kMostKeys = 23;         // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
@@ -21,15 +24,18 @@ constexpr int kActs = kWidth / 8 * kOctet;
 constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
 constexpr float kEps = 1e-6f;
 
+constexpr int largest(int a, int b, int c) { return a > b ? (a > c ? a : c) : b > c ? b : c; }
+
 // Columns of a product come in tiles of 8, a unit of which is multiplied at once: at most MOST of T, O and down. Where clusters
 // are few each has more of them, and units are larger: fewer exchanges, and activations are read less often.
 template <int MOST>
 struct Units {
     static constexpr bool kFew = MOST > 5;
     static constexpr int kNarrow = MOST, kQkv = kFew ? 8 : 6, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
-    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece of T, O and down; others have one
-    static constexpr int kSlot = kChunks * MOST * kTile, kStages = 100 * 1024 / kSlot;
-    static_assert(kQkv * kTile <= kSlot && kWide * kTile <= kSlot && kKeys * kRow <= kSlot, "a piece fits");
+    static constexpr int kLong = MOST > 10 ? 64 : kFew ? 128 : 256, kShort = MOST > 10 ? 64 : 128;  // K of a piece: of T, O and down; of QKV and gate/up
+    static constexpr int kLongChunks = kLong / kChunk, kShortChunks = kShort / kChunk;
+    static_assert(kLongChunks > 0 && kShortChunks > 0, "a piece has whole chunks");
+    static constexpr int kSlot = largest(kLongChunks * kNarrow * kTile, kShortChunks * (kQkv > kWide ? kQkv : kWide) * kTile, kKeys * kRow), kStages = 100 * 1024 / kSlot;
     static constexpr int kInbox = kFew ? MOST : kQkv, kInboxes = kFew ? 1 : 2;  // tiles of a unit whose sums go between ranks, and of how many units
     static_assert(!kFew || kQkv * 128 * 4 <= kRanks * kInbox * kOwn * 8, "an inbox holds a warpgroup's sums of QKV");
     static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
@@ -42,7 +48,7 @@ constexpr int kCounterWords = 32;  // from one to the next
 
 // Everything of one layer at one step.
 struct LayerArgs {
-    const bf16* weights[4];                  // of QKV, O, gate/up and down, packed [k/128][tiles][16][8][8]
+    const bf16* weights[4];                  // of QKV, O, gate/up and down, packed [k/kChunk][tiles][kChunk/8][8][8]
     const float *qkv_bias, *gate_up_bias;    // in packed order, or null
     const float *mid_scale, *mid_gate;       // [width]: norm before gate/up; gate of the attention, or null
     const float *end_scale, *end_gate;       // norm after this layer; gate of the MLP, or null
@@ -168,6 +174,7 @@ MMA(48, 24, 24, 25)
 MMA(64, 32, 32, 33)
 MMA(72, 36, 36, 37)
 MMA(80, 40, 40, 41)
+MMA(104, 52, 52, 53)
 #undef MMA
 
 // The tiles of a product that fall to one of several, in units that are nearly equal.

@@ -11,6 +11,7 @@ struct Compute {
     const PersistentArgs& a;
     Shared<U>& s;
     const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
+    static constexpr int kPart = 256;  // K of activations that have a barrier of their own; of QKV, split over the cluster, a half
     Ring<kStages> ring;
     uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0, early_parity = 0;
     int rows = 0;  // token rows of this step
@@ -56,7 +57,7 @@ struct Compute {
     // have activations of their own.
     template <int CHUNKS, int EACH, int REGS>
     __device__ __forceinline__ void product(float (&acc)[REGS], int last, int first = 0) {
-        constexpr int kPiece = CHUNKS * kChunk;
+        constexpr int kPiece = CHUNKS * kChunk, kSteps = kChunk / 16;
         const uint64_t x = operand(of_warp(smem_address(s.acts)), kOctet, 128);
         uint32_t before = 0;
 #pragma unroll
@@ -69,7 +70,7 @@ struct Compute {
             if (p % EACH == 0) barrier_wait(&s.acts_full[p / EACH], acts_parity);
             mma_begin();
 #pragma unroll
-            for (int k = 0; k < kPiece / 16; k++) mma(acc, here + (k * 2 * kOctet >> 4), w + (k / 8 * kNarrow * kTile + k % 8 * 256 >> 4));
+            for (int k = 0; k < kPiece / 16; k++) mma(acc, here + (k * 2 * kOctet >> 4), w + (k / kSteps * (REGS / 4) * kTile + k % kSteps * 256 >> 4));
             mma_commit();
             if (p > first) {
                 mma_wait<1>();
@@ -204,7 +205,7 @@ struct Compute {
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
-        split<kNarrow, U::kChunks, 2 / U::kChunks>(
+        split<kNarrow, U::kLongChunks, kPart / U::kLong>(
             kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
@@ -248,8 +249,8 @@ struct Compute {
         const bool valid = own < kOwn && n < rows;
         const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        split<kQkv, 1, 1>(
-            kQkvTiles, 2,
+        split<kQkv, U::kShortChunks, kPart / 2 / U::kShort>(
+            kQkvTiles, kWidth / kRanks / U::kShort,
             [&](Span tiles) {
                 QkvOperands r;
 #pragma unroll
@@ -292,7 +293,7 @@ struct Compute {
     // Where clusters are few, all of K is in this block, and no ranks exchange sums: the second warpgroup measures rows and
     // multiplies the last quarter. Everything is added in the order of qkv_split().
     __device__ __forceinline__ void qkv_whole(const LayerArgs& w, int layer) {
-        constexpr int kQuarter = kWidth / kChunk / 4, kLast = 3 * kQuarter;
+        constexpr int kQuarter = kPart / U::kShort, kLast = 3 * kQuarter;
         begin();
         const Tiles tiles(kQkvTiles, kQkv, blockIdx.x, gridDim.x);
         float4* const last = reinterpret_cast<float4*>(s.inbox) + tid;  // [tiles][128]
@@ -317,7 +318,7 @@ struct Compute {
                 ring.skip(kLast);
                 // Not a round of the ring ahead of the other warpgroup.
                 meet(4, kComputing);
-                product<1, kQuarter>(acc, kLast + kQuarter, kLast);
+                product<U::kShortChunks, kQuarter>(acc, kLast + kQuarter, kLast);
                 if (u > 0) meet(5, kComputing);
 #pragma unroll
                 for (int j = 0; j < kQkv; j++) last[j * 128] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
@@ -336,7 +337,7 @@ struct Compute {
             float sum[4 * kQkv] = {};
 #pragma unroll 1
             for (int p = 0; p < kLast; p += kQuarter) {
-                product<1, kQuarter>(acc, p + kQuarter, p);
+                product<U::kShortChunks, kQuarter>(acc, p + kQuarter, p);
                 if (p == kQuarter) asm volatile("bar.arrive 4, %0;" ::"n"(kComputing) : "memory");
 #pragma unroll
                 for (int i = 0; i < 4 * kQkv; i++) sum[i] += acc[i];
@@ -377,6 +378,7 @@ struct Compute {
 
     // gelu(gate)·up, all of K in this block; a tile's columns are a gate and its up by turns.
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
+        constexpr int kPieces = kWidth / U::kShort;
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
         const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
@@ -393,7 +395,7 @@ struct Compute {
 #pragma unroll 1
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
-                ring.skip(kWidth / kChunk);
+                ring.skip(kPieces);
                 continue;
             }
             const Span span = tiles.of(u);
@@ -404,9 +406,9 @@ struct Compute {
                 if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
             }
             float acc[4 * kWide];
-            take_turn(u, kWidth / kChunk);
-            product<1, 2>(acc, kWidth / kChunk);
-            pass_turn(u, tiles.units, kWidth / kChunk);
+            take_turn(u, kPieces);
+            product<U::kShortChunks, kPart / U::kShort>(acc, kPieces);
+            pass_turn(u, tiles.units, kPieces);
             if (u == 0) meet(6, kComputing);
             const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
             // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
@@ -694,7 +696,7 @@ struct Compute {
                     done(kQuarters, tiles, kMlpTiles / kRanks);
                 }
                 residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
-                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);
+                         (init ? kWidth / kRanks : mlp ? kMlp / kRanks : kAttention / kRanks) / U::kLong, init, !init && !mlp);
                 done();
             }
         }

@@ -5,7 +5,8 @@
 //   ./decode_harness [--runs N] [CLUSTERS...]       N decodes (200) of each number of clusters, compared step by step
 //
 // With clocks: python3 tools/decode_harness/clocks.py DIR, then nvcc as above with -DCLOCKS -DKERNEL='"DIR/persistent.cu"'.
-// -DPREFIX=788: three views instead of two. -DACTIONS=100: values of an action instead of 32.
+// -DPREFIX=788: three views instead of two. -DACTIONS=100: values of an action instead of 32. -DPACKED_K=64: weights in chunks of
+// 64 of K instead of 128, and units of 13 tiles where clusters are at most 12. Results are the same: compare what `bits` says.
 #ifndef KERNEL
 #define KERNEL "../../kernels/persistent.cu"
 #endif
@@ -32,12 +33,17 @@
     } while (0)
 
 constexpr int kLayers = 18, kSteps = 10, kHorizon = 50, kSuffix = kHorizon + 1, kCapacity = PREFIX + 300;
-// The kernel for so many clusters: those that have at most five tiles of the narrow products, and fewer.
+// The kernel for so many clusters: those that have at most five, at most ten, and more tiles of the narrow products.
 constexpr int kPieces = (PREFIX + kRanks * kKeys - 1) / (kRanks * kKeys);
-constexpr auto kKernels = kPieces <= 3 ? std::array{persistent_decode_3_5, persistent_decode_5_10}
-                          : kPieces <= 5 ? std::array{persistent_decode_5_5, persistent_decode_5_10}
-                                         : std::array{persistent_decode_23_5, persistent_decode_23_10};
-constexpr auto kKernel = [](int clusters) { return kKernels[kWidthTiles > 5 * clusters]; };
+#if PACKED_K == 64
+constexpr auto kLarge5 = persistent_decode_5_13, kLarge23 = persistent_decode_23_13;
+#else
+constexpr auto kLarge5 = persistent_decode_5_10, kLarge23 = persistent_decode_23_10;
+#endif
+constexpr auto kKernels = kPieces <= 3 ? std::array{persistent_decode_3_5, persistent_decode_5_10, kLarge5}
+                          : kPieces <= 5 ? std::array{persistent_decode_5_5, persistent_decode_5_10, kLarge5}
+                                         : std::array{persistent_decode_23_5, persistent_decode_23_10, kLarge23};
+constexpr auto kKernel = [](int clusters) { return kKernels[(kWidthTiles > 5 * clusters) + (kWidthTiles > 10 * clusters)]; };
 constexpr int kShared = 227 * 1024;
 constexpr int kActions = ACTIONS, kJoints = ACTIONS / 2 - 2, kChunkFloats = kHorizon * kActions;
 
@@ -49,6 +55,14 @@ __device__ float uniform(size_t i, uint32_t seed) {
 __global__ void fill(bf16* p, size_t n, float deviation, uint32_t seed) {
     for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x)
         p[i] = __float2bfloat16(uniform(i, seed) * 3.46f * deviation);
+}
+// A matrix packed as the kernel wants it, whose values do not depend on the packing.
+__global__ void fill_packed(bf16* p, int rows, int columns, float deviation, uint32_t seed) {
+    const int n = rows * columns, chunk = rows * kChunk;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+        const int in = i % chunk % (8 * kChunk), row = i % chunk / (8 * kChunk) * 8 + in % 64 / 8, column = i / chunk * kChunk + in / 64 * 8 + in % 8;
+        p[i] = __float2bfloat16(uniform(static_cast<size_t>(row) * columns + column, seed) * 3.46f * deviation);
+    }
 }
 __global__ void fill(float* p, size_t n, float middle, float width, uint32_t seed) {
     for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x)
@@ -84,6 +98,11 @@ bf16* halves(size_t n, float deviation, uint32_t seed) {
     fill<<<1024, 256>>>(p, n, deviation, seed);
     return p;
 }
+bf16* packed(int rows, int columns, float deviation, uint32_t seed) {
+    bf16* p = zeroed<bf16>(static_cast<size_t>(rows) * columns);
+    fill_packed<<<1024, 256>>>(p, rows, columns, deviation, seed);
+    return p;
+}
 float* floats(size_t n, float middle, float width, uint32_t seed) {
     float* p = zeroed<float>(n);
     fill<<<64, 256>>>(p, n, middle, width, seed);
@@ -114,9 +133,9 @@ struct Harness {
                 layers[l] = layers[l - kLayers];
                 continue;
             }
-            const int sizes[] = {kQkvTiles * 8 * kWidth, kWidth * kAttention, 2 * kMlp * kWidth, kWidth * kMlp};
+            const int rows[] = {kQkvTiles * 8, kWidth, 2 * kMlp, kWidth}, columns[] = {kWidth, kAttention, kWidth, kMlp};
             const float deviations[] = {0.03f, 0.02f, 0.03f, 0.015f};
-            for (int p = 0; p < 4; p++) layers[l].weights[p] = halves(sizes[p], deviations[p], l * 7 + 1 + p);
+            for (int p = 0; p < 4; p++) layers[l].weights[p] = packed(rows[p], columns[p], deviations[p], l * 7 + 1 + p);
             layers[l].mid_scale = floats(kWidth, 1, 0.2f, l), layers[l].end_scale = floats(kWidth, 1, 0.2f, l + 99);
         }
         std::vector<StepArgs> steps(kSteps);
@@ -133,7 +152,7 @@ struct Harness {
         args.out_w = floats(kActions * kWidth, 0, 0.1f, 611), args.in_w = floats(kActions * kWidth, 0, 0.6f, 612);
         args.state_w = floats(kJoints * kWidth, 0, 0.6f, 613), args.state_b = floats(kWidth, 0, 0.5f, 614);
         args.rope = reinterpret_cast<float2*>(floats(2048 * kHead, 0.5f, 1, 77));
-        args.time_w = halves(kWidth * kWidth, 0.03f, 601), args.time_bias = floats(kWidth, 0, 0.1f, 602);
+        args.time_w = packed(kWidth, kWidth, 0.03f, 601), args.time_bias = floats(kWidth, 0, 0.1f, 602);
         args.u = zeroed<bf16>(kPanelRows * kWidth);
         args.hb[0] = zeroed<bf16>(kPanelRows * kWidth), args.hb[1] = zeroed<bf16>(kPanelRows * kWidth), args.q = zeroed<bf16>(64 * kHeads * kPadded);
         args.suffix_keys = zeroed<bf16>(kLayers * kSuffix * kPadded), args.suffix_values = zeroed<bf16>(kLayers * kSuffix * kPadded);
@@ -280,7 +299,10 @@ int main(int count, char** words) {
                 CHECK(cudaMemcpyToSymbol(hashes, found, sizeof found));
                 harness.run(hashed);
                 CHECK(cudaMemcpyFromSymbol(found, hashes, sizeof found));
-                if (expected[0] == 0) memcpy(expected, found, sizeof found);
+                if (expected[0] == 0) {
+                    memcpy(expected, found, sizeof found);
+                    printf("bits of the last step: %016llx\n", expected[kSteps - 1]);
+                }
                 for (int step = 0; step < kSteps; step++) wrong += found[step] != expected[step];
             }
             printf("%3d blocks, up to %d ns of delay: %d of %d steps differ\n", n * kRanks, delay, wrong, runs * kSteps);
