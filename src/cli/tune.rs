@@ -9,14 +9,15 @@ use indicatif::ProgressBar;
 use super::CliError;
 use super::bench::{Setup, Share, flow, shares};
 use crate::engine::Engine;
-use crate::engine::partition::{Backend, Kind};
+use crate::engine::partition::{Backend, Kind, Offer};
 use crate::model::Family;
 use crate::pipeline::PipelineMode;
 
-/// Shares of the encoder that are tried, percent.
+/// Shares of the encoder that are tried, percent; then all between the best one's neighbours.
 const PERCENTS: [u8; 7] = [30, 40, 50, 60, 66, 70, 80];
 
-/// Run the pipeline in every mode on every kind of share and write the parameters that serve the target best.
+/// Run the pipeline in every mode on every kind of share, then on all splits around the best one, and write the parameters
+/// that serve the target best.
 ///
 /// latency: youngest images in a finished chunk. rate: most chunks, each of new images. state-rate: most chunks, each of
 /// the newest joint state. --budget-ms bounds the age of the images in 99 of 100 chunks.
@@ -91,6 +92,16 @@ impl Measured {
     }
 }
 
+/// Splits around the best candidate's that have not been tried, of the same kind.
+fn around(best: &Measured, offer: &Offer, tried: &[Measured]) -> Vec<Share> {
+    let Some(percent) = best.share.percent else { return Vec::new() };
+    let below = PERCENTS.iter().rev().find(|p| **p < percent).copied().unwrap_or(percent.saturating_sub(10));
+    let above = PERCENTS.iter().find(|p| **p > percent).copied().unwrap_or(percent + 10);
+    let between: Vec<u8> = (below + 1..above).collect();
+    let new = |s: &Share| s.grant.kind == best.share.grant.kind && tried.iter().all(|t| t.share.grant != s.grant);
+    shares(offer, &between).into_iter().filter(new).collect()
+}
+
 /// The best candidate within the budget, or why there is none.
 fn choose(all: &[Measured], target: Target, budget_ms: Option<f64>) -> Result<&Measured, String> {
     let within = |m: &&Measured| m.serves(target) && budget_ms.is_none_or(|b| m.age_p99 <= b);
@@ -118,8 +129,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         }
     }
     let bar = ProgressBar::new(candidates.len() as u64);
-    let mut all = Vec::with_capacity(candidates.len());
-    for (share, mode) in candidates {
+    let measure = |share: Share, mode| -> Result<Measured, CliError> {
         let r = flow::running(&engine, &load, share.grant, mode, Duration::from_secs_f64(args.seconds))?;
         let (decode_hz, encode_hz, mut age) = (r.decode_hz(), r.encode_hz(), r.age);
         age.sort_by(f64::total_cmp);
@@ -128,7 +138,15 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         let measured = Measured { share, mode, decode_hz, encode_hz, age_p50, age_p99 };
         bar.println(measured.line());
         bar.inc(1);
-        all.push(measured);
+        Ok(measured)
+    };
+    let mut all = candidates.iter().map(|(share, mode)| measure(*share, *mode)).collect::<Result<Vec<_>, _>>()?;
+    if let Ok(best) = choose(&all, args.target, args.budget_ms) {
+        let (more, mode) = (around(best, offer, &all), best.mode);
+        bar.inc_length(more.len() as u64);
+        for share in more {
+            all.push(measure(share, mode)?);
+        }
     }
     bar.finish_and_clear();
     let best = choose(&all, args.target, args.budget_ms).map_err(CliError::input)?;
@@ -207,6 +225,29 @@ mod tests {
         assert_eq!(best(Target::Rate, Some(17.5)), Ok((PipelineMode::Pipelined, Kind::Green)));
         assert_eq!(best(Target::StateRate, None), Ok((PipelineMode::DualRate, Kind::Green)));
         assert!(best(Target::Rate, Some(5.0)).unwrap_err().contains("the best has a p99 of 12.00 ms"));
+    }
+
+    #[test]
+    fn splits_around_the_best_are_tried_too() {
+        use crate::engine::partition::Granularity;
+        let offer = Offer { sms: 132, chip: 132, mps: true, green: Ok(Granularity { least: 8, step: 8, groups: 15 }) };
+        let tried = |percents: &[u8]| -> Vec<Measured> {
+            let row = |share| Measured { share, ..measured(PipelineMode::Pipelined, Kind::Mps, 100.0, 1.0) };
+            shares(&offer, percents).into_iter().map(row).collect()
+        };
+        let all = tried(&PERCENTS);
+        let encoders = |kind, percent| {
+            let best = all.iter().find(|m| m.share.grant.kind == kind && m.share.percent == percent).unwrap();
+            let new = around(best, &offer, &all);
+            assert!(new.iter().all(|s| s.grant.kind == kind));
+            new.iter().map(|s| s.grant.encoder).collect::<Vec<_>>()
+        };
+        assert_eq!(encoders(Kind::Mps, Some(60)), [68, 70, 72, 74, 76, 78, 82, 84, 86]);
+        assert_eq!(encoders(Kind::Mps, Some(66)), [82, 84, 86, 90, 92]);
+        assert_eq!(encoders(Kind::Mps, Some(30)), [28, 30, 32, 34, 36, 38, 42, 44, 46, 48, 50, 52]);
+        assert_eq!(encoders(Kind::Green, Some(60)), Vec::<usize>::new(), "groups of eight: 76 and 84 were tried");
+        assert_eq!(encoders(Kind::Green, Some(80)), [100, 116], "groups of eight");
+        assert_eq!(encoders(Kind::Shared, None), Vec::<usize>::new());
     }
 
     #[test]
