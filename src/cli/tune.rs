@@ -144,8 +144,15 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     if let Ok(best) = choose(&all, args.target, args.budget_ms) {
         let (more, mode) = (around(best, offer, &all), best.mode);
         bar.inc_length(more.len() as u64);
+        // What has been measured so far is not lost to a split that turns out not to work.
         for share in more {
-            all.push(measure(share, mode)?);
+            match measure(share, mode) {
+                Ok(measured) => all.push(measured),
+                Err(e) => {
+                    bar.println(format!("{}: {e}; no further splits are tried", share.name()));
+                    break;
+                }
+            }
         }
     }
     bar.finish_and_clear();
