@@ -6,7 +6,8 @@
 // weights come from memory once and from L2 after. The norm in front of the product is folded in as in tower.cu: x is
 // the residual times the norm's weight, and three warps find what the sums are divided by.
 //
-// One tile sums K in order, so results do not depend on the number of blocks or on N.
+// One tile sums K in order, so results do not depend on the number of blocks or on N. Where that leaves the last round of
+// units nearly empty, the last weight rows are cut into shorter tiles of kShort tokens: the units of that round end sooner.
 //
 // Packed weights: [mlp/128][K/64][256 rows][64], rows in the 128-byte swizzle. Hidden unit 64·i + 16·w + 4·t + 2·b + e
 // of a tile is row 128·i + 64·b + 16·w + 2·t + e, its up row lies 8 further: a thread then has the gate and the up of the
@@ -16,6 +17,7 @@
 
 constexpr int kGroup = 128;     // threads of one group
 constexpr int kMeasuring = 96;  // threads that find norms
+constexpr int kShort = 72;      // tokens of a short tile
 
 struct GegluWideArgs {
     const bf16* w;          // packed
@@ -24,7 +26,9 @@ struct GegluWideArgs {
     bf16* y;                // [tokens, mlp]
     int32_t tokens, octets;    // octets: groups of 8 tokens from one K to the next, at least tokens/8
     int32_t token_tiles;       // tiles of N tokens
+    int32_t short_tiles;       // or of kShort
     int32_t weight_tiles;      // mlp/128
+    int32_t first_short;       // the weight tile from which on tiles are short
     int32_t k_blocks;          // K/64, at least the stages of the ring
     int32_t lead;              // K blocks that the first group is ahead of the second, fewer than the stages
     int32_t width_tiles;
@@ -33,6 +37,7 @@ struct GegluWideArgs {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+WGMMA(wgmma, 72, 36, 36, 37, 38, 0)
 WGMMA(wgmma, 96, 48, 48, 49, 50, 0)
 WGMMA(wgmma, 128, 64, 64, 65, 66, 0)
 WGMMA(wgmma, 144, 72, 72, 73, 74, 0)
@@ -69,22 +74,27 @@ struct Wide {
     static constexpr int kHalf = 128 * 128;  // bytes of the weights of one group
     static constexpr int kStage = 2 * kHalf + kN * 128;
     static constexpr int kStages = 224 * 1024 / kStage;
-    static_assert(kN % 8 == 0 && kStages >= 4, "tokens of a tile");
+    static_assert(kN % 8 == 0 && kN > kShort && kStages >= 4, "tokens of a tile");
 
     const GegluWideArgs& a;
     uint8_t* ring;          // stages of weights, then activations
     float (*norms)[kN];     // of this unit of work and the next: 1/√(mean(x²) + eps) of each token
     uint64_t *full, *empty;
-    int first, step, units;
+    int first, step, units, long_units;  // the first long_units have kN tokens
 
-    __device__ __forceinline__ int weight_tile(int unit) const { return unit / a.token_tiles; }
-    __device__ __forceinline__ int token(int unit) const { return unit % a.token_tiles * kN; }
+    __device__ __forceinline__ bool is_short(int unit) const { return unit >= long_units; }
+    __device__ __forceinline__ int weight_tile(int unit) const {
+        return is_short(unit) ? a.first_short + (unit - long_units) / a.short_tiles : unit / a.token_tiles;
+    }
+    __device__ __forceinline__ int token(int unit) const {
+        return is_short(unit) ? (unit - long_units) % a.short_tiles * kShort : unit % a.token_tiles * kN;
+    }
 
     // One thread keeps the ring filled. Weights do not wait for the kernel before this one.
     __device__ __forceinline__ void produce() const {
         Slot<kStages> slot;
         for (int unit = first; unit < units; unit += step) {
-            const int octets = min(kN / 8, (a.tokens + 7 - token(unit)) / 8);
+            const int octets = min((is_short(unit) ? kShort : kN) / 8, (a.tokens + 7 - token(unit)) / 8);
             const bf16* w = a.w + static_cast<size_t>(weight_tile(unit)) * a.k_blocks * (256 * 64);
             const bf16* x = a.x + token(unit) / 8 * 512;
             auto weights = [&](int s) {
@@ -138,12 +148,13 @@ struct Wide {
     }
 
     // GELU of a group's sums, and a transposition 8×8 by 8×8: a thread stores four hidden units of a token.
-    __device__ __forceinline__ void finish(const float (&d)[2][kN / 2], const float* norms, int unit, int group) const {
+    template <int N>
+    __device__ __forceinline__ void finish(const float (&d)[2][N / 2], const float* norms, int unit, int group) const {
         const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const int mlp = a.weight_tiles * 128, row = token(unit) + g;
         bf16* to = a.y + static_cast<size_t>(row) * mlp + weight_tile(unit) * 128 + group * 64 + warp * 16 + t * 4;
 #pragma unroll
-        for (int i = 0; i < kN / 8; i++) {
+        for (int i = 0; i < N / 8; i++) {
             const float2 r = *reinterpret_cast<const float2*>(norms + 8 * i + 2 * t);
             uint32_t v[2];
 #pragma unroll
@@ -156,51 +167,56 @@ struct Wide {
         }
     }
 
-    // One group multiplies its rows of every tile and finishes them.
-    __device__ __forceinline__ void consume(int group) const {
+    // A group's part of a tile of N tokens, the n-th unit of this block. `ahead` counts what the first group has yet to do
+    // before the second may begin.
+    template <int N>
+    __device__ __forceinline__ void multiply(int unit, int n, int group, Slot<kStages>& slot, int& ahead) const {
         const int lane = threadIdx.x % 32;
         const uint64_t weights = tile_descriptor(ring, 16, 1024), tokens = tile_descriptor(ring + 2 * kHalf, 16, 1024);
         auto leave = [&](int slot) {
             if (lane == 0) barrier_arrive(&empty[slot]);
         };
+        float d[2][N / 2];
+        int before = 0;
+        for (int k = 0; k < a.k_blocks; k++) {
+            barrier_wait(&full[slot.index], slot.parity);
+            wgmma_fence();
+            const uint32_t at = slot.index * (kStage / 16);
+            const uint32_t rows = static_cast<uint32_t>(weights) + at + group * (kHalf / 16);
+            const uint32_t columns = static_cast<uint32_t>(tokens) + at;
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+#pragma unroll
+                for (int b = 0; b < 2; b++)
+                    wgmma(d[b], with_upper(rows + b * (kHalf / 32) + kk * 2, weights),
+                          with_upper(columns + kk * 2, tokens), kk || k);
+            wgmma_commit();
+            // The matrices of the block before have been read.
+            wgmma_wait<1>();
+            if (k) leave(before);
+            if (group == 0 && --ahead == 0) asm volatile("bar.arrive 1, 256;" ::: "memory");
+            before = slot.index;
+            slot.next();
+        }
+        wgmma_wait<0>();
+        leave(before);
+        // No sum is looked at before this.
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[0][i]), "+f"(d[1][i])::"memory");
+        meet(there(n % 2, group), kGroup + kMeasuring);
+        finish<N>(d, norms[n % 2], unit, group);
+        if (unit + 2 * step < units) pass(taken(n % 2, group), kGroup + kMeasuring);
+    }
+    // One group multiplies its rows of every tile and finishes them: this block's long tiles come first.
+    __device__ __forceinline__ void consume(int group) const {
         grid_wait();
         // While one group is at its GELU the other multiplies: the first starts ahead and stays so.
         int ahead = a.lead;
         if (group == 1 && a.lead > 0 && first < units) asm volatile("bar.sync 1, 256;" ::: "memory");
         Slot<kStages> slot;
-        int n = 0;
-        for (int unit = first; unit < units; unit += step, n++) {
-            float d[2][kN / 2];
-            int before = 0;
-            for (int k = 0; k < a.k_blocks; k++) {
-                barrier_wait(&full[slot.index], slot.parity);
-                wgmma_fence();
-                const uint32_t at = slot.index * (kStage / 16);
-                const uint32_t rows = static_cast<uint32_t>(weights) + at + group * (kHalf / 16);
-                const uint32_t columns = static_cast<uint32_t>(tokens) + at;
-#pragma unroll
-                for (int kk = 0; kk < 4; kk++)
-#pragma unroll
-                    for (int b = 0; b < 2; b++)
-                        wgmma(d[b], with_upper(rows + b * (kHalf / 32) + kk * 2, weights),
-                              with_upper(columns + kk * 2, tokens), kk || k);
-                wgmma_commit();
-                // The matrices of the block before have been read.
-                wgmma_wait<1>();
-                if (k) leave(before);
-                if (group == 0 && --ahead == 0) asm volatile("bar.arrive 1, 256;" ::: "memory");
-                before = slot.index;
-                slot.next();
-            }
-            wgmma_wait<0>();
-            leave(before);
-            // No sum is looked at before this.
-#pragma unroll
-            for (int i = 0; i < kN / 2; i++) asm volatile("" : "+f"(d[0][i]), "+f"(d[1][i])::"memory");
-            meet(there(n % 2, group), kGroup + kMeasuring);
-            finish(d, norms[n % 2], unit, group);
-            if (unit + 2 * step < units) pass(taken(n % 2, group), kGroup + kMeasuring);
-        }
+        int n = 0, unit = first;
+        for (; unit < long_units; unit += step, n++) multiply<kN>(unit, n, group, slot, ahead);
+        for (; unit < units; unit += step, n++) multiply<kShort>(unit, n, group, slot, ahead);
     }
 };
 
@@ -226,7 +242,8 @@ __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
     }
     __syncthreads();
     uint8_t* ring = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    const Wide<kN> wide{a, ring, norms, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), a.weight_tiles * a.token_tiles};
+    const Wide<kN> wide{a, ring, norms, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+                        a.first_short * a.token_tiles + (a.weight_tiles - a.first_short) * a.short_tiles, a.first_short * a.token_tiles};
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x >= 2 * kGroup + 32)

@@ -703,8 +703,10 @@ impl Queue<'_> {
             ..TowerArgs::default()
         };
         self.tower_product(hopper, TowerKind::Add, [rows, t.width, t.heads * t.head_dim], out)?;
-        let [tokens, octets, token_tiles, weight_tiles, k_blocks, lead] =
-            [rows, rows.div_ceil(8), plan.token_tiles, plan.weight_tiles, plan.k_blocks, plan.lead].map(|n| n as i32);
+        let [tokens, octets, token_tiles, short_tiles] =
+            [rows, rows.div_ceil(8), plan.token_tiles, plan.short_tiles].map(|n| n as i32);
+        let [weight_tiles, first_short, k_blocks, lead] =
+            [plan.weight_tiles, plan.first_short, plan.k_blocks, plan.lead].map(|n| n as i32);
         let args = GegluWideArgs {
             w: rest.gate_up.pointer(),
             x: normed,
@@ -713,7 +715,9 @@ impl Queue<'_> {
             tokens,
             octets,
             token_tiles,
+            short_tiles,
             weight_tiles,
+            first_short,
             k_blocks,
             lead,
             width_tiles: (t.width / TOWER_TILE) as i32,

@@ -210,6 +210,8 @@ pub(super) fn attention_vision(head_dim: usize, keys: usize) -> bool {
 
 /// Tokens of a tile that geglu_wide.cu is compiled for.
 pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
+/// Tokens of its short tiles.
+const GEGLU_SHORT: usize = 72;
 /// Hidden units of a tile of it: as many rows of the gate and as many of the up projection.
 const GEGLU_UNITS: usize = 128;
 /// K of one stage of its ring.
@@ -232,7 +234,10 @@ pub(super) struct GegluPlan {
     /// Index into [`GEGLU_TOKENS`].
     pub variant: usize,
     pub token_tiles: usize,
+    pub short_tiles: usize,
     pub weight_tiles: usize,
+    /// The weight tile from which on tiles of tokens are short.
+    pub first_short: usize,
     pub k_blocks: usize,
     pub blocks: usize,
     pub shared: usize,
@@ -246,15 +251,28 @@ pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Opt
     if tokens == 0 || sms == 0 || !mlp.is_multiple_of(GEGLU_UNITS) || !k.is_multiple_of(GEGLU_K) {
         return None;
     }
-    let weight_tiles = mlp / GEGLU_UNITS;
-    let rounds = |n: usize| (weight_tiles * tokens.div_ceil(n)).div_ceil(sms);
+    let (weight_tiles, short_tiles) = (mlp / GEGLU_UNITS, tokens.div_ceil(GEGLU_SHORT));
     // By what shared memory writes and reads at 128 bytes a cycle, or the matrix unit multiplies.
-    let cost = |n: usize| rounds(n) * (k / GEGLU_K * (4 * GEGLU_UNITS + 5 * n).max(8 * n) + GEGLU_TILE_COST);
-    let (variant, &n) = GEGLU_TOKENS.iter().enumerate().min_by_key(|(_, n)| cost(**n))?;
+    let tile = |n: usize| k / GEGLU_K * (4 * GEGLU_UNITS + 5 * n).max(8 * n) + GEGLU_TILE_COST;
+    // Of the block that takes longest: the first, or the first of those that have one long tile less.
+    let cost = |n: usize, first_short: usize| {
+        let long = first_short * tokens.div_ceil(n);
+        let all = long + (weight_tiles - first_short) * short_tiles;
+        let of = |block: usize| {
+            let [long, all] = [long, all].map(|units| (units + sms - 1 - block) / sms);
+            long * tile(n) + (all - long) * tile(GEGLU_SHORT)
+        };
+        of(0).max(of(long % sms))
+    };
+    let cuts = (0..GEGLU_TOKENS.len()).flat_map(|v| (0..=weight_tiles).rev().map(move |first| (v, first)));
+    let (variant, first_short) = cuts.min_by_key(|(v, first)| cost(GEGLU_TOKENS[*v], *first))?;
+    let n = GEGLU_TOKENS[variant];
     let plan = GegluPlan {
         variant,
         token_tiles: tokens.div_ceil(n),
+        short_tiles,
         weight_tiles,
+        first_short,
         k_blocks: k / GEGLU_K,
         blocks: sms,
         shared: geglu_shared(n),
@@ -751,6 +769,10 @@ mod tests {
         assert_eq!(cut(532, 64), (184, 3, 64));
         // Not 144, whose smaller tiles read a fifth more in nearly the same time.
         assert_eq!([88, 92].map(|sms| cut(532, sms).0), [184, 184]);
+        // Of 128 weight tiles those whose tiles of tokens are long: whole rounds of them, then one of short tiles.
+        let long = |tokens, sms| geglu_wide(tokens, 16384, 2048, sms).unwrap().first_short;
+        assert_eq!([276, 532, 788].map(|tokens| long(tokens, 132)), [128; 3], "full rounds as it is");
+        assert_eq!([96, 92, 88, 84].map(|sms| long(532, sms)), [128, 122, 117, 128]);
     }
 
     #[test]
