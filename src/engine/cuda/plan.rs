@@ -295,15 +295,17 @@ pub(super) enum TowerKind {
 }
 
 /// What tower.cu is compiled for: groups of 64 outputs of a block, and tokens.
-pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 19] = [
+pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 21] = [
     (TowerKind::Rows, 2, 64),
     (TowerKind::Rows, 2, 128),
     (TowerKind::Rows, 3, 80),
     (TowerKind::Rows, 3, 112),
+    (TowerKind::Rows, 3, 128),
     (TowerKind::Gelu, 2, 88),
     (TowerKind::Gelu, 2, 128),
     (TowerKind::Gelu, 3, 104),
     (TowerKind::Gelu, 3, 160),
+    (TowerKind::Gelu, 3, 176),
     (TowerKind::Add, 1, 48),
     (TowerKind::Add, 1, 80),
     (TowerKind::Add, 1, 112),
@@ -897,6 +899,7 @@ mod tests {
         assert_eq!(cut(2, 132), [(2, 128, 108), (1, 80, 126), (3, 104, 115), (1, 80, 126)]);
         assert_eq!(cut(3, 132), [(3, 112, 126), (1, 112, 126), (3, 160, 115), (1, 112, 126)]);
         assert_eq!(cut(2, 92), [(3, 112, 90), (1, 112, 90), (3, 160, 92), (1, 112, 90)]);
+        assert_eq!(cut(2, 80), [(3, 128, 72), (1, 136, 72), (3, 176, 69), (1, 136, 72)]);
         // The trunk's output projection behind one, two and three views with 20 tokens.
         let out = |rows| {
             let p = tower(TowerKind::Add, 32, 32, rows, 132);
