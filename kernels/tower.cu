@@ -88,21 +88,20 @@ __device__ __forceinline__ uint32_t gelu_pair(float u, float v) {
 template <Kind kKind, int kGroups, int kTokens>
 struct Tower {
     static constexpr bool kAdds = kKind == kAdd;
-    static_assert(!kAdds || kGroups == 1, "one group adds");
     static constexpr bool kTurns = kKind == kRotated;
     static constexpr int kDeep = kGroups == 1 && kTokens <= 136 ? 2 : 1;  // times 64 of K a stage
     static constexpr int kTile = 64 * 128, kPanel = kTokens * 128, kPart = kGroups * kTile;
     static constexpr int kStage = kDeep * (kPart + kPanel);
     static constexpr int kThreads = kGroups * 128;   // that multiply
     static constexpr int kResults = kGroups * kPanel;
-    static constexpr int kSmall = (kAdds ? 4 : 1) * kTokens * 8;
+    static constexpr int kSmall = (kAdds ? 4 * kGroups : 1) * kTokens * 8;
     static constexpr int kFit = (225 * 1024 - kResults - kSmall) / kStage, kStages = kFit < 8 ? kFit : 8;
     static_assert(kTokens % 8 == 0 && kStages >= 3, "tokens of a tile");
 
     const TowerArgs& a;
     uint8_t* ring;     // stages: weights, then activations
     uint8_t* results;  // [group][token][64], swizzled
-    float2* small;     // [warp][token]: moments over its 16 features; or [token]: mean and inverse deviation
+    float2* small;     // [group][warp][token]: moments over its 16 features; or [token]: mean and inverse deviation
     uint64_t *full, *empty;
 
     __device__ __forceinline__ int units() const { return a.weight_tiles * a.token_tiles; }
@@ -209,18 +208,21 @@ struct Tower {
     }
 
     // To the residual, and what the next norm wants of it.
-    __device__ __forceinline__ void add() const {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __device__ __forceinline__ void add(int group) const {
+        const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, barrier = 1 + group;
+        uint8_t* mine = results + group * kPanel;
+        float2* moments = small + group * 4 * kTokens;
         const size_t outputs = static_cast<size_t>(a.tiles) * 64;
         Slot<kStages> slot;
         for (int unit = blockIdx.x; unit < units(); unit += gridDim.x) {
             const bool another = unit + static_cast<int>(gridDim.x) < units();
-            const int own = tile(unit), first = token(unit);
+            const int own = tile(unit) + group, first = token(unit);
+            const bool is = kGroups == 1 || own < a.tiles;
             const int feature = own * 64 + warp * 16 + 2 * g;  // and the next
-            const float2 bias = a.bias ? *reinterpret_cast<const float2*>(a.bias + feature) : float2{};
-            const float2 scale = a.scale ? *reinterpret_cast<const float2*>(a.scale + feature) : float2{};
+            const float2 bias = a.bias && is ? *reinterpret_cast<const float2*>(a.bias + feature) : float2{};
+            const float2 scale = a.scale && is ? *reinterpret_cast<const float2*>(a.scale + feature) : float2{};
             if (unit == static_cast<int>(blockIdx.x)) grid_wait();
-            auto there = [&](int i, int e) { return first + 8 * i + 2 * t + e < a.tokens; };
+            auto there = [&](int i, int e) { return is && first + 8 * i + 2 * t + e < a.tokens; };
             // Of so many octets of tokens the residual is fetched while the product runs, of the rest behind it.
             constexpr int kEarly = kTokens <= 112 ? kTokens / 8 : kTokens <= 136 ? 14 : 8;
             float2 before[kTokens / 8][2];
@@ -233,9 +235,9 @@ struct Tower {
 #pragma unroll
             for (int i = 0; i < kEarly; i++) fetch(i);
             float d[kTokens / 2];
-            multiply(d, slot, 0);
+            multiply(d, slot, group);
             // Moments of two octets of tokens at a time: each step of the sum over g halves what a thread keeps.
-            uint8_t* to[2] = {place(results, 0), place(results, 1)};
+            uint8_t* to[2] = {place(mine, 0), place(mine, 1)};
 #pragma unroll
             for (int i = 0; i < kTokens / 8; i += 2) {
                 // Into registers that the octets before have left.
@@ -264,17 +266,17 @@ struct Tower {
                 const bool later = lane & 4;
                 const float m = (later ? kept[1] : kept[0]) + __shfl_xor_sync(0xffffffffu, later ? kept[0] : kept[1], 4);
                 const int n = 8 * (i + (lane / 4 & 1)) + 2 * t + lane / 16;
-                if (n < kTokens) reinterpret_cast<float*>(small + warp * kTokens + n)[lane / 8 & 1] = m;
+                if (n < kTokens) reinterpret_cast<float*>(moments + warp * kTokens + n)[lane / 8 & 1] = m;
             }
             if (a.scale) {
-                store_packed(results, own, first, 1);
-                for (int n = threadIdx.x; n < min(kTokens, a.tokens - first); n += 128) {
-                    const float2 *p = small + n, *q = p + kTokens, *r = q + kTokens, *s = r + kTokens;
+                store_packed(mine, own, first, barrier);
+                for (int n = threadIdx.x % 128; n < min(kTokens, a.tokens - first) && is; n += 128) {
+                    const float2 *p = moments + n, *q = p + kTokens, *r = q + kTokens, *s = r + kTokens;
                     a.left[static_cast<size_t>(own) * a.tokens + first + n] = make_float2(p->x + q->x + (r->x + s->x), p->y + q->y + (r->y + s->y));
                 }
             }
-            if (threadIdx.x == 0) stores_read();
-            if (another) meet(1, 128);
+            if (threadIdx.x % 128 == 0) stores_read();
+            if (another) meet(barrier, 128);
         }
     }
 
@@ -387,7 +389,7 @@ __device__ __forceinline__ void tower(const TowerArgs& a) {
     const Block block{a, ring, results, reinterpret_cast<float2*>(results + Block::kResults), full, empty};
     if (warp < 4 * kGroups) {
         if constexpr (Block::kAdds)
-            block.add();
+            block.add(kGroups == 1 ? 0 : warp / 4);
         else
             block.norm(warp / 4);
     } else if (warp > 4 * kGroups) {
@@ -423,6 +425,7 @@ TOWER(kAdd, add, 1, 112)
 TOWER(kAdd, add, 1, 72)
 TOWER(kAdd, add, 1, 136)
 TOWER(kAdd, add, 1, 200)
+TOWER(kAdd, add, 2, 112)
 TOWER(kRotated, rotated, 1, 48)
 TOWER(kRotated, rotated, 1, 96)
 TOWER(kRotated, rotated, 1, 184)

@@ -295,7 +295,7 @@ pub(super) enum TowerKind {
 }
 
 /// What tower.cu is compiled for: groups of 64 outputs of a block, and tokens.
-pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 21] = [
+pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 22] = [
     (TowerKind::Rows, 2, 64),
     (TowerKind::Rows, 2, 128),
     (TowerKind::Rows, 3, 80),
@@ -312,6 +312,7 @@ pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 21] = [
     (TowerKind::Add, 1, 72),
     (TowerKind::Add, 1, 136),
     (TowerKind::Add, 1, 200),
+    (TowerKind::Add, 2, 112),
     (TowerKind::Rotated, 1, 48),
     (TowerKind::Rotated, 1, 96),
     (TowerKind::Rotated, 1, 184),
@@ -346,7 +347,7 @@ fn tower_deep(groups: usize, tokens: usize) -> usize {
 /// Bytes of a stage of the ring of a block, and of what else it keeps in shared memory: results, and norms or sums.
 fn tower_stage((kind, groups, tokens): (TowerKind, usize, usize)) -> (usize, usize) {
     let stage = (TOWER_TILE * groups + tokens) * TOWER_K * 2 * tower_deep(groups, tokens);
-    let small = if kind == TowerKind::Add { 4 } else { 1 } * tokens * 8;
+    let small = if kind == TowerKind::Add { 4 * groups } else { 1 } * tokens * 8;
     (stage, groups * tokens * TOWER_TILE * 2 + small)
 }
 
@@ -901,11 +902,12 @@ mod tests {
         assert_eq!(cut(2, 92), [(3, 112, 90), (1, 112, 90), (3, 160, 92), (1, 112, 90)]);
         assert_eq!(cut(2, 80), [(3, 128, 72), (1, 136, 72), (3, 176, 69), (1, 136, 72)]);
         // The trunk's output projection behind one, two and three views with 20 tokens.
-        let out = |rows| {
-            let p = tower(TowerKind::Add, 32, 32, rows, 132);
+        let out = |(rows, sms)| {
+            let p = tower(TowerKind::Add, 32, 32, rows, sms);
             (TOWER_VARIANTS[p.variant].2, p.blocks)
         };
-        assert_eq!([276, 532, 788].map(out), [(72, 128), (136, 128), (200, 128)]);
+        assert_eq!([276, 532, 788].map(|rows| out((rows, 132))), [(72, 128), (136, 128), (200, 128)]);
+        assert_eq!([96, 92, 80].map(|sms| out((532, sms))), [(200, 96), (112, 80), (112, 80)]);
     }
 
     #[test]
