@@ -143,3 +143,17 @@ extern "C" __global__ void __launch_bounds__(kThreads) load_random(const __grid_
             static_cast<bf16*>(a.to)[i] = __float2bfloat16(v);
     }
 }
+
+struct DifferArgs {
+    const uint32_t *a, *b;
+    uint32_t* differ;  // in host memory
+    int64_t count;
+};
+
+// Sets `differ` to 1 where not every word is the same.
+extern "C" __global__ void __launch_bounds__(kThreads) load_differ(const __grid_constant__ DifferArgs a) {
+    bool differ = false;
+    for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < a.count; i += static_cast<int64_t>(gridDim.x) * kThreads)
+        differ |= a.a[i] != a.b[i];
+    if (differ) *a.differ = 1;
+}

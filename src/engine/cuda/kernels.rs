@@ -401,6 +401,16 @@ pub(super) struct RandomArgs {
     pub to_f32: i32,
 }
 
+/// `DifferArgs` of load.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DifferArgs {
+    pub a: u64,
+    pub b: u64,
+    pub differ: u64,
+    pub count: i64,
+}
+
 /// Grid, block, shared memory and cluster of one launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
@@ -685,6 +695,7 @@ pub(super) struct Kernels {
     pub pack: Kernel<PackArgs>,
     pub product: Kernel<ProductArgs>,
     pub random: Kernel<RandomArgs>,
+    pub differ: Kernel<DifferArgs>,
     _modules: [Module; 5],
 }
 
@@ -711,6 +722,7 @@ impl Kernels {
             pack: load.kernel("load_pack", 0)?,
             product: load.kernel("load_product", 0)?,
             random: load.kernel("load_random", 0)?,
+            differ: load.kernel("load_differ", 0)?,
             _modules: [attention, flow, pointwise, image, load],
         })
     }

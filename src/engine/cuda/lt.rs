@@ -1,9 +1,9 @@
 //! Large matrix products through cuBLASLt: y = x·wᵀ with bf16 operands and float32 sums.
 //!
 //! A plan (descriptors and algorithm) is made once per shape and kept. Which of the library's algorithms is fastest is
-//! measured when a shape is first seen, with weights that come from memory as they do in the model, and holds for all
-//! stages of the engine: the same shape always runs the same algorithm, whatever share of the GPU it has. Measuring takes
-//! memory that is there already, where that is enough.
+//! measured when a shape is first seen, with weights that come from memory as they do in the model. A stage on another
+//! share of the GPU takes the fastest there of those that give the same bits: tiles that fill one share in whole rounds
+//! leave much of another idle. Measuring takes memory that is there already, where that is enough.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result, sys};
 
-use super::device::{Buffer, Device, Span};
-use super::kernels::{RandomArgs, Shape};
+use super::device::{Buffer, Device, Pinned, Span};
+use super::kernels::{DifferArgs, RandomArgs, Shape};
 use super::lane::Lane;
 use super::stream::{Event, Stream};
 use crate::engine::EngineError;
@@ -22,6 +22,9 @@ pub(super) const WORKSPACE: usize = 32 << 20;
 
 /// Algorithms asked for and tried. The library loads the kernels of those that are tried, and keeps them.
 const CANDIDATES: usize = 32;
+
+/// Of these, those that another share tries.
+const SHARE_CANDIDATES: usize = 8;
 
 /// Runs that are timed of each candidate, and how often: the best time counts.
 const TIMED_RUNS: usize = 6;
@@ -111,10 +114,12 @@ fn fail(what: &'static str, e: result::CublasError) -> EngineError {
     }
 }
 
-/// The fastest algorithm of each shape seen so far, rows rounded up to their class.
+/// The fastest algorithm of each shape seen so far, rows rounded up to their class: on the share that saw it first, whose bits
+/// hold for all, and on each share.
 #[derive(Default)]
 pub(super) struct Algorithms {
-    chosen: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+    first: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+    on_share: Mutex<HashMap<(Key, usize), sys::cublasLtMatmulAlgo_t>>,
 }
 
 impl Algorithms {
@@ -122,12 +127,21 @@ impl Algorithms {
         Key { rows: key.rows.next_multiple_of(ROW_CLASS), ..key }
     }
 
-    fn get(&self, key: Key) -> Option<sys::cublasLtMatmulAlgo_t> {
-        self.chosen.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::class(key)).copied()
+    fn first(&self, key: Key) -> Option<sys::cublasLtMatmulAlgo_t> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::class(key)).copied()
     }
 
-    fn put(&self, key: Key, algorithm: sys::cublasLtMatmulAlgo_t) {
-        self.chosen.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::class(key), algorithm);
+    fn on_share(&self, key: Key, sms: usize) -> Option<sys::cublasLtMatmulAlgo_t> {
+        self.on_share.lock().unwrap_or_else(PoisonError::into_inner).get(&(Self::class(key), sms)).copied()
+    }
+
+    fn put_first(&self, key: Key, sms: usize, algorithm: sys::cublasLtMatmulAlgo_t) {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::class(key), algorithm);
+        self.put(key, sms, algorithm);
+    }
+
+    fn put(&self, key: Key, sms: usize, algorithm: sys::cublasLtMatmulAlgo_t) {
+        self.on_share.lock().unwrap_or_else(PoisonError::into_inner).insert((Self::class(key), sms), algorithm);
     }
 }
 
@@ -256,19 +270,27 @@ impl Lt {
         if new.is_empty() {
             return Ok(());
         }
-        let cold = if new.iter().all(|key| self.algorithms.get(*key).is_some()) { 0 } else { COLD_BYTES };
+        let sms = self.lane.sms();
+        let cold = if new.iter().all(|key| self.algorithms.on_share(*key, sms).is_some()) { 0 } else { COLD_BYTES };
         let mut bench = Bench::new(&self.lane, stream, &new, scratch, cold)?;
         for key in new {
             let plan = Plan::new(key, self.workspace.pointer())?;
-            let algorithm = match self.algorithms.get(key).filter(|a| self.runs(&plan, a)) {
-                Some(known) => {
+            let runs = |a: &sys::cublasLtMatmulAlgo_t| self.runs(&plan, a);
+            let algorithm = match (self.algorithms.first(key), self.algorithms.on_share(key, sms).filter(runs)) {
+                (_, Some(known)) => {
                     self.queue(stream, &plan, &known, bench.operands(key))?;
                     known
                 }
-                None => {
+                (Some(first), None) if runs(&first) => {
+                    let candidates = self.alike(stream, &plan, &first, &mut bench)?;
+                    let fastest = self.fastest(stream, &plan, &candidates, &mut bench)?;
+                    self.algorithms.put(key, sms, fastest);
+                    fastest
+                }
+                _ => {
                     let candidates = self.candidates(&plan)?;
                     let fastest = self.fastest(stream, &plan, &candidates, &mut bench)?;
-                    self.algorithms.put(key, fastest);
+                    self.algorithms.put_first(key, sms, fastest);
                     fastest
                 }
             };
@@ -303,6 +325,12 @@ impl Lt {
         let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; CANDIDATES];
         let mut count = 0;
         let (d, w, x, y) = (plan.descriptor.0, plan.w.0, plan.x.0, plan.d.0);
+        // Only asked with: what runs is the same as on the whole GPU.
+        use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET as SMS;
+        let (whole, sms) = (self.lane.device().sms(), self.lane.sms());
+        if sms < whole {
+            plan.descriptor.set(SMS, &(sms as i32))?;
+        }
         use sys::cublasLtMatmulPreferenceAttributes_t as P;
         // SAFETY: live descriptors and room for as many results as are asked for; the preference is destroyed once.
         let status = unsafe {
@@ -318,6 +346,9 @@ impl Lt {
             let _ = result::destroy_matmul_pref(preference);
             asked
         };
+        if sms < whole {
+            plan.descriptor.set(SMS, &0i32)?;
+        }
         check(status, "choosing an algorithm")?;
         found.truncate(count.max(0) as usize);
         found.retain(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
@@ -329,6 +360,31 @@ impl Lt {
             });
         }
         Ok(found.into_iter().map(|f| f.algo).collect())
+    }
+
+    /// `first`, and what the library proposes for this share that gives the same bits.
+    fn alike(
+        &self,
+        stream: &Stream,
+        plan: &Plan,
+        first: &sys::cublasLtMatmulAlgo_t,
+        bench: &mut Bench,
+    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+        let mut alike = vec![*first];
+        // What adds would be compared on what it has added to.
+        if plan.key.epilogue.adds() {
+            return Ok(alike);
+        }
+        // A bias that no result overwrites.
+        let operands = Operands { bias: bench.rows.at, ..bench.operands(plan.key) };
+        self.queue(stream, plan, first, operands)?;
+        for candidate in self.candidates(plan)?.into_iter().take(SHARE_CANDIDATES) {
+            self.queue(stream, plan, &candidate, Operands { d: bench.second(plan.key), ..operands })?;
+            if bench.same(stream, plan.key)? {
+                alike.push(candidate);
+            }
+        }
+        Ok(alike)
     }
 
     /// The candidate that takes the least time.
@@ -363,11 +419,12 @@ impl Lt {
         }
         let per_run = |ms: f32| ms * 1e3 / TIMED_RUNS as f32;
         tracing::debug!(
-            "{:?}: {:.1} µs, the library's first choice {:.1} µs, {} candidates",
+            "{:?} on {} SMs: {:.1} µs, the first of {} candidates {:.1} µs",
             plan.key,
+            self.lane.sms(),
             per_run(best.1),
-            per_run(first),
-            candidates.len()
+            candidates.len(),
+            per_run(first)
         );
         self.lane.device().log_memory("product measured");
         Ok(best.0)
@@ -451,6 +508,11 @@ impl Piece {
     }
 }
 
+/// Of a product's result.
+fn out_bytes(key: &Key) -> usize {
+    key.epilogue.parts() * key.rows * key.outputs * if key.epilogue.wide() { 4 } else { 2 }
+}
+
 /// What candidates are timed on; it goes before the scratch does.
 struct Bench {
     lane: Arc<Lane>,
@@ -458,7 +520,10 @@ struct Bench {
     /// Bytes of the weights read since they were last begun.
     read: usize,
     rows: Piece,
+    /// Room for two results.
     out: Piece,
+    /// Whether the last two results differed.
+    differ: Pinned<u32>,
     events: [Event; 2],
 }
 
@@ -473,13 +538,13 @@ impl Bench {
     ) -> Result<Self, EngineError> {
         let device = lane.device();
         let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
-        let out = |k: &Key| k.epilogue.parts() * k.rows * k.outputs * if k.epilogue.wide() { 4 } else { 2 };
         let bench = Self {
             lane: Arc::clone(lane),
             weights: Piece::new(device, scratch.weights, cold.max(most(|k| k.outputs * k.k * 2)))?,
             read: 0,
             rows: Piece::new(device, scratch.rows, HELD.max(most(|k| k.rows * k.k)) * 2)?,
-            out: Piece::new(device, scratch.out, most(out))?,
+            out: Piece::new(device, scratch.out, 2 * most(out_bytes))?,
+            differ: Pinned::zeroed(device, 1)?,
             events: [Event::new(lane)?, Event::new(lane)?],
         };
         // Zeros would draw less power than real numbers.
@@ -513,6 +578,21 @@ impl Bench {
         let w = self.weights.at + self.read as u64;
         self.read += bytes;
         Operands { w, x: self.rows.at, bias: self.out.at, c: self.out.at, d: self.out.at }
+    }
+
+    /// Where a result can be kept beside the one that [`operands`](Self::operands) names.
+    fn second(&self, key: Key) -> u64 {
+        self.out.at + out_bytes(&key) as u64
+    }
+
+    /// Whether both are the same.
+    fn same(&mut self, stream: &Stream, key: Key) -> Result<bool, EngineError> {
+        self.differ.as_mut_slice().fill(0);
+        let (a, b, differ) = (self.out.at, self.second(key), self.differ.as_ptr() as u64);
+        let args = DifferArgs { a, b, differ, count: (out_bytes(&key) / 4) as i64 };
+        self.lane.kernels().differ.launch(stream, Shape { dependent: false, ..Shape::blocks(256, 256) }, &args)?;
+        stream.synchronize()?;
+        Ok(self.differ.as_slice().iter().all(|d| *d == 0))
     }
 }
 
