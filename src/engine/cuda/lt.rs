@@ -523,7 +523,7 @@ struct Bench {
     /// Room for two results.
     out: Piece,
     /// Whether the last two results differed.
-    differ: Pinned<u32>,
+    differ: Pinned<u8>,
     events: [Event; 2],
 }
 
@@ -544,7 +544,7 @@ impl Bench {
             read: 0,
             rows: Piece::new(device, scratch.rows, HELD.max(most(|k| k.rows * k.k)) * 2)?,
             out: Piece::new(device, scratch.out, 2 * most(out_bytes))?,
-            differ: Pinned::zeroed(device, 1)?,
+            differ: Pinned::zeroed(device, size_of::<u32>())?,
             events: [Event::new(lane)?, Event::new(lane)?],
         };
         // Zeros would draw less power than real numbers.
