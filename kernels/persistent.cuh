@@ -17,6 +17,7 @@ constexpr int kComputing = 256, kThreads = kComputing + 64;
 constexpr int kChunk = PACKED_K;       // K of one chunk of weights, which are packed so; 64 can be tried in the harness
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
 constexpr int kKeys = 32;             // keys of one piece
+constexpr int kGroup = 43;            // query rows at once: on ten clusters all, the state's among them
 constexpr int kMostKeys = 23;         // pieces of a rank's keys at most: twelve of a warpgroup, the suffix among them
 constexpr int kRow = kHead * 2 + 16;  // bytes of a key, padded against bank conflicts; in the cache too
 constexpr int kOctet = kPanelRows * 16;  // bytes of 8 of K in a panel
@@ -215,8 +216,8 @@ struct Cut {
         suffix_keys = min(first_suffix + own, a.suffix) - first_suffix;
         const Span rows(tokens * kHeads, cluster, clusters);
         first_row = rows.first, last_row = rows.last;
-        // As many as the buffers hold, the same on every rank of a cluster: 40 while six pieces hold the keys and the suffix.
-        group = each <= 5 * kKeys && last_row - first_row > 16 ? 40 : 16;
+        // As many as the buffers hold, the same on every rank of a cluster, while six pieces hold the keys and the suffix.
+        group = each <= 5 * kKeys && last_row - first_row > 16 ? kGroup : 16;
         early = few || last_row - first_row > 16 ? 0 : min(keys / kKeys, (kActs - attention_bytes(16, pieces)) / (kKeys * kRow));
     }
 };
@@ -242,7 +243,7 @@ struct Buffers {
         early = acts + attention_bytes(c.group, c.pieces);
     }
 };
-static_assert(attention_bytes(40, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
+static_assert(attention_bytes(kGroup, 5) <= kActs && attention_bytes(16, kMostKeys) <= kActs, "the attention's buffers fit");
 static_assert(kActs / kRanks <= attention_bytes(16, 0), "QKV's activations lie before the early values");
 
 template <int STAGES>

@@ -295,7 +295,7 @@ pub(super) enum TowerKind {
 }
 
 /// What tower.cu is compiled for: groups of 64 outputs of a block, and tokens.
-pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 22] = [
+pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 23] = [
     (TowerKind::Rows, 2, 64),
     (TowerKind::Rows, 2, 128),
     (TowerKind::Rows, 3, 80),
@@ -310,6 +310,7 @@ pub(super) const TOWER_VARIANTS: [(TowerKind, usize, usize); 22] = [
     (TowerKind::Add, 1, 80),
     (TowerKind::Add, 1, 112),
     (TowerKind::Add, 1, 72),
+    (TowerKind::Add, 1, 128),
     (TowerKind::Add, 1, 136),
     (TowerKind::Add, 1, 200),
     (TowerKind::Add, 2, 112),
@@ -900,7 +901,7 @@ mod tests {
         assert_eq!(cut(2, 132), [(2, 128, 108), (1, 80, 126), (3, 104, 115), (1, 80, 126)]);
         assert_eq!(cut(3, 132), [(3, 112, 126), (1, 112, 126), (3, 160, 115), (1, 112, 126)]);
         assert_eq!(cut(2, 92), [(3, 112, 90), (1, 112, 90), (3, 160, 92), (1, 112, 90)]);
-        assert_eq!(cut(2, 80), [(3, 128, 72), (1, 136, 72), (3, 176, 69), (1, 136, 72)]);
+        assert_eq!(cut(2, 80), [(3, 128, 72), (1, 128, 72), (3, 176, 69), (1, 128, 72)]);
         // The trunk's output projection behind one, two and three views with 20 tokens.
         let out = |(rows, sms)| {
             let p = tower(TowerKind::Add, 32, 32, rows, sms);
