@@ -17,7 +17,6 @@
 
 constexpr int kGroup = 128;     // threads of one group
 constexpr int kMeasuring = 96;  // threads that find norms
-constexpr int kShort = 72;      // tokens of a short tile
 
 struct GegluWideArgs {
     const bf16* w;          // packed
@@ -26,7 +25,7 @@ struct GegluWideArgs {
     bf16* y;                // [tokens, mlp]
     int32_t tokens, octets;    // octets: groups of 8 tokens from one K to the next, at least tokens/8
     int32_t token_tiles;       // tiles of N tokens
-    int32_t short_tiles;       // or of kShort
+    int32_t short_tiles;       // or of fewer
     int32_t weight_tiles;      // mlp/128
     int32_t first_short;       // the weight tile from which on tiles are short
     int32_t k_blocks;          // K/64, at least the stages of the ring
@@ -39,6 +38,7 @@ struct GegluWideArgs {
 
 WGMMA(wgmma, 72, 36, 36, 37, 38, 0)
 WGMMA(wgmma, 96, 48, 48, 49, 50, 0)
+WGMMA(wgmma, 112, 56, 56, 57, 58, 0)
 WGMMA(wgmma, 128, 64, 64, 65, 66, 0)
 WGMMA(wgmma, 144, 72, 72, 73, 74, 0)
 WGMMA(wgmma, 160, 80, 80, 81, 82, 0)
@@ -68,8 +68,8 @@ __device__ __forceinline__ float gated(float gate, float up) {
     return gate * inv * up;
 }
 
-// One block's part for tiles of kN tokens.
-template <int kN>
+// One block's part for tiles of kN and of kShort tokens.
+template <int kN, int kShort>
 struct Wide {
     static constexpr int kHalf = 128 * 128;  // bytes of the weights of one group
     static constexpr int kStage = 2 * kHalf + kN * 128;
@@ -222,13 +222,14 @@ struct Wide {
 
 #endif
 
-template <int kN>
+template <int kN, int kShort>
 __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t raw[];
-    __shared__ uint64_t barriers[2 * Wide<kN>::kStages];
+    using Block = Wide<kN, kShort>;
+    constexpr int kStages = Block::kStages;
+    __shared__ uint64_t barriers[2 * kStages];
     __shared__ __align__(8) float norms[2][kN];
-    constexpr int kStages = Wide<kN>::kStages;
     uint64_t *full = barriers, *empty = barriers + kStages;
     // The compiler shall see that this is the same for a warp: descriptors made of it stay in uniform registers.
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroup, 0);
@@ -242,7 +243,7 @@ __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
     }
     __syncthreads();
     uint8_t* ring = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    const Wide<kN> wide{a, ring, norms, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+    const Block wide{a, ring, norms, full, empty, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
                         a.first_short * a.token_tiles + (a.weight_tiles - a.first_short) * a.short_tiles, a.first_short * a.token_tiles};
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -261,15 +262,16 @@ __device__ __forceinline__ void geglu_wide(const GegluWideArgs& a) {
 #endif
 }
 
-#define GEGLU_WIDE(N)                                                                \
+#define GEGLU_WIDE(N, SHORT)                                                         \
     extern "C" __global__ void __launch_bounds__(3 * kGroup, 1)                      \
-        geglu_wide_##N(const __grid_constant__ GegluWideArgs a) {                    \
-        geglu_wide<N>(a);                                                            \
+        geglu_wide_##N##_##SHORT(const __grid_constant__ GegluWideArgs a) {          \
+        geglu_wide<N, SHORT>(a);                                                     \
     }
-GEGLU_WIDE(96)
-GEGLU_WIDE(128)
-GEGLU_WIDE(144)
-GEGLU_WIDE(160)
-GEGLU_WIDE(176)
-GEGLU_WIDE(184)
-GEGLU_WIDE(192)
+GEGLU_WIDE(96, 72)
+GEGLU_WIDE(128, 72)
+GEGLU_WIDE(144, 72)
+GEGLU_WIDE(160, 72)
+GEGLU_WIDE(176, 72)
+GEGLU_WIDE(184, 72)
+GEGLU_WIDE(184, 112)
+GEGLU_WIDE(192, 72)

@@ -612,7 +612,7 @@ pub(super) struct Hopper {
     pub attention_wide: Vec<Kernel<AttentionArgs>>,
     /// For heads and key counts that [`plan::attention_vision`] covers.
     pub attention_vision: Kernel<AttentionArgs>,
-    /// By tokens of a tile, see [`plan::GEGLU_TOKENS`].
+    /// By tokens of a tile and of a short one, see [`plan::GEGLU_TOKENS`].
     pub geglu_wide: Vec<Kernel<GegluWideArgs>>,
     /// For the published action expert, by pieces of keys and tiles of columns, see [`plan::PERSISTENT_VARIANTS`].
     pub persistent: Vec<Kernel<PersistentArgs>>,
@@ -647,7 +647,7 @@ impl Hopper {
             attention_vision: vision.kernel("attention_vision", plan::VISION_SHARED)?,
             geglu_wide: plan::GEGLU_TOKENS
                 .iter()
-                .map(|n| geglu.kernel(&format!("geglu_wide_{n}"), plan::geglu_shared(*n)))
+                .map(|(n, short)| geglu.kernel(&format!("geglu_wide_{n}_{short}"), plan::geglu_shared(*n)))
                 .collect::<Result<_, _>>()?,
             persistent: plan::PERSISTENT_VARIANTS
                 .iter()

@@ -378,7 +378,7 @@ impl Lt {
         // A bias that no result overwrites.
         let operands = Operands { bias: bench.rows.at, ..bench.operands(plan.key) };
         self.queue(stream, plan, first, operands)?;
-        for candidate in self.candidates(plan)?.into_iter().take(SHARE_CANDIDATES) {
+        for candidate in self.candidates(plan)?.into_iter().filter(|a| self.runs(plan, a)).take(SHARE_CANDIDATES) {
             self.queue(stream, plan, &candidate, Operands { d: bench.second(plan.key), ..operands })?;
             if bench.same(stream, plan.key)? {
                 alike.push(candidate);

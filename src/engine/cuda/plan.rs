@@ -208,10 +208,9 @@ pub(super) fn attention_vision(head_dim: usize, keys: usize) -> bool {
     head_dim <= VISION_HEAD && head_dim.is_multiple_of(8) && (1..=VISION_KEYS).contains(&keys)
 }
 
-/// Tokens of a tile that geglu_wide.cu is compiled for.
-pub(super) const GEGLU_TOKENS: [usize; 7] = [96, 128, 144, 160, 176, 184, 192];
-/// Tokens of its short tiles.
-const GEGLU_SHORT: usize = 72;
+/// Tokens of a tile, and of a short one, that geglu_wide.cu is compiled for.
+pub(super) const GEGLU_TOKENS: [(usize, usize); 8] =
+    [(96, 72), (128, 72), (144, 72), (160, 72), (176, 72), (184, 72), (184, 112), (192, 72)];
 /// Hidden units of a tile of it: as many rows of the gate and as many of the up projection.
 const GEGLU_UNITS: usize = 128;
 /// K of one stage of its ring.
@@ -251,26 +250,26 @@ pub(super) fn geglu_wide(tokens: usize, mlp: usize, k: usize, sms: usize) -> Opt
     if tokens == 0 || sms == 0 || !mlp.is_multiple_of(GEGLU_UNITS) || !k.is_multiple_of(GEGLU_K) {
         return None;
     }
-    let (weight_tiles, short_tiles) = (mlp / GEGLU_UNITS, tokens.div_ceil(GEGLU_SHORT));
+    let weight_tiles = mlp / GEGLU_UNITS;
     // By what shared memory writes and reads at 128 bytes a cycle, or the matrix unit multiplies.
     let tile = |n: usize| k / GEGLU_K * (4 * GEGLU_UNITS + 5 * n).max(8 * n) + GEGLU_TILE_COST;
     // Of the block that takes longest: the first, or the first of those that have one long tile less.
-    let cost = |n: usize, first_short: usize| {
+    let cost = |(n, short): (usize, usize), first_short: usize| {
         let long = first_short * tokens.div_ceil(n);
-        let all = long + (weight_tiles - first_short) * short_tiles;
+        let all = long + (weight_tiles - first_short) * tokens.div_ceil(short);
         let of = |block: usize| {
             let [long, all] = [long, all].map(|units| (units + sms - 1 - block) / sms);
-            long * tile(n) + (all - long) * tile(GEGLU_SHORT)
+            long * tile(n) + (all - long) * tile(short)
         };
         of(0).max(of(long % sms))
     };
     let cuts = (0..GEGLU_TOKENS.len()).flat_map(|v| (0..=weight_tiles).rev().map(move |first| (v, first)));
     let (variant, first_short) = cuts.min_by_key(|(v, first)| cost(GEGLU_TOKENS[*v], *first))?;
-    let n = GEGLU_TOKENS[variant];
+    let (n, short) = GEGLU_TOKENS[variant];
     let plan = GegluPlan {
         variant,
         token_tiles: tokens.div_ceil(n),
-        short_tiles,
+        short_tiles: tokens.div_ceil(short),
         weight_tiles,
         first_short,
         k_blocks: k / GEGLU_K,
@@ -764,7 +763,7 @@ mod tests {
     fn gated_products_keep_their_rounds_full() {
         let cut = |tokens, sms| {
             let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
-            (GEGLU_TOKENS[p.variant], p.token_tiles, p.blocks)
+            (GEGLU_TOKENS[p.variant].0, p.token_tiles, p.blocks)
         };
         assert_eq!(cut(532, 132), (184, 3, 132));
         assert_eq!(cut(276, 132), (144, 2, 132));
@@ -774,9 +773,11 @@ mod tests {
         // Not 144, whose smaller tiles read a fifth more in nearly the same time.
         assert_eq!([88, 92].map(|sms| cut(532, sms).0), [184, 184]);
         // Of 128 weight tiles those whose tiles of tokens are long: whole rounds of them, then one of short tiles.
-        let long = |tokens, sms| geglu_wide(tokens, 16384, 2048, sms).unwrap().first_short;
+        let plan = |tokens, sms| geglu_wide(tokens, 16384, 2048, sms).unwrap();
+        let long = |tokens, sms| plan(tokens, sms).first_short;
         assert_eq!([276, 532, 788].map(|tokens| long(tokens, 132)), [128; 3], "full rounds as it is");
-        assert_eq!([96, 92, 88, 84].map(|sms| long(532, sms)), [128, 122, 117, 128]);
+        assert_eq!([96, 92, 88, 84, 80].map(|sms| long(532, sms)), [128, 122, 117, 112, 128]);
+        assert_eq!([92, 84].map(|sms| GEGLU_TOKENS[plan(532, sms).variant].1), [72, 112]);
     }
 
     #[test]
@@ -784,7 +785,7 @@ mod tests {
         for tokens in 1..2100 {
             for sms in [17, 64, 132] {
                 let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
-                let n = GEGLU_TOKENS[p.variant];
+                let n = GEGLU_TOKENS[p.variant].0;
                 assert!((p.token_tiles - 1) * n < tokens && tokens <= p.token_tiles * n, "{tokens} on {sms}");
                 // 227 KB, less the barriers that the kernel declares.
                 assert!(p.shared + 1024 <= 227 * 1024, "{tokens} on {sms}");
