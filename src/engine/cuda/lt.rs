@@ -23,8 +23,12 @@ pub(super) const WORKSPACE: usize = 32 << 20;
 /// Algorithms asked for and tried. The library loads the kernels of those that are tried, and keeps them.
 const CANDIDATES: usize = 32;
 
-/// Of these, those that another share tries.
+/// Of these, those that a share tries for each number of SMs that it asks for.
 const SHARE_CANDIDATES: usize = 8;
+/// What is proposed for so many SMs fewer is tried, too: clusters leave SMs of a share idle, of which the library knows nothing.
+const FEWER_SMS: usize = 8;
+/// What takes so many times as long as the best is not timed again.
+const HOPELESS: f32 = 1.2;
 
 /// Runs that are timed of each candidate, and how often: the best time counts.
 const TIMED_RUNS: usize = 6;
@@ -310,8 +314,26 @@ impl Lt {
         status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE
     }
 
-    /// What the library proposes, its favourite first.
+    /// What the library proposes, its favourite first: for the whole GPU, and for a share also for that many SMs and for somewhat
+    /// fewer. Each of these was the best on some share (H200, down product of the trunk).
     fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+        let (whole, sms) = (self.lane.device().sms(), self.lane.sms());
+        if sms >= whole {
+            return self.proposed(plan, 0, CANDIDATES);
+        }
+        let mut all: Vec<sys::cublasLtMatmulAlgo_t> = Vec::new();
+        for target in [0, sms, sms.saturating_sub(FEWER_SMS)] {
+            for algorithm in self.proposed(plan, target, SHARE_CANDIDATES)? {
+                if !all.iter().any(|a| a.data == algorithm.data) {
+                    all.push(algorithm);
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Up to `most` algorithms that the library proposes for `sms` SMs; 0: for all.
+    fn proposed(&self, plan: &Plan, sms: usize, most: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
         let preference = result::create_matmul_pref().map_err(|e| fail("choosing an algorithm", e))?;
         let limit: *const usize = &WORKSPACE;
         // Slices whose sums stay apart are not sliced again: that would take a kernel more to add them.
@@ -322,15 +344,12 @@ impl Lt {
         };
         let reductions: *const R = &reductions;
         // SAFETY: all-zero is a valid value of this plain struct.
-        let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; CANDIDATES];
+        let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; most];
         let mut count = 0;
         let (d, w, x, y) = (plan.descriptor.0, plan.w.0, plan.x.0, plan.d.0);
         // Only asked with: what runs is the same as on the whole GPU.
         use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET as SMS;
-        let (whole, sms) = (self.lane.device().sms(), self.lane.sms());
-        if sms < whole {
-            plan.descriptor.set(SMS, &(sms as i32))?;
-        }
+        plan.descriptor.set(SMS, &(sms as i32))?;
         use sys::cublasLtMatmulPreferenceAttributes_t as P;
         // SAFETY: live descriptors and room for as many results as are asked for; the preference is destroyed once.
         let status = unsafe {
@@ -339,16 +358,14 @@ impl Lt {
                 .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions.cast(), size_of::<R>()));
             let asked = limited.and_then(|()| {
                 let to = found.as_mut_ptr();
-                let wanted = CANDIDATES as i32;
+                let wanted = most as i32;
                 sys::cublasLtMatmulAlgoGetHeuristic(self.handle, d, w, x, y, y, preference, wanted, to, &mut count)
                     .result()
             });
             let _ = result::destroy_matmul_pref(preference);
             asked
         };
-        if sms < whole {
-            plan.descriptor.set(SMS, &0i32)?;
-        }
+        plan.descriptor.set(SMS, &0i32)?;
         check(status, "choosing an algorithm")?;
         found.truncate(count.max(0) as usize);
         found.retain(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
@@ -378,7 +395,7 @@ impl Lt {
         // A bias that no result overwrites.
         let operands = Operands { bias: bench.rows.at, ..bench.operands(plan.key) };
         self.queue(stream, plan, first, operands)?;
-        for candidate in self.candidates(plan)?.into_iter().filter(|a| self.runs(plan, a)).take(SHARE_CANDIDATES) {
+        for candidate in self.candidates(plan)?.into_iter().filter(|a| a.data != first.data && self.runs(plan, a)) {
             self.queue(stream, plan, &candidate, Operands { d: bench.second(plan.key), ..operands })?;
             if bench.same(stream, plan.key)? {
                 alike.push(candidate);
@@ -395,11 +412,13 @@ impl Lt {
         candidates: &[sys::cublasLtMatmulAlgo_t],
         bench: &mut Bench,
     ) -> Result<sys::cublasLtMatmulAlgo_t, EngineError> {
-        let mut best = (candidates[0], f32::INFINITY);
-        let mut first = 0.0;
-        for (n, algorithm) in candidates.iter().enumerate() {
-            let mut time = f32::INFINITY;
-            for round in 0..=TIMED_ROUNDS {
+        let mut times = vec![f32::INFINITY; candidates.len()];
+        // The first round may load kernels, and does not count.
+        for round in 0..=TIMED_ROUNDS {
+            let hopeless = times.iter().copied().fold(f32::INFINITY, f32::min) * HOPELESS;
+            for (algorithm, time) in
+                candidates.iter().zip(&mut times).filter(|(_, time)| round < 2 || **time <= hopeless)
+            {
                 bench.hold(stream)?;
                 stream.record(&bench.events[0])?;
                 for _ in 0..TIMED_RUNS {
@@ -408,13 +427,14 @@ impl Lt {
                 stream.record(&bench.events[1])?;
                 stream.synchronize()?;
                 if round > 0 {
-                    time = time.min(bench.events[1].ms_since(&bench.events[0])?);
+                    *time = time.min(bench.events[1].ms_since(&bench.events[0])?);
                 }
             }
-            if n == 0 {
-                (first, best.1) = (time, time * WORTH_IT);
-            } else if time < best.1 {
-                best = (*algorithm, time);
+        }
+        let mut best = 0;
+        for (i, time) in times.iter().enumerate() {
+            if *time < if best == 0 { times[0] * WORTH_IT } else { times[best] } {
+                best = i;
             }
         }
         let per_run = |ms: f32| ms * 1e3 / TIMED_RUNS as f32;
@@ -422,12 +442,12 @@ impl Lt {
             "{:?} on {} SMs: {:.1} µs, the first of {} candidates {:.1} µs",
             plan.key,
             self.lane.sms(),
-            per_run(best.1),
+            per_run(times[best]),
             candidates.len(),
-            per_run(first)
+            per_run(times[0])
         );
         self.lane.device().log_memory("product measured");
-        Ok(best.0)
+        Ok(candidates[best])
     }
 
     /// Queues one product.
