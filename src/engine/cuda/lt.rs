@@ -23,9 +23,9 @@ pub(super) const WORKSPACE: usize = 32 << 20;
 /// Algorithms asked for and tried. The library loads the kernels of those that are tried, and keeps them.
 const CANDIDATES: usize = 32;
 
-/// Of these, those that a share tries for each number of SMs that it asks for.
-const SHARE_CANDIDATES: usize = 8;
-/// What is proposed for so many SMs fewer is tried, too: clusters leave SMs of a share idle, of which the library knows nothing.
+/// Of what the library proposes for a share, so many are tried: a share may be made while another one works.
+const SHARE_CANDIDATES: usize = 4;
+/// And of what it proposes for so many SMs fewer: clusters leave SMs of a share idle, of which the library knows nothing.
 const FEWER_SMS: usize = 8;
 /// What takes so many times as long as the best is not timed again.
 const HOPELESS: f32 = 1.2;
@@ -292,7 +292,8 @@ impl Lt {
                     fastest
                 }
                 _ => {
-                    let candidates = self.candidates(&plan)?;
+                    let mut candidates = self.proposed(&plan, 0, CANDIDATES)?;
+                    candidates.extend(self.proposed_for_share(&plan)?);
                     let fastest = self.fastest(stream, &plan, &candidates, &mut bench)?;
                     self.algorithms.put_first(key, sms, fastest);
                     fastest
@@ -314,22 +315,16 @@ impl Lt {
         status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE
     }
 
-    /// What the library proposes, its favourite first: for the whole GPU, and for a share also for that many SMs and for somewhat
-    /// fewer. Each of these was the best on some share (H200, down product of the trunk).
-    fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
-        let (whole, sms) = (self.lane.device().sms(), self.lane.sms());
-        if sms >= whole {
-            return self.proposed(plan, 0, CANDIDATES);
+    /// What the library proposes for a share. The best on shares of 76 to 108 of an H200's SMs, for the down product of the trunk,
+    /// were among these.
+    fn proposed_for_share(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+        let sms = self.lane.sms();
+        if sms >= self.lane.device().sms() {
+            return Ok(Vec::new());
         }
-        let mut all: Vec<sys::cublasLtMatmulAlgo_t> = Vec::new();
-        for target in [0, sms, sms.saturating_sub(FEWER_SMS)] {
-            for algorithm in self.proposed(plan, target, SHARE_CANDIDATES)? {
-                if !all.iter().any(|a| a.data == algorithm.data) {
-                    all.push(algorithm);
-                }
-            }
-        }
-        Ok(all)
+        let mut found = self.proposed(plan, sms, SHARE_CANDIDATES)?;
+        found.extend(self.proposed(plan, sms.saturating_sub(FEWER_SMS), SHARE_CANDIDATES)?);
+        Ok(found)
     }
 
     /// Up to `most` algorithms that the library proposes for `sms` SMs; 0: for all.
@@ -395,7 +390,10 @@ impl Lt {
         // A bias that no result overwrites.
         let operands = Operands { bias: bench.rows.at, ..bench.operands(plan.key) };
         self.queue(stream, plan, first, operands)?;
-        for candidate in self.candidates(plan)?.into_iter().filter(|a| a.data != first.data && self.runs(plan, a)) {
+        for candidate in self.proposed_for_share(plan)? {
+            if alike.iter().any(|a| a.data == candidate.data) || !self.runs(plan, &candidate) {
+                continue;
+            }
             self.queue(stream, plan, &candidate, Operands { d: bench.second(plan.key), ..operands })?;
             if bench.same(stream, plan.key)? {
                 alike.push(candidate);
