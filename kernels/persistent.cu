@@ -21,12 +21,12 @@ __device__ __forceinline__ void whole_cluster() {
 
 #endif
 
-template <int PIECES, int MOST>
+template <int PIECES, int WIDE>
 __device__ __forceinline__ void decode(const PersistentArgs& a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using U = Units<MOST>;
+    using U = Units<WIDE>;
     static_assert(PIECES <= U::kStages || PIECES == kMostKeys);
-    static_assert(sizeof(Shared<U>) <= 227 * 1024, "more than an SM has");
+    static_assert(sizeof(Shared<U>) <= kShared, "more than an SM has");
     Shared<U>& s = *reinterpret_cast<Shared<U>*>(shared_memory);
     const int rank = blockIdx.x % kRanks, cluster = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(s.ring) / 16); i += kThreads) store_zero_16(s.ring[0] + i * 16);
@@ -56,17 +56,15 @@ __device__ __forceinline__ void decode(const PersistentArgs& a) {
 
 // grid: clusters·4 blocks that are all on the chip at once. One for each number of pieces of keys that a rank has at most and of
 // tiles of a unit: code that never runs takes time from what does.
-#define PERSISTENT_DECODE(PIECES, MOST)                                              \
+#define PERSISTENT_DECODE(PIECES, WIDE)                                              \
     extern "C" __global__ void __launch_bounds__(kThreads, 1)                        \
-        persistent_decode_##PIECES##_##MOST(const __grid_constant__ PersistentArgs a) { \
-        decode<PIECES, MOST>(a);                                                     \
+        persistent_decode_##PIECES##_##WIDE(const __grid_constant__ PersistentArgs a) { \
+        decode<PIECES, WIDE>(a);                                                     \
     }
-PERSISTENT_DECODE(3, 5)
-PERSISTENT_DECODE(5, 5)
+PERSISTENT_DECODE(3, 9)
+PERSISTENT_DECODE(5, 9)
 PERSISTENT_DECODE(5, 10)
-PERSISTENT_DECODE(23, 5)
+PERSISTENT_DECODE(5, 11)
+PERSISTENT_DECODE(23, 9)
 PERSISTENT_DECODE(23, 10)
-#if PACKED_K == 64
-PERSISTENT_DECODE(5, 13)
-PERSISTENT_DECODE(23, 13)
-#endif
+PERSISTENT_DECODE(23, 11)

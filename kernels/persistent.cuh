@@ -8,13 +8,11 @@ constexpr int kAttention = kHeads * kHead;
 constexpr int kRanks = 4;        // blocks of a cluster
 constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
 constexpr int kOwn = 13;         // token rows that each rank finishes
+constexpr int kRowThreads = 108;  // of a warpgroup, those that have token rows that there are: up to the fourth warp's third
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kTurnedTiles = (kHeads + 1) * kHead / 8;  // of QKV: those of queries and keys
 constexpr int kComputing = 256, kThreads = kComputing + 64;
-#ifndef PACKED_K
-#define PACKED_K 128
-#endif
-constexpr int kChunk = PACKED_K;       // K of one chunk of weights, which are packed so; 64 can be tried in the harness
+constexpr int kChunk = 128;            // K of one chunk of weights
 constexpr int kTile = 8 * kChunk * 2;  // bytes of a tile in it
 constexpr int kKeys = 32;             // keys of one piece
 constexpr int kGroup = 43;            // query rows at once: on ten clusters all, the state's among them
@@ -25,20 +23,22 @@ constexpr int kActs = kWidth / 8 * kOctet;
 constexpr uint64_t kPatience = 2000000000;  // ns that a block waits for the others
 constexpr float kEps = 1e-6f;
 
-constexpr int largest(int a, int b, int c) { return a > b ? (a > c ? a : c) : b > c ? b : c; }
+constexpr int kShared = 227 * 1024;  // bytes of a block
+constexpr int largest(int a, int b) { return a > b ? a : b; }
 
-// Columns of a product come in tiles of 8, a unit of which is multiplied at once: at most MOST of T, O and down. Where clusters
-// are few each has more of them, and units are larger: fewer exchanges, and activations are read less often.
-template <int MOST>
+// Columns of a product come in tiles of 8, a unit of which is multiplied at once: at most WIDE of gate/up. Where clusters are few
+// each has more of them, and units are larger: fewer exchanges, and activations are read less often. 9: 26 clusters and more;
+// 11: for 12 clusters, whose blocks have 22 tiles of gate/up, 11 of T, O and down, and 7 of QKV; 10: for others.
+template <int WIDE>
 struct Units {
-    static constexpr bool kFew = MOST > 5;
-    static constexpr int kNarrow = MOST, kQkv = kFew ? 8 : 6, kWide = kFew ? MOST : 9;  // of T, O and down; of QKV; of gate/up
-    static constexpr int kLong = MOST > 10 ? 64 : kFew ? 128 : 256, kShort = MOST > 10 ? 64 : 128;  // K of a piece: of T, O and down; of QKV and gate/up
-    static constexpr int kLongChunks = kLong / kChunk, kShortChunks = kShort / kChunk;
-    static_assert(kLongChunks > 0 && kShortChunks > 0, "a piece has whole chunks");
-    static constexpr int kSlot = largest(kLongChunks * kNarrow * kTile, kShortChunks * (kQkv > kWide ? kQkv : kWide) * kTile, kKeys * kRow), kStages = 100 * 1024 / kSlot;
-    static constexpr int kInbox = kFew ? MOST : kQkv, kInboxes = kFew ? 1 : 2;  // tiles of a unit whose sums go between ranks, and of how many units
-    static_assert(!kFew || kQkv * 128 * 4 <= kRanks * kInbox * kOwn * 8, "an inbox holds a warpgroup's sums of QKV");
+    static constexpr bool kFew = WIDE > 9;
+    static constexpr int kNarrow = WIDE == 9 ? 5 : WIDE == 11 ? 6 : 10, kQkv = WIDE == 9 ? 6 : WIDE == 11 ? 7 : 8, kWide = WIDE;  // of T, O and down; of QKV; of gate/up
+    static constexpr int kChunks = kFew ? 1 : 2;  // of a piece of T, O and down; others have one
+    static constexpr int kInbox = kFew ? kNarrow : kQkv, kInboxes = kFew ? 1 : 2;  // tiles of a unit whose sums go between ranks, and of how many units
+    // Floats of the inboxes. Where clusters are few they also hold a warpgroup's sums of QKV.
+    static constexpr int kInboxFloats = largest(kInboxes * kRanks * kInbox * kOwn * 8, kFew ? kQkv * kRowThreads * 4 : 0);
+    static constexpr int kSlot = largest(largest(kChunks * kNarrow, largest(kQkv, kWide)) * kTile, kKeys * kRow);
+    static constexpr int kStages = (kShared - 1024 - kActs - kInboxFloats * 4) / kSlot;
     static_assert(kStages > 4, "warpgroups may be four pieces of keys apart");
 };
 
@@ -49,7 +49,7 @@ constexpr int kCounterWords = 32;  // from one to the next
 
 // Everything of one layer at one step.
 struct LayerArgs {
-    const bf16* weights[4];                  // of QKV, O, gate/up and down, packed [k/kChunk][tiles][kChunk/8][8][8]
+    const bf16* weights[4];                  // of QKV, O, gate/up and down, packed [k/128][tiles][16][8][8]
     const float *qkv_bias, *gate_up_bias;    // in packed order, or null
     const float *mid_scale, *mid_gate;       // [width]: norm before gate/up; gate of the attention, or null
     const float *end_scale, *end_gate;       // norm after this layer; gate of the MLP, or null
@@ -102,7 +102,7 @@ struct Shared {
     alignas(128) uint8_t acts[kActs];  // activations of a product, or the attention's buffers
     alignas(128) uint8_t ring[U::kStages][U::kSlot];
     // What the ranks send of a unit, [ranks][tiles][kOwn][8]: of each warpgroup's, or of one at a time where clusters are few.
-    alignas(16) float inbox[U::kInboxes * kRanks * U::kInbox * kOwn * 8];
+    alignas(16) float inbox[U::kInboxFloats];
     uint64_t full[U::kStages], empty[U::kStages], acts_full[4], queries_full, queries_free;
     uint64_t received[2], inbox_free[2], parts_received, parts_free, x_received, values_full, finished;
     alignas(16) float row_squares[2][4][16];  // of each warpgroup: by warp, of this rank's rows, for QKV split over the cluster
@@ -172,22 +172,24 @@ __device__ __forceinline__ void mma_wait() {
     }
 MMA(40, 20, 20, 21)
 MMA(48, 24, 24, 25)
+MMA(56, 28, 28, 29)
 MMA(64, 32, 32, 33)
 MMA(72, 36, 36, 37)
 MMA(80, 40, 40, 41)
-MMA(104, 52, 52, 53)
+MMA(88, 44, 44, 45)
 #undef MMA
 
-// The tiles of a product that fall to one of several, in units that are nearly equal.
+// The tiles of a product that fall to one of several, in units that are nearly equal, the last ones the
+// smaller: nothing hides their end.
 struct Tiles {
     Span all;
     int units;
     __device__ __forceinline__ Tiles(int count, int most, int of, int many)
         : all(count, of, many), units((all.last - all.first + most - 1) / most) {}
     __device__ __forceinline__ Span of(int unit) const {
-        Span s(all.last - all.first, unit, units);
-        s.first += all.first, s.last += all.first;
-        return s;
+        // Counted from the end.
+        const Span s(all.last - all.first, units - 1 - unit, units);
+        return {all.last - s.last, all.last - s.first};
     }
 };
 

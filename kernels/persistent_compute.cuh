@@ -11,7 +11,6 @@ struct Compute {
     const PersistentArgs& a;
     Shared<U>& s;
     const int tid, lane, warp, wg, rank, cluster, clusters;  // tid: within the warpgroup; warp: likewise
-    static constexpr int kPart = 256;  // K of activations that have a barrier of their own; of QKV, split over the cluster, a half
     Ring<kStages> ring;
     uint32_t acts_parity = 0, inbox_parity = 0, groups = 0, phases = 0, early_parity = 0;
     int rows = 0;  // token rows of this step
@@ -44,7 +43,8 @@ struct Compute {
     }
 
     // Units of a phase are multiplied one after the other, by turns of the warpgroups: whoever is far from the head of the
-    // ring could not tell one round of it from the next. The first two may go together where they fit the ring.
+    // ring could not tell one round of it from the next. The first two may go together where they fit the ring. The turn is
+    // passed while the last piece is multiplied: it has landed, and so has what was in the next one's place.
     __device__ __forceinline__ static bool by_turns(int unit, int pieces) { return unit > 1 || (unit == 1 && 2 * pieces > kStages); }
     __device__ __forceinline__ void take_turn(int unit, int pieces) {
         if (by_turns(unit, pieces)) meet(4 + unit % 2, kComputing);
@@ -54,10 +54,10 @@ struct Compute {
     }
 
     // acc = tokens · weights over pieces [first, last) of CHUNKS chunks, and as many columns as `acc` holds. Each EACH of them
-    // have activations of their own.
-    template <int CHUNKS, int EACH, int REGS>
-    __device__ __forceinline__ void product(float (&acc)[REGS], int last, int first = 0) {
-        constexpr int kPiece = CHUNKS * kChunk, kSteps = kChunk / 16;
+    // have activations of their own. issued(): what can be done while the last piece is multiplied.
+    template <int CHUNKS, int EACH, int REGS, class Issued>
+    __device__ __forceinline__ void product(float (&acc)[REGS], int first, int last, Issued issued) {
+        constexpr int kPiece = CHUNKS * kChunk;
         const uint64_t x = operand(of_warp(smem_address(s.acts)), kOctet, 128);
         uint32_t before = 0;
 #pragma unroll
@@ -70,7 +70,7 @@ struct Compute {
             if (p % EACH == 0) barrier_wait(&s.acts_full[p / EACH], acts_parity);
             mma_begin();
 #pragma unroll
-            for (int k = 0; k < kPiece / 16; k++) mma(acc, here + (k * 2 * kOctet >> 4), w + (k / kSteps * (REGS / 4) * kTile + k % kSteps * 256 >> 4));
+            for (int k = 0; k < kPiece / 16; k++) mma(acc, here + (k * 2 * kOctet >> 4), w + (k / 8 * kNarrow * kTile + k % 8 * 256 >> 4));
             mma_commit();
             if (p > first) {
                 mma_wait<1>();
@@ -79,8 +79,13 @@ struct Compute {
             before = ring.slot;
             ring.next();
         }
+        issued();
         mma_wait<0>();
         if (lane == 0) barrier_arrive(&s.empty[before], 2);
+    }
+    template <int CHUNKS, int EACH, int REGS>
+    __device__ __forceinline__ void product(float (&acc)[REGS], int first, int last) {
+        product<CHUNKS, EACH>(acc, first, last, [] {});
     }
 
     // The lanes of a pair exchange what they have of a tile: four neighbouring columns of the upper row for the even one, of
@@ -175,8 +180,7 @@ struct Compute {
             after(operands);
             float acc[4 * MOST];
             take_turn(u, pieces);
-            product<CHUNKS, EACH>(acc, pieces);
-            pass_turn(u, tiles.units, pieces);
+            product<CHUNKS, EACH>(acc, 0, pieces, [&] { pass_turn(u, tiles.units, pieces); });
             // The ranks have taken what was in their inboxes before. Where both warpgroups have the same one, a unit is let to it when
             // the one before has seen the one before that taken: whoever waits is at most one round behind.
             if (U::kFew && u > 0) meet(7 + u % 2, kComputing);
@@ -205,7 +209,7 @@ struct Compute {
     __device__ __forceinline__ void residual(const float* scale, const float* gate, int pieces, bool init, int to) {
         const int own = tid / 8, part = tid % 8, n = rank * kOwn + own, column = part % 2 * 4;
         const bool valid = own < kOwn && n < (init ? a.horizon : rows);
-        split<kNarrow, U::kLongChunks, kPart / U::kLong>(
+        split<kNarrow, U::kChunks, 2 / U::kChunks>(
             kWidthTiles, pieces,
             [&](Span tiles) {
                 ResidualOperands r = {};
@@ -249,8 +253,8 @@ struct Compute {
         const bool valid = own < kOwn && n < rows;
         const float* const bias = w.qkv_bias;
         const int key = n == a.horizon ? 0 : a.has_state + n;
-        split<kQkv, U::kShortChunks, kPart / 2 / U::kShort>(
-            kQkvTiles, kWidth / kRanks / U::kShort,
+        split<kQkv, 1, 1>(
+            kQkvTiles, 2,
             [&](Span tiles) {
                 QkvOperands r;
 #pragma unroll
@@ -293,10 +297,10 @@ struct Compute {
     // Where clusters are few, all of K is in this block, and no ranks exchange sums: the second warpgroup measures rows and
     // multiplies the last quarter. Everything is added in the order of qkv_split().
     __device__ __forceinline__ void qkv_whole(const LayerArgs& w, int layer) {
-        constexpr int kQuarter = kPart / U::kShort, kLast = 3 * kQuarter;
+        constexpr int kQuarter = kWidth / kChunk / 4, kLast = 3 * kQuarter;
         begin();
         const Tiles tiles(kQkvTiles, kQkv, blockIdx.x, gridDim.x);
-        float4* const last = reinterpret_cast<float4*>(s.inbox) + tid;  // [tiles][128]
+        float4* const last = reinterpret_cast<float4*>(s.inbox) + tid;  // [tiles][kRowThreads]
         const int n = warp * 16 + lane / 4 + lane % 2 * 8, key = n == a.horizon ? 0 : min(a.has_state + n, a.suffix - 1);
         const int first = lane % 4 / 2 * 2;  // of the pairs in a tile
 #pragma unroll 1
@@ -318,10 +322,11 @@ struct Compute {
                 ring.skip(kLast);
                 // Not a round of the ring ahead of the other warpgroup.
                 meet(4, kComputing);
-                product<U::kShortChunks, kQuarter>(acc, kLast + kQuarter, kLast);
+                product<1, kQuarter>(acc, kLast, kLast + kQuarter);
                 if (u > 0) meet(5, kComputing);
 #pragma unroll
-                for (int j = 0; j < kQkv; j++) last[j * 128] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+                for (int j = 0; j < kQkv; j++)
+                    if (tid < kRowThreads) last[j * kRowThreads] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
                 asm volatile("bar.arrive 6, %0;" ::"n"(kComputing) : "memory");
                 continue;
             }
@@ -337,7 +342,7 @@ struct Compute {
             float sum[4 * kQkv] = {};
 #pragma unroll 1
             for (int p = 0; p < kLast; p += kQuarter) {
-                product<U::kShortChunks, kQuarter>(acc, p + kQuarter, p);
+                product<1, kQuarter>(acc, p, p + kQuarter);
                 if (p == kQuarter) asm volatile("bar.arrive 4, %0;" ::"n"(kComputing) : "memory");
 #pragma unroll
                 for (int i = 0; i < 4 * kQkv; i++) sum[i] += acc[i];
@@ -347,7 +352,7 @@ struct Compute {
             const float rinv = s.inverse_rms[n];
 #pragma unroll
             for (int j = 0; j < kQkv; j++) {
-                const float4 q = last[j * 128];
+                const float4 q = tid < kRowThreads ? last[j * kRowThreads] : float4{};
                 sum[4 * j] += q.x, sum[4 * j + 1] += q.y, sum[4 * j + 2] += q.z, sum[4 * j + 3] += q.w;
             }
             if (u + 1 < tiles.units) asm volatile("bar.arrive 5, %0;" ::"n"(kComputing) : "memory");
@@ -378,7 +383,6 @@ struct Compute {
 
     // gelu(gate)·up, all of K in this block; a tile's columns are a gate and its up by turns.
     __device__ __forceinline__ void gate_up(const LayerArgs& w) {
-        constexpr int kPieces = kWidth / U::kShort;
         begin();
         const int g = lane / 4, t = lane % 4, odd = t & 1;
         const Tiles tiles(kMlpTiles, kWide, blockIdx.x, gridDim.x);
@@ -395,7 +399,7 @@ struct Compute {
 #pragma unroll 1
         for (int u = 0; u < tiles.units; u++) {
             if (u % 2 != wg) {
-                ring.skip(kPieces);
+                ring.skip(kWidth / kChunk);
                 continue;
             }
             const Span span = tiles.of(u);
@@ -406,9 +410,8 @@ struct Compute {
                 if (biases && span.first + j < span.last) bias[j] = *reinterpret_cast<const float2*>(biases + (span.first + j) * 8 + 2 * t);
             }
             float acc[4 * kWide];
-            take_turn(u, kPieces);
-            product<U::kShortChunks, kPart / U::kShort>(acc, kPieces);
-            pass_turn(u, tiles.units, kPieces);
+            take_turn(u, kWidth / kChunk);
+            product<1, 2>(acc, 0, kWidth / kChunk, [&] { pass_turn(u, tiles.units, kWidth / kChunk); });
             if (u == 0) meet(6, kComputing);
             const float rinv[2] = {s.inverse_rms[warp * 16 + g], s.inverse_rms[warp * 16 + g + 8]};
             // The four lanes of a row pair exchange what they have of two tiles: each writes four neighbours of one row and tile.
@@ -696,7 +699,7 @@ struct Compute {
                     done(kQuarters, tiles, kMlpTiles / kRanks);
                 }
                 residual(init ? a.steps[step].scale : mlp ? w.end_scale : w.mid_scale, init ? a.time_bias : mlp ? w.end_gate : w.mid_gate,
-                         (init ? kWidth / kRanks : mlp ? kMlp / kRanks : kAttention / kRanks) / U::kLong, init, !init && !mlp);
+                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);
                 done();
             }
         }

@@ -19,9 +19,9 @@ struct Producer {
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         ring.parity = 1;
     }
-    // A product's weights, packed for `count` tiles: of each of this block's units, of `most` tiles at most, `pieces` pieces of
-    // `chunks` chunks, from chunk `first` on.
-    __device__ __forceinline__ void weights(const bf16* packed, int count, const Tiles& tiles, int most, int pieces, int chunks, int first) {
+    // A product's weights, packed for `count` tiles: of each of this block's units `pieces` pieces of `chunks` chunks, from
+    // chunk `first` on.
+    __device__ __forceinline__ void weights(const bf16* packed, int count, const Tiles& tiles, int pieces, int chunks, int first) {
         const size_t apart = static_cast<size_t>(count) * (kTile / 2);  // elements from a chunk to the next
 #pragma unroll 1
         for (int u = 0; u < tiles.units; u++) {
@@ -36,7 +36,7 @@ struct Producer {
 #pragma unroll 1
                 for (int c = 0; c < chunks; c++, from += apart)
                     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                                     smem_address(s.ring[ring.slot] + c * most * kTile)),
+                                     smem_address(s.ring[ring.slot] + c * U::kNarrow * kTile)),
                                  "l"(from), "r"(bytes), "r"(smem_address(full)), "l"(policy)
                                  : "memory");
             }
@@ -72,10 +72,9 @@ struct Producer {
                 if (i >= 0) next = matrix(min(step * count + i + 1, all - 1));
                 // All of K, or a rank's quarter.
                 const bool whole = product == 2 || (U::kFew && product == 0);
-                const int chunks = product % 2 == 0 ? U::kShortChunks : U::kLongChunks;
-                const int pieces = (product == 1 ? kAttention / kRanks : whole ? kWidth : product == 3 ? kMlp / kRanks : kWidth / kRanks) / kChunk / chunks;
-                const int most = U::kShortChunks == 1 || product % 2 != 0 ? U::kNarrow : product == 0 ? U::kQkv : U::kWide;
-                weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow, most,
+                const int chunks = product % 2 == 0 ? 1 : U::kChunks;
+                const int pieces = (product == 1 ? 4 : whole || product == 3 ? 8 : 2) / chunks;
+                weights(w, product == 0 ? kQkvTiles : product == 2 ? kMlpTiles : kWidthTiles, product == 0 ? qkv : product == 2 ? wide : narrow,
                         pieces, chunks, whole ? 0 : rank * pieces * chunks);
                 if (product != 0) continue;
                 const size_t at = i / 4 * a.params->layer_stride + static_cast<size_t>(cut.first_key) * (kRow / 2);

@@ -46,13 +46,13 @@ def edits() -> list[tuple[str, str]]:
     return [
         ("            auto operands = before(span);\n", f"            auto operands = before(span);\n            MARK(phase + {at['operands asked']});\n"),
         ("            after(operands);\n", f"            MARK(phase + {at['activations']});\n            after(operands);\n"),
-        ("            product<CHUNKS, EACH>(acc, pieces);\n", f"            product<CHUNKS, EACH>(acc, pieces);\n            MARK(phase + {at['product']});\n"),
+        ("            product<CHUNKS, EACH>(acc, 0, pieces, [&] { pass_turn(u, tiles.units, pieces); });\n", f"            product<CHUNKS, EACH>(acc, 0, pieces, [&] {{ pass_turn(u, tiles.units, pieces); }});\n            MARK(phase + {at['product']});\n"),
         ("            send_sums(acc, span.last - span.first);\n",
          f"            MARK(phase + {at['inbox free']});\n            send_sums(acc, span.last - span.first);\n            MARK(phase + {at['sent']});\n"),
         ("            finish(span, operands);\n",
          f"            MARK(phase + {at['received']});\n            finish(span, operands);\n            MARK(phase + {at['finished']});\n"),
-        ("            product<U::kShortChunks, kPart / U::kShort>(acc, kPieces);\n",
-         f"            MARK({gate['operands asked']});\n            product<U::kShortChunks, kPart / U::kShort>(acc, kPieces);\n            MARK({gate['product']});\n"),
+        ("            product<1, 2>(acc, 0, kWidth / kChunk, [&] { pass_turn(u, tiles.units, kWidth / kChunk); });\n",
+         f"            MARK({gate['operands asked']});\n            product<1, 2>(acc, 0, kWidth / kChunk, [&] {{ pass_turn(u, tiles.units, kWidth / kChunk); }});\n            MARK({gate['product']});\n"),
         ("            if (u == 0) meet(6, kComputing);\n", f"            if (u == 0) meet(6, kComputing);\n            MARK({gate['received']});\n"),
         ("        acts_parity ^= 1;\n    }\n\n    // Adds the scores of 16", f"        MARK({gate['finished']});\n        acts_parity ^= 1;\n    }}\n\n    // Adds the scores of 16"),
         ("            if (batch == 0) barrier_wait(&s.queries_full, groups & 1);\n",
@@ -83,8 +83,8 @@ def edits() -> list[tuple[str, str]]:
         ("            begin();\n            Flow(", f"            MARK({mark('flow', 'begin')});\n            begin();\n            Flow("),
         ("            if (step == a.step_count) break;\n            done();\n",
          f"            if (step == a.step_count) break;\n            done();\n            MARK({mark('flow', 'done')});\n"),
-        ("                         (init ? kWidth / kRanks : mlp ? kMlp / kRanks : kAttention / kRanks) / U::kLong, init, !init && !mlp);\n                done();\n",
-         f"                         (init ? kWidth / kRanks : mlp ? kMlp / kRanks : kAttention / kRanks) / U::kLong, init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
+        ("                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);\n                done();\n",
+         f"                         (init ? 2 : mlp ? 8 : 4) / U::kChunks, init, !init && !mlp);\n                done();\n                MARK(phase + {at['done']});\n"
          "                if (i / 2 == a.layer_count / 2 && mlp && threadIdx.x == kMarked)\n"
          "                    for (int m = 0; m < kMarks; m++) clocks_of[blockIdx.x][m] = s.clocks[m];\n"),
         ("struct Compute {\n", "struct Compute {\n    int phase = 0;\n"),

@@ -5,8 +5,8 @@
 //   ./decode_harness [--runs N] [CLUSTERS...]       N decodes (200) of each number of clusters, compared step by step
 //
 // With clocks: python3 tools/decode_harness/clocks.py DIR, then nvcc as above with -DCLOCKS -DKERNEL='"DIR/persistent.cu"'.
-// -DPREFIX=788: three views instead of two. -DACTIONS=100: values of an action instead of 32. -DPACKED_K=64: weights in chunks of
-// 64 of K instead of 128, and units of 13 tiles where clusters are at most 12. Results are the same: compare what `bits` says.
+// -DPREFIX=788: three views instead of two. -DACTIONS=100: values of an action instead of 32.
+// Results do not depend on how work is cut: compare what `bits` says.
 #ifndef KERNEL
 #define KERNEL "../../kernels/persistent.cu"
 #endif
@@ -33,18 +33,12 @@
     } while (0)
 
 constexpr int kLayers = 18, kSteps = 10, kHorizon = 50, kSuffix = kHorizon + 1, kCapacity = PREFIX + 300;
-// The kernel for so many clusters: those that have at most five, at most ten, and more tiles of the narrow products.
+// The kernel for so many clusters, by tiles of a unit: see Units.
 constexpr int kPieces = (PREFIX + kRanks * kKeys - 1) / (kRanks * kKeys);
-#if PACKED_K == 64
-constexpr auto kLarge5 = persistent_decode_5_13, kLarge23 = persistent_decode_23_13;
-#else
-constexpr auto kLarge5 = persistent_decode_5_10, kLarge23 = persistent_decode_23_10;
-#endif
-constexpr auto kKernels = kPieces <= 3 ? std::array{persistent_decode_3_5, persistent_decode_5_10, kLarge5}
-                          : kPieces <= 5 ? std::array{persistent_decode_5_5, persistent_decode_5_10, kLarge5}
-                                         : std::array{persistent_decode_23_5, persistent_decode_23_10, kLarge23};
-constexpr auto kKernel = [](int clusters) { return kKernels[(kWidthTiles > 5 * clusters) + (kWidthTiles > 10 * clusters)]; };
-constexpr int kShared = 227 * 1024;
+constexpr auto kKernels = kPieces <= 3 ? std::array{persistent_decode_3_9, persistent_decode_5_10, persistent_decode_5_11}
+                          : kPieces <= 5 ? std::array{persistent_decode_5_9, persistent_decode_5_10, persistent_decode_5_11}
+                                         : std::array{persistent_decode_23_9, persistent_decode_23_10, persistent_decode_23_11};
+constexpr auto kKernel = [](int clusters) { return kKernels[clusters == 12 ? 2 : kWidthTiles > 5 * clusters ? 1 : 0]; };
 constexpr int kActions = ACTIONS, kJoints = ACTIONS / 2 - 2, kChunkFloats = kHorizon * kActions;
 
 __device__ float uniform(size_t i, uint32_t seed) {

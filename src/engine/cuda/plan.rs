@@ -543,12 +543,9 @@ pub(super) const SQUARES: usize = PUBLISHED.width / 8;
 const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
 /// Pieces of keys that a rank has at most.
 const MOST_PIECES: usize = 23;
-/// Tiles of a unit of columns at most, and where clusters are few.
-const UNIT: usize = 5;
-const LARGE_UNIT: usize = 10;
-/// Variants of it: pieces of keys that a rank has at most, of which five fit its ring, and tiles of a unit.
-pub(super) const PERSISTENT_VARIANTS: [(usize, usize); 5] =
-    [(3, UNIT), (5, UNIT), (MOST_PIECES, UNIT), (5, LARGE_UNIT), (MOST_PIECES, LARGE_UNIT)];
+/// Variants of it: pieces of keys that a rank has at most, of which five fit its ring, and tiles of a unit of gate/up.
+pub(super) const PERSISTENT_VARIANTS: [(usize, usize); 7] =
+    [(3, 9), (5, 9), (MOST_PIECES, 9), (5, 10), (MOST_PIECES, 10), (5, 11), (MOST_PIECES, 11)];
 /// Keys of a piece.
 const PIECE_KEYS: usize = 32;
 /// Rows of a prefix at most.
@@ -585,7 +582,12 @@ pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Resu
 /// Variant of the persistent decoder for a prefix of so many rows on so many clusters, of [`PERSISTENT_VARIANTS`]. Sums and
 /// their order are those of any other.
 pub(super) fn persistent(prefix: usize, clusters: usize) -> usize {
-    let unit = if (PUBLISHED.width / 8).div_ceil(clusters.max(1)) > UNIT { LARGE_UNIT } else { UNIT };
+    // As many as leave the fewest units. 12 clusters have 22 tiles of gate/up a block, which are two units of 11.
+    let unit = match clusters {
+        26.. => 9,
+        12 => 11,
+        _ => 10,
+    };
     let fits = |&(pieces, tiles): &(usize, usize)| tiles == unit && prefix <= RANKS * pieces * PIECE_KEYS;
     PERSISTENT_VARIANTS.iter().position(fits).unwrap_or(PERSISTENT_VARIANTS.len() - 1)
 }
@@ -723,7 +725,8 @@ mod tests {
         let variants = |clusters| [1, 384, 385, 640, 641, PERSISTENT_PREFIX].map(|rows| persistent(rows, clusters));
         assert_eq!(variants(30), [0, 0, 1, 1, 2, 2], "rows that fit three and five pieces a rank");
         assert_eq!(variants(25), [3, 3, 3, 3, 4, 4], "six of the width's 128 tiles for some of 25 clusters");
-        assert_eq!([26, 13, 1].map(|clusters| persistent(532, clusters)), [1, 3, 3]);
+        assert_eq!([26, 13, 12, 11, 1].map(|clusters| persistent(532, clusters)), [1, 3, 5, 3, 3]);
+        assert_eq!(persistent(788, 12), 6);
         dims.horizon = 2;
         assert_eq!(clusters(&dims, 33), 16, "eight heads of two rows");
         // Rows of keys that go to shared memory many at once meet every bank once, and are whole 16-byte pieces.
