@@ -38,12 +38,10 @@ WGMMA(wgmma, 40, 20, 20, 21, 22, 0)
 WGMMA(wgmma, 72, 36, 36, 37, 38, 0)
 WGMMA(wgmma, 96, 48, 48, 49, 50, 0)
 WGMMA(wgmma, 104, 52, 52, 53, 54, 0)
-WGMMA(wgmma, 112, 56, 56, 57, 58, 0)
 WGMMA(wgmma_rows, 40, 20, 20, 21, 22, 1)
 WGMMA(wgmma_rows, 72, 36, 36, 37, 38, 1)
 WGMMA(wgmma_rows, 96, 48, 48, 49, 50, 1)
 WGMMA(wgmma_rows, 104, 52, 52, 53, 54, 1)
-WGMMA(wgmma_rows, 112, 56, 56, 57, 58, 1)
 
 // Sums of a matrix instruction are not looked at before this.
 template <int M>
@@ -103,7 +101,7 @@ struct Wide {
     static constexpr int kKeys = 64 * kDim * 2, kValues = 64 * 64 * 2, kWeights = N * 128;  // bytes of a tile
     static constexpr int kWeightsAt = 2 * kKeys, kLateAt = kWeightsAt + kMost * kWeights;
     static constexpr int kQueriesAt = kWeightsAt + 3 * kKeys;
-    static constexpr int kLate = N > 104 ? 1 : N > 96 ? 2 : N > 72 ? 3 : 4, kSlots = 4 + kLate;
+    static constexpr int kLate = N > 96 ? 2 : N > 72 ? 3 : 4, kSlots = 4 + kLate;
     static constexpr int kLateEnd = kLateAt + 2 * kLate * kValues, kQueriesEnd = kQueriesAt + N * kDim * 2;
     static constexpr int kEnd = kLateEnd > kQueriesEnd ? kLateEnd : kQueriesEnd;
     static_assert(N % 8 == 0 && kEnd + 1024 + 12 * N * 4 + 16 <= 227 * 1024, "shared memory");
@@ -396,4 +394,3 @@ ATTENTION_WIDE(40)
 ATTENTION_WIDE(72)
 ATTENTION_WIDE(96)
 ATTENTION_WIDE(104)
-ATTENTION_WIDE(112)
