@@ -315,8 +315,7 @@ impl Lt {
         status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE
     }
 
-    /// What the library proposes for a share. The best on shares of 76 to 108 of an H200's SMs, for the down product of the trunk,
-    /// were among these.
+    /// What the library proposes for a share.
     fn proposed_for_share(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
         let sms = self.lane.sms();
         if sms >= self.lane.device().sms() {

@@ -792,8 +792,11 @@ mod tests {
         for tokens in 1..2100 {
             for sms in [17, 64, 132] {
                 let p = geglu_wide(tokens, 16384, 2048, sms).unwrap();
-                let n = GEGLU_TOKENS[p.variant].0;
-                assert!((p.token_tiles - 1) * n < tokens && tokens <= p.token_tiles * n, "{tokens} on {sms}");
+                let (n, short) = GEGLU_TOKENS[p.variant];
+                for (tiles, n) in [(p.token_tiles, n), (p.short_tiles, short)] {
+                    assert!((tiles - 1) * n < tokens && tokens <= tiles * n, "{tokens} on {sms}");
+                }
+                assert!(p.first_short <= p.weight_tiles, "{tokens} on {sms}");
                 // 227 KB, less the barriers that the kernel declares.
                 assert!(p.shared + 1024 <= 227 * 1024, "{tokens} on {sms}");
             }
