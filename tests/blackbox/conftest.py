@@ -145,6 +145,6 @@ def play_bag() -> Callable[[Path, NodeUnderTest], None]:
         node.wait(armed.done, "answer to arming")
         assert armed.result().success, armed.result().message
         for publisher in everybody:
-            ros.destroy_publisher(publisher)
+            node.robot.destroy(publisher)
 
     return play

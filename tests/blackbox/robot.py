@@ -21,8 +21,10 @@ from builtin_interfaces.msg import Time as TimeMessage
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -103,7 +105,14 @@ class IdealRobot:
 
     def stop_listening(self) -> None:
         """The controller is gone: nobody is subscribed to the commands any more."""
-        self.node.destroy_subscription(self._commands)
+        self.destroy(self._commands)
+
+    def destroy(self, entity: Publisher | Subscription) -> None:
+        """Ends it in the thread that spins: another would take it from under the wait set, and rclpy then raises there."""
+        end = self.node.destroy_publisher if isinstance(entity, Publisher) else self.node.destroy_subscription
+        gone = threading.Event()
+        self._executor.create_task(end, entity).add_done_callback(lambda _: gone.set())
+        assert gone.wait(10.0), f"{entity.topic_name} was not given up"
 
     def close(self) -> None:
         self._stop.set()

@@ -58,7 +58,7 @@ def wait_until_there(node, robot) -> None:
     listener = robot.node.create_subscription(JointState, "joint_states", heard.append, 10)
     goal = robot.trajectories()[-1].positions[-1]
     node.wait(lambda: heard and np.allclose(heard[-1].position, goal, atol=1e-6), "the robot where the last command led")
-    robot.node.destroy_subscription(listener)
+    robot.destroy(listener)
 
 
 def test_robot_process_stopped_and_continued(start_node, robot, robot_process):
@@ -215,7 +215,7 @@ def test_second_publisher_on_the_command_topic(start_node, robot):
     assert not refused.success
     assert says in refused.message, refused.message
 
-    robot.node.destroy_publisher(other)
+    robot.destroy(other)
     node.wait(lambda: node.enable().success, "arming alone on the topic")
     robot.wait_for(robot.count() + 30)
 

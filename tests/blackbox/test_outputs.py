@@ -84,11 +84,11 @@ def test_a_rival_on_one_of_two_groups_is_named_with_its_topic(start_node, robot)
     says = "somebody else publishes on /elsewhere/arm, the topic of output 'arm': stop /ideal_robot"
     node = start_node(*remap, name="/left/pi0_mps", **SPLIT)
     node.wait_for_diagnostic("safety", b"\x01", says)
-    robot.node.destroy_publisher(rival)
+    robot.destroy(rival)
     rival = robot.node.create_publisher(Float64MultiArray, "/left/gripper_controller/commands", 1)
     says = "somebody else publishes on /left/gripper_controller/commands, the topic of output 'gripper': stop /ideal_robot"
     node.wait_for_diagnostic("safety", b"\x01", says)
-    robot.node.destroy_publisher(rival)
+    robot.destroy(rival)
 
 
 def test_two_robots_in_two_namespaces(start_node, robot):
