@@ -175,14 +175,14 @@ fn a_policy_says_where_it_looked_for_statistics_and_tokenizer() {
         "stats.json",
         "assets/**/norm_stats.json",
         "normalize_inputs",
-        "--norm-stats",
+        "the parameter norm_stats",
     ] {
         assert!(e.contains(file), "{file} is not in: {e}");
     }
     dir.lerobot(&mean_std());
     std::fs::remove_file(dir.path("tokenizer.json")).unwrap();
     let e = dir.refusal(&PolicyOptions::default());
-    assert!(e.contains("tokenizer/tokenizer.json") && e.contains("--tokenizer"), "{e}");
+    assert!(e.contains("tokenizer/tokenizer.json") && e.contains("the parameter tokenizer"), "{e}");
     let e = dir.refusal(&PolicyOptions { tokenizer: Some(dir.path("t.json")), ..PolicyOptions::default() });
     assert!(e.contains("t.json"), "{e}");
 }
@@ -322,12 +322,16 @@ fn an_openpi_policy_has_its_slots_statistics_and_formula() {
     let dir = Dir::new("pi0_tiny");
     dir.openpi().tokenizer().write("assets/arm/norm_stats.json", &openpi_stats(6));
     let e = dir.refusal(&PolicyOptions::default());
-    assert!(e.contains("action mode"), "{e}");
-    let mask = vec![true, true, true, true, true, false];
-    let p = dir.open_with(&PolicyOptions { action_mask: Some(mask.clone()), ..PolicyOptions::default() }).unwrap();
+    assert!(e.contains("action_mode"), "{e}");
+    let delta = |absolute_actions| PolicyOptions {
+        action_mode: ActionMode::Delta,
+        absolute_actions,
+        ..PolicyOptions::default()
+    };
+    let p = dir.open_with(&delta(vec![5])).unwrap();
     assert_eq!(p.cameras(), ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]);
     assert_eq!((p.state_len(), p.action_len(), p.preprocessor().resampler()), (6, 6, Resampler::OpenPi));
-    assert_eq!(p.relative_actions(), mask);
+    assert_eq!(p.relative_actions(), [true, true, true, true, true, false]);
     let mut robot = [0.0; 6];
     p.to_robot(&[1.0; 8], &[10.0; 6], &mut robot).unwrap();
     let value = 1.0 * (0.5 + 1e-6) - 0.5;
@@ -360,12 +364,12 @@ fn a_foreign_tokenizer_is_refused_by_its_ids() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Robot to model to robot, for each formula and mask: what guided chunking does with a leftover.
+    /// Robot to model to robot, for each formula and choice of absolute joints: what guided chunking does with a leftover.
     #[test]
     fn robot_units_come_back(
         actions in prop::collection::vec(-10.0f64..10.0, 8..40),
         state in prop::collection::vec(-3.0f64..3.0, 8),
-        mask in prop::collection::vec(any::<bool>(), 8),
+        absolute in prop::collection::btree_set(0usize..8, 0..8),
         quantiles in any::<bool>(),
         openpi in any::<bool>(),
     ) {
@@ -376,7 +380,12 @@ proptest! {
             let mode = if quantiles { "QUANTILES" } else { "MEAN_STD" };
             dir.tokenizer().lerobot(&json!({"STATE": mode, "ACTION": mode}));
         }
-        let p = dir.open_with(&PolicyOptions { action_mask: Some(mask), ..PolicyOptions::default() }).unwrap();
+        let options = PolicyOptions {
+            action_mode: ActionMode::Delta,
+            absolute_actions: absolute.into_iter().collect(),
+            ..PolicyOptions::default()
+        };
+        let p = dir.open_with(&options).unwrap();
         let rows = actions.len() / 8;
         let actions = &actions[..rows * 8];
         let mut model = vec![0.0f32; rows * 8];

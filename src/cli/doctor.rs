@@ -10,7 +10,9 @@ use serde::Serialize;
 use super::CliError;
 use crate::engine::Device;
 use crate::model::{Checkpoint, Policy, PolicyOptions};
-use crate::params::{Params, Value, yaml};
+use crate::node::SteppedNode;
+use crate::params::{DefaultValue, Params, Settings, Value, spec, yaml};
+use crate::rt::rights::{self, Right};
 
 /// Looks at this machine and, where given, at a checkpoint and a parameter file.
 #[derive(Debug, clap::Args)]
@@ -18,13 +20,18 @@ pub struct Args {
     /// Checkpoint directory to check: tensors, tokenizer, normalisation statistics.
     #[arg(long)]
     checkpoint: Option<PathBuf>,
-    /// ROS parameter file (YAML) to check against the parameter table.
-    #[arg(long)]
-    params_file: Option<PathBuf>,
+    /// ROS parameter file (YAML) to check against the parameter table, and the checkpoint against it. May be given again:
+    /// a later file goes on top of the ones before.
+    #[arg(long = "params-file", value_name = "FILE")]
+    params_files: Vec<PathBuf>,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
 }
+
+/// Any of these gives Fast DDS other transports than its default: versions 2 and 3, and both.
+const PROFILES: [&str; 3] =
+    ["FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS"];
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -54,19 +61,36 @@ impl Finding {
     fn new(check: &'static str, verdict: Verdict, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { check, verdict, found: found.into(), remedy: remedy.into() }
     }
+
+    /// A right that the node asks for, and runs without where it is denied.
+    fn right(check: &'static str, right: Right) -> Self {
+        match right {
+            Right::Granted(what) => Self::ok(check, what),
+            Right::Denied { reason, remedy } => Self::new(check, Verdict::Warn, reason, remedy),
+        }
+    }
 }
 
 /// Runs the checks; the exit code is 0 unless one of them is an error.
 pub fn run(args: &Args) -> Result<(), CliError> {
+    let files: Vec<String> = args.params_files.iter().map(|f| f.display().to_string()).collect();
+    let checked = (!files.is_empty()).then(|| params(&args.params_files, args.checkpoint.as_deref()));
+    let settings = checked.as_ref().and_then(|c| c.as_ref().ok());
     let mut findings = machine();
+    findings.extend(granted(settings.map_or(default_priority(), |s| s.process.rt_priority)));
     findings.extend(ros(|name| std::env::var(name).ok()));
     findings.push(gpu());
     findings.extend(mps::findings());
     if let Some(dir) = &args.checkpoint {
-        findings.extend(checkpoint(dir));
+        findings.extend(checkpoint(dir, settings));
     }
-    if let Some(file) = &args.params_file {
-        findings.push(params_file(file, args.checkpoint.as_deref()));
+    if let Some(checked) = &checked {
+        findings.push(match checked {
+            Ok(_) => Finding::ok("parameter file", files.join(", ")),
+            Err(problems) => {
+                Finding::new("parameter file", Verdict::Error, format!("{}: {problems}", files.join(", ")), "")
+            }
+        });
     }
     let worst = findings.iter().map(|f| f.verdict).max().unwrap_or(Verdict::Ok);
     if args.json {
@@ -101,15 +125,6 @@ fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|s| s.trim().to_owned())
 }
 
-/// The soft limit of a line of /proc/self/limits; `None` when it is missing, `u64::MAX` when unlimited.
-fn soft_limit(limits: &str, name: &str) -> Option<u64> {
-    let rest = limits.lines().find_map(|l| l.strip_prefix(name))?;
-    match rest.split_whitespace().next()? {
-        "unlimited" => Some(u64::MAX),
-        n => n.parse().ok(),
-    }
-}
-
 /// Kilobytes of a line of /proc/meminfo.
 fn meminfo_kb(meminfo: &str, name: &str) -> Option<u64> {
     meminfo.lines().find_map(|l| l.strip_prefix(name))?.trim_start_matches(':').split_whitespace().next()?.parse().ok()
@@ -122,19 +137,6 @@ fn machine() -> Vec<Finding> {
         Finding::ok("cores", cores.to_string())
     } else {
         Finding::new("cores", Verdict::Warn, "1", "the control loop shares its core with inference: use two or more")
-    });
-    let limits = read("/proc/self/limits").unwrap_or_default();
-    let status = read("/proc/self/status").unwrap_or_default();
-    out.push(realtime(&limits, &status));
-    out.push(match soft_limit(&limits, "Max locked memory") {
-        Some(bytes) if bytes >= 64 << 20 || is_root(&status) => Finding::ok("memory locking", "allowed"),
-        Some(bytes) => Finding::new(
-            "memory locking",
-            Verdict::Warn,
-            format!("limited to {} KiB", bytes >> 10),
-            "add '<user> - memlock unlimited' to /etc/security/limits.conf and log in again",
-        ),
-        None => Finding::new("memory locking", Verdict::Note, "unknown", "/proc/self/limits cannot be read"),
     });
     out.push(if read("/sys/kernel/realtime").as_deref() == Some("1") {
         Finding::ok("kernel", "PREEMPT_RT")
@@ -159,21 +161,20 @@ fn machine() -> Vec<Finding> {
     out
 }
 
-fn is_root(status: &str) -> bool {
-    status.lines().find_map(|l| l.strip_prefix("Uid:")).and_then(|l| l.split_whitespace().nth(1)) == Some("0")
+/// What the node asks for where no parameter file says otherwise.
+fn default_priority() -> Option<u8> {
+    match spec("rt_priority").map(|s| s.default) {
+        Some(DefaultValue::Int(priority)) => u8::try_from(priority).ok().filter(|p| *p > 0),
+        _ => None,
+    }
 }
 
-fn realtime(limits: &str, status: &str) -> Finding {
-    match soft_limit(limits, "Max realtime priority") {
-        Some(p) if p > 0 => Finding::ok("SCHED_FIFO", format!("allowed up to priority {p}")),
-        _ if is_root(status) => Finding::ok("SCHED_FIFO", "allowed (root)"),
-        _ => Finding::new(
-            "SCHED_FIFO",
-            Verdict::Warn,
-            "not allowed",
-            "add '<user> - rtprio 98' to /etc/security/limits.conf and log in again",
-        ),
-    }
+/// Real-time rights, asked for as the node asks: what a limit or a user id promises, a container may still refuse.
+fn granted(priority: Option<u8>) -> Vec<Finding> {
+    let scheduled = priority.and_then(|p| std::thread::spawn(move || rights::fifo(p.into())).join().ok());
+    let mut out: Vec<Finding> = scheduled.map(|right| Finding::right("SCHED_FIFO", right)).into_iter().collect();
+    out.push(Finding::right("memory locking", rights::may_lock_memory()));
+    out
 }
 
 fn ros(var: impl Fn(&str) -> Option<String>) -> Vec<Finding> {
@@ -187,12 +188,13 @@ fn ros(var: impl Fn(&str) -> Option<String>) -> Vec<Finding> {
     };
     let rmw = var("RMW_IMPLEMENTATION").unwrap_or_else(|| "rmw_fastrtps_cpp".into());
     let mut out = vec![Finding::ok("ROS 2", format!("{distro}, {rmw}"))];
-    if rmw.contains("fastrtps") && var("FASTDDS_DEFAULT_PROFILES_FILE").is_none() {
+    if rmw.contains("fastrtps") && PROFILES.iter().all(|name| var(name).is_none()) {
         out.push(Finding::new(
             "image transport",
             Verdict::Warn,
             "Fast DDS with its default 512 KiB shared-memory segment: larger best-effort images are lost",
-            "export FASTDDS_DEFAULT_PROFILES_FILE=<share>/config/fastdds.xml on both sides",
+            "export FASTRTPS_DEFAULT_PROFILES_FILE (up to Jazzy) or FASTDDS_DEFAULT_PROFILES_FILE (later), on both sides: \
+             <share>/config/fastdds.xml",
         ));
     }
     out
@@ -205,7 +207,7 @@ fn gpu() -> Finding {
     }
 }
 
-fn checkpoint(dir: &Path) -> Vec<Finding> {
+fn checkpoint(dir: &Path, settings: Option<&Settings>) -> Vec<Finding> {
     let loaded = match Checkpoint::open(dir) {
         Ok(c) => c,
         Err(e) => {
@@ -226,58 +228,79 @@ fn checkpoint(dir: &Path) -> Vec<Finding> {
         d.expert.layers,
         d.expert.width
     );
-    let policy = match Policy::open(&loaded, dir, &PolicyOptions::default()) {
-        Ok(p) => Finding::ok(
-            "policy",
-            format!("cameras {}; {} state and {} action values", p.cameras().join(", "), p.state_len(), p.action_len()),
-        ),
-        Err(e) => Finding::new("policy", Verdict::Error, e.to_string(), ""),
+    let mut out = vec![if loaded.config().horizon.is_some() {
+        Finding::ok("checkpoint", found)
+    } else {
+        Finding::new(
+            "checkpoint",
+            Verdict::Warn,
+            format!("{found}, which is assumed: config.json gives neither 'chunk_size' nor 'action_horizon'"),
+            "write \"action_horizon\": N of the training configuration into config.json",
+        )
+    }];
+    if loaded.state_in_prompt_is_assumed() {
+        out.push(Finding::new(
+            "state in the prompt",
+            Verdict::Warn,
+            "assumed: config.json does not give 'discrete_state_input'",
+            "write \"discrete_state_input\": true or false into config.json, as in the training configuration (pi05_libero: false)",
+        ));
+    }
+    let policy = match settings {
+        Some(settings) => SteppedNode::policy(settings, &loaded).map_err(|e| e.to_string()),
+        None => Policy::open(&loaded, dir, &PolicyOptions::default()).map_err(|e| e.to_string()),
     };
-    vec![Finding::ok("checkpoint", found), policy]
+    out.push(match policy {
+        Ok(p) => {
+            let cameras = p.cameras().join(", ");
+            let (state, action) = (p.state_len(), p.action_len());
+            let fits = if settings.is_some() { "; cameras and joints of the parameter file fit" } else { "" };
+            Finding::ok("policy", format!("cameras {cameras}; {state} state and {action} action values{fits}"))
+        }
+        Err(e) if settings.is_none() => {
+            Finding::new("policy", Verdict::Error, e, "what parameters say of it is read from --params-file")
+        }
+        Err(e) => Finding::new("policy", Verdict::Error, e, ""),
+    });
+    out
 }
 
-/// Checks a params file as the node would; a checkpoint given to this tool counts as given, since a launch file does
-/// the same.
-fn params_file(file: &Path, checkpoint: Option<&Path>) -> Finding {
-    let read = fs::read_to_string(file).map_err(|e| e.to_string());
-    let problems = match read.and_then(|text| yaml::overrides(&text, "pi0_mps")) {
-        Err(e) => vec![e],
-        Ok(mut given) => {
-            if let Some(dir) = checkpoint {
-                given.push(("checkpoint".into(), Value::String(dir.display().to_string())));
-            }
-            let checked = Params::from_overrides(given);
-            checked.err().unwrap_or_default().iter().map(ToString::to_string).collect()
-        }
-    };
-    if problems.is_empty() {
-        Finding::ok("parameter file", file.display().to_string())
-    } else {
-        Finding::new("parameter file", Verdict::Error, format!("{}: {}", file.display(), problems.join("; ")), "")
+/// What params files set, checked as the node would; a checkpoint given to this tool counts as given, since a launch
+/// file does the same.
+fn params(files: &[PathBuf], checkpoint: Option<&Path>) -> Result<Settings, String> {
+    let mut given = Vec::new();
+    for file in files {
+        let text = fs::read_to_string(file).map_err(|e| e.to_string())?;
+        given.extend(yaml::overrides(&text, "pi0_mps")?);
     }
+    if let Some(dir) = checkpoint {
+        given.push(("checkpoint".into(), Value::String(dir.display().to_string())));
+    }
+    let params = Params::from_overrides(given)
+        .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
+    Ok(params.settings())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const LIMITS: &str = "Max locked memory         65536                65536                bytes     \n\
-                          Max realtime priority     0                    0                              \n";
-
     #[test]
-    fn limits_are_read_as_the_kernel_writes_them() {
-        assert_eq!(soft_limit(LIMITS, "Max locked memory"), Some(65536));
-        assert_eq!(soft_limit(LIMITS, "Max realtime priority"), Some(0));
-        assert_eq!(soft_limit("Max locked memory  unlimited unlimited bytes", "Max locked memory"), Some(u64::MAX));
-        assert_eq!(soft_limit(LIMITS, "Max nonsense"), None);
+    fn a_right_that_is_denied_comes_with_its_remedy() {
+        let denied = Right::Denied { reason: "SCHED_FIFO 40: no".into(), remedy: "add rtprio".into() };
+        let f = Finding::right("SCHED_FIFO", denied);
+        assert_eq!((f.verdict, f.remedy.as_str()), (Verdict::Warn, "add rtprio"));
+        assert_eq!(Finding::right("SCHED_FIFO", Right::Granted("SCHED_FIFO 40".into())).verdict, Verdict::Ok);
     }
 
     #[test]
-    fn a_right_that_is_missing_comes_with_its_remedy() {
-        let f = realtime(LIMITS, "Uid:\t1000\t1000\t1000\t1000");
-        assert_eq!(f.verdict, Verdict::Warn);
-        assert!(f.remedy.contains("rtprio"));
-        assert_eq!(realtime(LIMITS, "Uid:\t0\t0\t0\t0").verdict, Verdict::Ok);
+    fn rights_are_those_that_the_node_would_get() {
+        let priority = default_priority();
+        let asked = granted(priority);
+        let node = std::thread::spawn(move || rights::fifo(priority.unwrap().into())).join().unwrap();
+        assert_eq!(asked[0], Finding::right("SCHED_FIFO", node));
+        assert_eq!(asked.len(), 2);
+        assert_eq!(granted(None).len(), 1, "priority 0 asks for none");
     }
 
     #[test]
@@ -289,6 +312,10 @@ mod tests {
                 _ => None,
             }
         };
+        for name in PROFILES {
+            let set = |n: &str| (n == name).then(|| "file".to_owned()).or_else(|| env("rmw_fastrtps_cpp")(n));
+            assert_eq!(ros(set).len(), 1, "{name}");
+        }
         assert_eq!(ros(env("rmw_fastrtps_cpp")).len(), 2);
         assert_eq!(ros(env("rmw_cyclonedds_cpp")).len(), 1);
         assert_eq!(ros(|_| None)[0].verdict, Verdict::Note);

@@ -9,7 +9,7 @@ choice! {
     /// Whether the policy's actions are positions or differences from the state.
     #[derive(Default)]
     ActionMode {
-        /// As the checkpoint says. openpi's do not say: they need one of the others or a mask.
+        /// As the checkpoint says. openpi's do not say: they need one of the others.
         #[default]
         Auto = "auto",
         /// All positions.
@@ -22,58 +22,62 @@ choice! {
 /// LeRobot's default of `relative_exclude_joints`.
 const EXCLUDED: &str = "gripper";
 
-/// Which action dimensions are relative: an explicit mask first, then the mode, then what the checkpoint says.
+/// Which action dimensions are relative: by the mode, else by what the checkpoint says, and never those of `absolute`.
 pub(super) fn relative_mask(
     config: &PolicyConfig,
     processors: &Processors,
     origin: Origin,
     mode: ActionMode,
-    explicit: Option<&[bool]>,
+    absolute: &[usize],
     len: usize,
 ) -> Result<Vec<bool>, ModelError> {
-    let refuse = |setting, reason: &str| Err(ModelError::Setting { setting, reason: reason.into() });
-    if let Some(mask) = explicit {
-        if mode == ActionMode::Absolute {
-            return refuse("action mask", "given with action mode 'absolute', which has no relative joints; drop one");
-        }
-        if mask.len() != len {
-            return Err(ModelError::Length { what: "action mask", expected: len, found: mask.len() });
-        }
-        return Ok(mask.to_vec());
-    }
     let configured = processors.relative.as_ref().map_or(config.use_relative_actions, |r| r.enabled);
-    match (mode, origin) {
-        (ActionMode::Absolute, _) => return Ok(vec![false; len]),
-        (ActionMode::Auto, Origin::LeRobot) if !configured => return Ok(vec![false; len]),
+    let mut relative = match (mode, origin) {
+        (ActionMode::Absolute, _) => vec![false; len],
+        (ActionMode::Auto, Origin::LeRobot) if !configured => vec![false; len],
         (ActionMode::Auto, Origin::OpenPi) => {
-            return refuse(
-                "action mode",
-                "an openpi checkpoint does not say whether its actions are positions or differences from the state; \
-                 give 'absolute', or a mask of the joints that are relative (as in its training configuration)",
-            );
+            return Err(ModelError::Setting {
+                setting: "action_mode",
+                reason: "an openpi checkpoint does not say whether its actions are positions or differences from the \
+                         state; give 'absolute' or 'delta', as in its training configuration"
+                    .into(),
+            });
         }
         (ActionMode::Delta, Origin::OpenPi) => {
-            return refuse(
-                "action mask",
-                "needed with action mode 'delta': which joints are relative (usually all \
-                          but the gripper)",
-            );
+            if absolute.is_empty() {
+                tracing::warn!(
+                    "action_mode 'delta' without action_absolute_joints: every joint is relative. openpi's training \
+                     configurations leave grippers absolute most often: name them if this one did"
+                );
+            }
+            vec![true; len]
         }
-        _ => {}
+        (ActionMode::Auto | ActionMode::Delta, Origin::LeRobot) => not_excluded(config, processors, absolute, len),
+    };
+    for i in absolute {
+        // An index past the actions is refused where joints are bound to them.
+        if let Some(r) = relative.get_mut(*i) {
+            *r = false;
+        }
     }
+    Ok(relative)
+}
+
+/// LeRobot's mask: all but those whose names hold an excluded word.
+fn not_excluded(config: &PolicyConfig, processors: &Processors, absolute: &[usize], len: usize) -> Vec<bool> {
     let step = processors.relative.as_ref();
     let names = action_names(config, processors);
     let excluded = step.map(|r| &r.exclude_joints).or(config.relative_exclude_joints.as_ref());
     let excluded = excluded.cloned().unwrap_or_else(|| vec![EXCLUDED.into()]);
     let excluded: Vec<String> = excluded.into_iter().filter(|e| !e.is_empty()).map(|e| e.to_lowercase()).collect();
     let Some(names) = names else {
-        if !excluded.is_empty() {
+        if !excluded.is_empty() && absolute.is_empty() {
             tracing::warn!(
                 "relative actions: {excluded:?} should stay absolute, but the checkpoint has no 'action_feature_names': \
-                 every joint is relative, as in LeRobot; give a mask if that is wrong"
+                 every joint is relative, as in LeRobot; if that is wrong, name them in action_absolute_joints"
             );
         }
-        return Ok(vec![true; len]);
+        return vec![true; len];
     };
     let relative = |i| {
         names.get(i).is_none_or(|n: &String| {
@@ -81,7 +85,7 @@ pub(super) fn relative_mask(
             !excluded.iter().any(|e| n.contains(e.as_str()))
         })
     };
-    Ok((0..len).map(relative).collect())
+    (0..len).map(relative).collect()
 }
 
 /// Names of the action dimensions, where the checkpoint has them.
@@ -107,7 +111,7 @@ impl ActionTransform {
         }
         if let Some(i) = relative.iter().rposition(|r| *r).filter(|i| *i >= state_len) {
             let reason = format!("action {i} is relative, but the state has only {state_len} values");
-            return Err(ModelError::Setting { setting: "action mask", reason });
+            return Err(ModelError::Setting { setting: "action_mode", reason });
         }
         if norm.len() > padded {
             return Err(ModelError::Length { what: "actions", expected: padded, found: norm.len() });
@@ -183,7 +187,7 @@ mod tests {
     use crate::model::stats::RelativeStep;
 
     fn mask(config: &PolicyConfig, processors: &Processors, mode: ActionMode) -> Result<Vec<bool>, ModelError> {
-        relative_mask(config, processors, Origin::LeRobot, mode, None, 3)
+        relative_mask(config, processors, Origin::LeRobot, mode, &[], 3)
     }
 
     #[test]
@@ -207,16 +211,29 @@ mod tests {
 
     #[test]
     fn openpi_must_be_told() {
-        let ask = |mode, explicit| {
+        let ask = |mode, absolute: &[usize]| {
             let (c, p) = (PolicyConfig::default(), Processors::default());
-            relative_mask(&c, &p, Origin::OpenPi, mode, explicit, 2).map_err(|e| e.to_string())
+            relative_mask(&c, &p, Origin::OpenPi, mode, absolute, 2).map_err(|e| e.to_string())
         };
-        assert!(ask(ActionMode::Auto, None).unwrap_err().contains("action mode"));
-        assert!(ask(ActionMode::Delta, None).unwrap_err().contains("action mask"));
-        assert_eq!(ask(ActionMode::Absolute, None).unwrap(), [false, false]);
-        assert_eq!(ask(ActionMode::Auto, Some(&[true, false])).unwrap(), [true, false]);
-        assert!(ask(ActionMode::Absolute, Some(&[true, false])).unwrap_err().contains("drop one"));
-        assert!(ask(ActionMode::Delta, Some(&[true])).unwrap_err().contains("expected 2"));
+        assert!(ask(ActionMode::Auto, &[]).unwrap_err().contains("action_mode"));
+        assert!(ask(ActionMode::Auto, &[1]).unwrap_err().contains("action_mode"), "which are absolute is not whether");
+        assert_eq!(ask(ActionMode::Absolute, &[]).unwrap(), [false, false]);
+        assert_eq!(ask(ActionMode::Absolute, &[1]).unwrap(), [false, false]);
+        assert_eq!(ask(ActionMode::Delta, &[]).unwrap(), [true, true]);
+        assert_eq!(ask(ActionMode::Delta, &[1, 7]).unwrap(), [true, false]);
+    }
+
+    #[test]
+    fn naming_a_joint_absolute_makes_no_other_relative() {
+        let names = ["shoulder.pos", "gripper.pos", "wrist.pos"].map(Into::into).into();
+        let mut c = PolicyConfig { action_feature_names: Some(names), ..PolicyConfig::default() };
+        let ask = |c: &PolicyConfig, mode, absolute: &[usize]| {
+            relative_mask(c, &Processors::default(), Origin::LeRobot, mode, absolute, 3).unwrap()
+        };
+        assert_eq!(ask(&c, ActionMode::Auto, &[1]), [false, false, false], "the policy is absolute");
+        assert_eq!(ask(&c, ActionMode::Delta, &[2]), [true, false, false], "the checkpoint's exclusion holds, too");
+        c.use_relative_actions = true;
+        assert_eq!(ask(&c, ActionMode::Auto, &[2]), [true, false, false]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::rt::rights;
 
 use super::graph::{self, Extra, Shapes, TOKEN_TABLES};
 use super::tensor::Mapped;
-use super::{Dims, Dtype, ModelError, Origin, PolicyConfig, Tensor};
+use super::{Dims, Dtype, Family, ModelError, Origin, PolicyConfig, Tensor};
 
 /// An opened checkpoint. The tensors stay in the mapped file: opening costs no memory for weights.
 #[derive(Debug)]
@@ -118,6 +118,13 @@ impl Checkpoint {
     /// What config.json says; all unset where there is none.
     pub fn config(&self) -> &PolicyConfig {
         &self.config
+    }
+
+    /// Whether it is not known if a π0.5 policy reads the state in its prompt. LeRobot's always do; openpi's converter
+    /// does not write what the training configuration said.
+    pub fn state_in_prompt_is_assumed(&self) -> bool {
+        let unsaid = self.config.discrete_state_input.is_none();
+        self.dims.family == Family::Pi05 && self.origin == Origin::OpenPi && unsaid
     }
 
     /// Who wrote it.

@@ -16,8 +16,8 @@ pub struct PolicyOptions {
     pub norm_stats: Option<PathBuf>,
     /// Whether actions are relative to the state.
     pub action_mode: ActionMode,
-    /// Which actions are relative, one entry a dimension; overrides what the checkpoint says.
-    pub action_mask: Option<Vec<bool>>,
+    /// Dimensions of the action that are absolute whatever the others are.
+    pub absolute_actions: Vec<usize>,
 }
 
 /// openpi's camera slots, in the model's order.
@@ -56,9 +56,16 @@ impl Policy {
             &processors,
             origin,
             options.action_mode,
-            options.action_mask.as_deref(),
+            &options.absolute_actions,
             action_len,
         )?;
+        if checkpoint.state_in_prompt_is_assumed() {
+            tracing::warn!(
+                "{}: 'discrete_state_input' is not given: the state is written into the prompt; write false there if the \
+                 policy was trained without",
+                dir.join("config.json").display()
+            );
+        }
         Ok(Self {
             dims: *dims,
             origin,
@@ -268,7 +275,7 @@ fn tokenizer_file(dir: &Path, given: Option<&Path>) -> Result<PathBuf, ModelErro
             path: given.unwrap_or(dir).into(),
             reason: format!(
                 "no tokenizer; looked for {}. Put the tokenizer.json of google/paligemma-3b-pt-224 there (accept its \
-                 licence on huggingface.co once), or give it with --tokenizer or the parameter tokenizer",
+                 licence on huggingface.co once), or name it by the parameter tokenizer",
                 looked.join(", ")
             ),
         }

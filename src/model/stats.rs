@@ -277,8 +277,8 @@ fn nothing(dir: &Path, looked: &[String]) -> ModelError {
     ModelError::File {
         path: dir.into(),
         reason: format!(
-            "no normalisation statistics, without which actions have no unit; looked for {}. Give them with \
-             --norm-stats FILE or the parameter norm_stats (openpi's norm_stats.json, LeRobot's processor JSON or its \
+            "no normalisation statistics, without which actions have no unit; looked for {}. Name them by \
+             the parameter norm_stats (openpi's norm_stats.json, LeRobot's processor JSON or its \
              .safetensors, or the training dataset's meta/stats.json)",
             looked.join(", ")
         ),

@@ -1,28 +1,25 @@
 //! Settings to the configurations of the layers below.
 
+use super::NodeError;
 use crate::control::{ControlConfig, JointConfig, Names, OutputNames, Seam};
-use crate::model::PolicyOptions;
+use crate::model::{Checkpoint, Policy, PolicyOptions};
 use crate::params::Settings;
 use crate::params::choice::{Noise, OnCameraLoss};
+use crate::pipeline::inputs::FUTURE_STAMP_TOLERANCE;
 use crate::pipeline::joint_map::JointBinding;
 use crate::pipeline::{CameraBinding, LiveConfig, PipelineConfig, RtcConfig};
 
-pub(super) fn policy_options(s: &Settings) -> PolicyOptions {
-    let mask = s.joints.iter().any(|j| j.action_absolute).then(|| {
-        let mut relative = vec![true; s.joints.len()];
-        for j in &s.joints {
-            if let Some(r) = relative.get_mut(j.index) {
-                *r = !j.action_absolute;
-            }
-        }
-        relative
-    });
-    PolicyOptions {
+/// The policy of a checkpoint as these settings have it, which must fit its cameras and joints.
+pub(super) fn policy(s: &Settings, checkpoint: &Checkpoint) -> Result<Policy, NodeError> {
+    let options = PolicyOptions {
         tokenizer: s.model.tokenizer.clone(),
         norm_stats: s.model.norm_stats.clone(),
         action_mode: s.chunks.action_mode,
-        action_mask: mask,
-    }
+        absolute_actions: s.joints.iter().filter(|j| j.action_absolute).map(|j| j.index).collect(),
+    };
+    let policy = Policy::open(checkpoint, &s.model.checkpoint, &options)?;
+    pipeline(s).fits(&policy)?;
+    Ok(policy)
 }
 
 pub(super) fn names(s: &Settings) -> Names {
@@ -47,11 +44,7 @@ pub(super) fn control(s: &Settings, horizon: usize) -> ControlConfig {
         joints: s
             .joints
             .iter()
-            .map(|j| JointConfig {
-                name: j.name.clone(),
-                limits: j.limits,
-                max_tracking_error: s.safety.max_tracking_error,
-            })
+            .map(|j| JointConfig { name: j.name.clone(), limits: j.limits, max_tracking_error: j.max_tracking_error })
             .collect(),
         stop_time: s.safety.stop_time.as_secs_f64(),
         ramp_time: s.safety.ramp_time.as_secs_f64(),
@@ -63,6 +56,8 @@ pub(super) fn control(s: &Settings, horizon: usize) -> ControlConfig {
         max_image_age: s.inputs.cameras.iter().map(|c| c.max_age.as_secs_f64()).fold(0.0, f64::max)
             + base.max_chunk_age.max(s.timing.chunk_budget.as_secs_f64()),
         max_joint_state_age: s.inputs.max_joint_state_age.as_secs_f64(),
+        // What inputs take for a stamp, chunks made of them do, too.
+        future_tolerance: FUTURE_STAMP_TOLERANCE.as_secs_f64(),
         miss_policy: s.timing.miss_policy,
         deadline: s.timing.deadline.as_secs_f64(),
         ..base

@@ -22,7 +22,7 @@ pub(super) fn configure(core: &Core) -> Result<(), NodeError> {
     if settings.process.lock_memory {
         checkpoint.unpin()?;
     }
-    let policy = Policy::open(&checkpoint, &settings.model.checkpoint, &convert::policy_options(&settings))?;
+    let policy = convert::policy(&settings, &checkpoint)?;
     fit(core, checkpoint.dims().horizon)?;
 
     let resolved = settings.model.device.resolve()?;

@@ -49,9 +49,9 @@ impl SteppedNode {
         Self::make(settings, dims, clock, outputs, |_| Ok(Chunks::Played))
     }
 
-    /// The policy of a checkpoint as these settings have it.
+    /// The policy of a checkpoint as these settings have it; refuses cameras and joints that do not fit it.
     pub fn policy(settings: &Settings, checkpoint: &Checkpoint) -> Result<Policy, NodeError> {
-        Ok(Policy::open(checkpoint, &settings.model.checkpoint, &convert::policy_options(settings))?)
+        convert::policy(settings, checkpoint)
     }
 
     /// A node that is inactive, with a policy on an engine whose stages take `times` of the clock.

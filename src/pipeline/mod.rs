@@ -237,6 +237,13 @@ impl Shared {
     }
 }
 
+impl PipelineConfig {
+    /// Whether cameras, joints and mode fit the policy; if not, why.
+    pub fn fits(&self, policy: &Policy) -> Result<(), PipelineError> {
+        bind(self, policy).map(drop)
+    }
+}
+
 /// Input slots of the valid views in the model's order, and the joints in the policy's; refuses what does not fit.
 fn bind(config: &PipelineConfig, policy: &Policy) -> Result<(Vec<usize>, JointMap), PipelineError> {
     let views = stages::order_views(&config.cameras, policy.cameras())?;

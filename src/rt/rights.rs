@@ -97,6 +97,16 @@ pub fn lock_memory() -> Right {
     }
 }
 
+/// Whether [`lock_memory`] would be granted; nothing stays locked.
+pub fn may_lock_memory() -> Right {
+    let right = lock_memory();
+    if right.granted() {
+        // SAFETY: takes nothing; residency only, never content.
+        unsafe { libc::munlockall() };
+    }
+    right
+}
+
 /// Exempts a mapping from [`lock_memory`], so that a mapped checkpoint is not pinned page by page as it is read.
 pub fn unlock(mapping: &[u8]) -> std::io::Result<()> {
     // SAFETY: the range is that of a live slice; munlock changes residency only, never content.
