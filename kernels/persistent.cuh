@@ -8,7 +8,8 @@ constexpr int kAttention = kHeads * kHead;
 constexpr int kRanks = 4;        // blocks of a cluster
 constexpr int kPanelRows = 52;   // token rows of an activation panel; an operand of 64 reads on into what follows
 constexpr int kOwn = 13;         // token rows that each rank finishes
-constexpr int kRowThreads = 108;  // of a warpgroup, those that have token rows that there are: up to the fourth warp's third
+constexpr int kMostRows = 51;    // token rows at most (plan.rs): one fewer than a panel has
+constexpr int kRowThreads = 96 + 4 * (kMostRows - 48);  // of a warpgroup, those that have token rows: up to the fourth warp's third
 constexpr int kWidthTiles = kWidth / 8, kQkvTiles = (kHeads + 2) * kHead / 8, kMlpTiles = 2 * kMlp / 8;
 constexpr int kTurnedTiles = (kHeads + 1) * kHead / 8;  // of QKV: those of queries and keys
 constexpr int kComputing = 256, kThreads = kComputing + 64;

@@ -348,6 +348,7 @@ struct Canary {
     /// What it can be divided into, and the shares it was asked to build stages for.
     offer: Offer,
     built: Mutex<Vec<Grant>>,
+    encoded: Arc<Mutex<Vec<Encoded>>>,
     /// Every encoder holds one.
     alive: Arc<()>,
     /// Where frames are to wait; encodes of others fail.
@@ -361,7 +362,8 @@ impl Canary {
             dims: *policy.dims(),
             planted: false,
             poison: Vec::new(),
-            offer: Offer { sms: 132, chip: 132, mps: false, green },
+            offer: Offer { sms: 132, chip: 132, mps: false, green, least_decoder: 1, decoder_waits: false },
+            encoded: Arc::default(),
             built: Mutex::default(),
             alive: Arc::default(),
             memory: None,
@@ -377,7 +379,12 @@ impl KvCache for Words {
     }
 }
 
+/// An encode: which encoder, on which thread, of how many tokens.
+type Encoded = (usize, String, usize);
+
 struct CanaryEncoder {
+    number: usize,
+    encoded: Arc<Mutex<Vec<Encoded>>>,
     poison: Vec<u8>,
     shared: Option<Arc<Vec<AtomicU64>>>,
     rng: ChaCha8Rng,
@@ -430,7 +437,8 @@ impl Engine for Canary {
         let shared = self.planted.then(|| Arc::new((0..16).map(|_| AtomicU64::new(0)).collect()));
         let rng = ChaCha8Rng::seed_from_u64(1);
         let (poison, lends) = (self.poison.clone(), self.memory.is_some());
-        let encoder = CanaryEncoder { poison, shared, rng, _alive: self.alive.clone(), lends };
+        let (number, encoded) = (self.built.lock().unwrap().len(), self.encoded.clone());
+        let encoder = CanaryEncoder { number, encoded, poison, shared, rng, _alive: self.alive.clone(), lends };
         Ok((encoder, CanaryDecoder(ChaCha8Rng::seed_from_u64(2))))
     }
 }
@@ -439,6 +447,8 @@ impl Encoder for CanaryEncoder {
     type Cache = Words;
 
     fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut Words) -> Result<(), EngineError> {
+        let thread = std::thread::current().name().unwrap_or_default().to_owned();
+        self.encoded.lock().unwrap().push((self.number, thread, input.tokens.len()));
         let View::Frame(frame) = input.views[0] else {
             cache.1 = 1;
             return Ok(());
@@ -614,6 +624,35 @@ fn shares_change_under_running_stages() {
         let report = rig.pipeline.report();
         assert!(chunks > 9 && report.encode.errors + report.decode.errors == 0, "{chunks} {report:?}");
     }
+}
+
+#[test]
+fn a_split_kept_ready_is_warm_for_the_prompt_of_today() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    let engine = Arc::new(Canary::new(&policy));
+    let rig = Rig::start(&engine, policy.clone(), config(PipelineMode::Pipelined));
+    let seventy = 1 + engine.built.lock().unwrap().iter().position(|g| g.encoder == 92).unwrap();
+    let prompt = "pick up the red cube and put it where it was";
+    let tokens = policy.tokens(prompt, &[0.0; 7]).unwrap().len();
+    rig.inputs.put_prompt(prompt);
+    rig.pipeline.set_split(Split { backend: Backend::Auto, encoder: 70, decoder: 30 }).unwrap();
+    let end = Instant::now() + PATIENCE;
+    let of_seventy = || {
+        let all = engine.encoded.lock().unwrap().clone();
+        all.into_iter()
+            .filter(|(n, _, t)| *n == seventy && *t == tokens)
+            .map(|(_, thread, _)| thread)
+            .collect::<Vec<_>>()
+    };
+    while !of_seventy().iter().any(|thread| thread == "pi0_encoder") {
+        assert!(Instant::now() < end, "{:?} {:?}", of_seventy(), rig.pipeline.report());
+        rig.joints(&MEAN_POSE);
+        rig.observe(&frame(1));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(of_seventy()[0], "pi0_builder", "the first of that length is not a frame's");
+    assert!(rig.pipeline.report().last_resplit.unwrap().cached);
 }
 
 #[test]

@@ -418,11 +418,11 @@ fn json(args: &Args, engine: &CudaEngine, load: &Load, load_s: f64, r: &Results)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::partition::Granularity;
+    use crate::engine::partition::hopper;
 
     #[test]
     fn the_configurations_of_the_original_benchmark_are_there() {
-        let offer = Offer { sms: 132, chip: 132, mps: true, green: Ok(Granularity { least: 8, step: 8, groups: 15 }) };
+        let offer = hopper();
         let names: Vec<_> = shares(&offer, &SPLITS).iter().map(Share::name).collect();
         let expected = [
             "shared",

@@ -236,8 +236,7 @@ mod tests {
 
     #[test]
     fn splits_around_the_best_are_tried_too() {
-        use crate::engine::partition::Granularity;
-        let offer = Offer { sms: 132, chip: 132, mps: true, green: Ok(Granularity { least: 8, step: 8, groups: 15 }) };
+        let offer = crate::engine::partition::hopper();
         let tried = |percents: &[u8]| -> Vec<Measured> {
             let row = |share| Measured { share, ..measured(PipelineMode::Pipelined, Kind::Mps, 100.0, 1.0) };
             shares(&offer, percents).into_iter().map(row).collect()

@@ -55,6 +55,10 @@ pub struct Offer {
     pub mps: bool,
     /// Green contexts, or why there are none.
     pub green: Result<Granularity, String>,
+    /// SMs that the decoder needs at once: its blocks work in clusters.
+    pub least_decoder: usize,
+    /// Whether its blocks wait for one another, so that nothing else may take their SMs.
+    pub decoder_waits: bool,
 }
 
 /// How a grant is made true.
@@ -142,7 +146,7 @@ impl Offer {
     pub fn decide(&self, split: Split) -> Result<Decision, Refusal> {
         let (backend, reason) = self.choose(split.backend)?;
         let grant = match backend {
-            Backend::Mps => self.mps(split),
+            Backend::Mps => self.mps(split)?,
             Backend::Green => self.green(split)?,
             Backend::Auto | Backend::Shared => Grant { kind: Kind::Shared, encoder: self.sms, decoder: self.sms },
         };
@@ -187,18 +191,44 @@ impl Offer {
     }
 
     /// MPS rounds up; so that both together are no more than there is, the decoder gets what the encoder leaves.
-    fn mps(&self, split: Split) -> Grant {
+    fn mps(&self, split: Split) -> Result<Grant, Refusal> {
+        if self.decoder_waits && u32::from(split.encoder) + u32::from(split.decoder) > 100 {
+            return Err(self.more_than_all(split, "under this decoder, whose blocks wait for one another,"));
+        }
         let up = |percent| ((self.share(percent).ceil() as usize).next_multiple_of(MPS_STEP)).min(self.sms);
-        let (mut encoder, mut decoder) = (up(split.encoder), up(split.decoder));
-        match split.encoder.saturating_add(split.decoder) {
-            101.. => {}
-            sum => {
+        let shares = |encoder: u8, decoder: u8| {
+            let both = u32::from(encoder) + u32::from(decoder);
+            let (mut encoder, mut decoder) = (up(encoder), up(decoder));
+            if both <= 100 {
                 encoder = encoder.min(self.sms.saturating_sub(MPS_STEP));
                 let left = self.sms - encoder;
-                decoder = if sum == 100 { left } else { decoder.min(left) };
+                decoder = if both == 100 { left } else { decoder.min(left) };
             }
+            (encoder, decoder)
+        };
+        let (encoder, decoder) = shares(split.encoder, split.decoder);
+        if decoder < self.least_decoder {
+            let lowest = (1..=99).find(|p| shares(100 - p, *p).1 >= self.least_decoder).unwrap_or(99);
+            return Err(Refusal(format!(
+                "mps_decoder_percentage {} % is {decoder} SMs, and the decoder needs {} at once: use at least {lowest} % for \
+                 the decoder and at most {} % for the encoder",
+                split.decoder,
+                self.least_decoder,
+                100 - lowest
+            )));
         }
-        Grant { kind: Kind::Mps, encoder, decoder }
+        Ok(Grant { kind: Kind::Mps, encoder, decoder })
+    }
+
+    fn more_than_all(&self, split: Split, of: &str) -> Refusal {
+        Refusal(format!(
+            "{} % and {} % are more than the GPU has, and shares {of} cannot overlap: use at most {} % for the decoder or \
+             {} % for the encoder",
+            split.encoder,
+            split.decoder,
+            100 - split.encoder.min(99),
+            100 - split.decoder.min(99)
+        ))
     }
 
     /// The decoder takes a group, since its clusters need the driver's promise that SMs of a group lie together; the
@@ -209,14 +239,7 @@ impl Offer {
             Err(why) => return Err(Refusal(why.clone())),
         };
         if u32::from(split.encoder) + u32::from(split.decoder) > 100 {
-            return Err(Refusal(format!(
-                "{} % and {} % are more than the GPU has, and shares of partition 'green' cannot overlap: use at most \
-                 {} % for the decoder or {} % for the encoder",
-                split.encoder,
-                split.decoder,
-                100 - split.encoder.min(99),
-                100 - split.decoder.min(99)
-            )));
+            return Err(self.more_than_all(split, "of partition 'green'"));
         }
         let most = self.sms.saturating_sub(least) / step * step;
         if most < least {
@@ -225,6 +248,9 @@ impl Offer {
                 self.sms
             )));
         }
+        // A group and the rest; where something is left over, both are made of smallest groups.
+        let whole_rest = split.encoder + split.decoder == 100;
+        let step = if whole_rest { step } else { step.next_multiple_of(least) };
         let nearest = |percent| ((self.share(percent) / step as f64).round() as usize) * step;
         for (stage, percent) in [("encoder", split.encoder), ("decoder", split.decoder)] {
             if nearest(percent) == 0 {
@@ -238,22 +264,23 @@ impl Offer {
         }
         let decoder = nearest(split.decoder).clamp(least, most);
         let left = self.sms - decoder;
-        let whole_rest = split.encoder + split.decoder == 100;
-        // The rest as a whole need not be a multiple of the step; anything less is made of smallest groups.
+        // The rest as a whole need not be a multiple of the step.
         let cut = (groups * least).saturating_sub(decoder) / step * step;
         let encoder = if whole_rest { left } else { nearest(split.encoder).clamp(least, cut.max(least)) };
         Ok(Grant { kind: Kind::Green, encoder: encoder.min(left), decoder })
     }
 }
 
+/// An H100 or H200 as its driver describes it.
+#[cfg(test)]
+pub(crate) fn hopper() -> Offer {
+    let green = Ok(Granularity { least: 8, step: 8, groups: 15 });
+    Offer { sms: 132, chip: 132, mps: true, green, least_decoder: 1, decoder_waits: false }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// An H100 or H200 as its driver describes it.
-    fn hopper() -> Offer {
-        Offer { sms: 132, chip: 132, mps: true, green: Ok(Granularity { least: 8, step: 8, groups: 15 }) }
-    }
 
     fn split(backend: Backend, encoder: u8, decoder: u8) -> Split {
         Split { backend, encoder, decoder }
@@ -302,7 +329,7 @@ mod tests {
     fn no_split_up_to_a_hundred_overlaps_or_leaves_a_stage_without_sms() {
         for chip in [16, 46, 78, 114, 132, 148] {
             let green = Ok(Granularity { least: 8, step: 8, groups: chip / 8 });
-            let o = Offer { sms: chip, chip, mps: true, green };
+            let o = Offer { sms: chip, chip, green, ..hopper() };
             for (encoder, decoder) in (1..=99u8).flat_map(|e| (1..=100 - e).map(move |d| (e, d))) {
                 for backend in [Backend::Mps, Backend::Green] {
                     let Ok(d) = o.decide(split(backend, encoder, decoder)) else {
@@ -315,6 +342,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn anything_less_than_all_is_made_of_smallest_groups() {
+        // As CUDA documents compute capability 8: groups of four SMs at least, in steps of two.
+        let o = Offer { sms: 128, chip: 128, green: Ok(Granularity { least: 4, step: 2, groups: 32 }), ..hopper() };
+        for (encoder, decoder) in (1..=99u8).flat_map(|e| (1..=99 - e).map(move |d| (e, d))) {
+            let Ok(d) = o.decide(split(Backend::Green, encoder, decoder)) else { continue };
+            let Grant { encoder: e, decoder: d, .. } = d.grant;
+            assert!(e % 4 == 0 && d % 4 == 0 && e + d <= 128, "{encoder} {decoder} gave {e} {d}");
+        }
+        assert_eq!(sms(&o, Backend::Green, 40, 30), (52, 40));
+        assert_eq!(sms(&o, Backend::Green, 70, 30), (90, 38), "all of it: a group and the rest");
+    }
+
+    #[test]
+    fn a_decoder_whose_blocks_wait_for_one_another_has_a_share_of_its_own_that_holds_a_cluster() {
+        let o = Offer { least_decoder: 4, decoder_waits: true, ..hopper() };
+        for (encoder, decoder) in [(100, 100), (70, 40)] {
+            let e = o.decide(split(Backend::Mps, encoder, decoder)).unwrap_err().to_string();
+            assert!(e.contains("cannot overlap") && e.contains("wait for one another"), "{e}");
+        }
+        let e = o.decide(split(Backend::Mps, 99, 1)).unwrap_err().to_string();
+        assert!(e.contains("mps_decoder_percentage 1 % is 2 SMs") && e.contains("at least 4 %"), "{e}");
+        assert_eq!(sms(&o, Backend::Mps, 96, 4), (128, 4), "what the refusal offers");
     }
 
     #[test]

@@ -66,7 +66,11 @@ struct Pair<E, D> {
     grant: Grant,
     encoder: Option<E>,
     decoder: Option<D>,
+    warm: Warm,
 }
+
+/// What stages were warmed up with, or have worked with: prompt and steps. With others the first frame would make plans.
+type Warm = (u64, usize);
 
 /// A re-split under way.
 struct Pending {
@@ -162,7 +166,9 @@ impl<E: Engine> Builder<E> {
                 continue;
             }
             match build(&*self.engine, &self.shared, &mut self.slot, grant) {
-                Ok((e, d)) => self.shelf.push(Pair { grant, encoder: Some(e), decoder: Some(d) }),
+                Ok((e, d)) => {
+                    self.shelf.push(Pair { grant, encoder: Some(e), decoder: Some(d), warm: self.warm() });
+                }
                 Err(e) => tracing::warn!("the split {grant} is not kept ready: {e}"),
             }
         }
@@ -193,10 +199,11 @@ impl<E: Engine> Builder<E> {
     /// A stage thread has taken what was staged and sent what it had.
     fn came_back(&mut self, grant: Grant, stage: usize, put: impl FnOnce(&mut Pair<E::Encoder, E::Decoder>)) {
         let at = self.shelf.iter().position(|p| p.grant == grant).unwrap_or_else(|| {
-            self.shelf.push(Pair { grant, encoder: None, decoder: None });
+            self.shelf.push(Pair { grant, encoder: None, decoder: None, warm: Warm::default() });
             self.shelf.len() - 1
         });
         put(&mut self.shelf[at]);
+        self.shelf[at].warm = self.warm();
         if let Some(p) = &self.pending {
             self.at[stage] = p.decision.grant;
         }
@@ -211,11 +218,20 @@ impl<E: Engine> Builder<E> {
             return Ok(());
         }
         let start = Instant::now();
+        let warm = self.warm();
         let (cached, pair) = match self.shelf.iter().position(|p| p.grant == grant) {
-            Some(at) => (true, self.shelf.remove(at)),
+            Some(at) => {
+                let mut pair = self.shelf.remove(at);
+                if let Pair { encoder: Some(encoder), decoder: Some(decoder), warm: was, .. } = &mut pair
+                    && *was != warm
+                {
+                    stages::warm_up(&self.shared, encoder, decoder, &mut self.slot)?;
+                }
+                (true, pair)
+            }
             None => {
                 let (e, d) = build(&*self.engine, &self.shared, &mut self.slot, grant)?;
-                (false, Pair { grant, encoder: Some(e), decoder: Some(d) })
+                (false, Pair { grant, encoder: Some(e), decoder: Some(d), warm })
             }
         };
         let Pair { encoder: Some(encoder), decoder: Some(decoder), .. } = pair else { return Ok(()) };
@@ -228,6 +244,10 @@ impl<E: Engine> Builder<E> {
         self.next_decoder.put(Seated { grant, stage: decoder });
         self.shared.inputs.wake();
         Ok(())
+    }
+
+    fn warm(&self) -> Warm {
+        (self.shared.inputs.prompt().generation, self.shared.live().steps)
     }
 
     /// Both threads have swapped: says so, and lets go of what has not been used for longest.

@@ -137,6 +137,11 @@ impl CudaDecoder {
             down: plan::skinny(e.width, e.mlp, tiles, s.down),
             time: plan::skinny(e.width, e.width, tiles, s.out),
         };
+        if path == Path::Hopper && weights.packing == Packing::General {
+            for p in [&plans.qkv, &plans.out, &plans.gate_up, &plans.down, &plans.time] {
+                p.check()?;
+            }
+        }
         let chunk = dims.horizon * dims.action_dim;
         let block = Block::new(&dims);
         let panel = |k: usize| Buffer::<u16>::zeroed(&device, k / 8 * stride.max(plan::PANEL_ROWS) * 8);

@@ -276,5 +276,12 @@ pub(super) fn offer(device: &Device) -> Result<Offer, EngineError> {
         Ok::<_, EngineError>(Granularity { least: least.max(1), step: step.max(1), groups: groups.len() })
     };
     let green = granularity().map_err(|e| format!("the driver splits no SMs ({e})"));
-    Ok(Offer { sms: granted(device)?, chip: device.sms(), mps: mps != 0, green })
+    Ok(Offer {
+        sms: granted(device)?,
+        chip: device.sms(),
+        mps: mps != 0,
+        green,
+        least_decoder: 1,
+        decoder_waits: false,
+    })
 }

@@ -122,6 +122,8 @@ fn fail(what: &'static str, e: result::CublasError) -> EngineError {
 /// hold for all, and on each share.
 #[derive(Default)]
 pub(super) struct Algorithms {
+    /// Held while a shape is measured: two stages that meet it at once must not each choose a first.
+    measuring: Mutex<()>,
     first: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
     on_share: Mutex<HashMap<(Key, usize), sys::cublasLtMatmulAlgo_t>>,
 }
@@ -277,9 +279,12 @@ impl Lt {
         let sms = self.lane.sms();
         let cold = if new.iter().all(|key| self.algorithms.on_share(*key, sms).is_some()) { 0 } else { COLD_BYTES };
         let mut bench = Bench::new(&self.lane, stream, &new, scratch, cold)?;
+        let algorithms = Arc::clone(&self.algorithms);
         for key in new {
             let plan = Plan::new(key, self.workspace.pointer())?;
             let runs = |a: &sys::cublasLtMatmulAlgo_t| self.runs(&plan, a);
+            let known = algorithms.on_share(key, sms).is_some_and(|a| runs(&a));
+            let _alone = (!known).then(|| algorithms.measuring.lock().unwrap_or_else(PoisonError::into_inner));
             let algorithm = match (self.algorithms.first(key), self.algorithms.on_share(key, sms).filter(runs)) {
                 (_, Some(known)) => {
                     self.queue(stream, &plan, &known, bench.operands(key))?;

@@ -275,7 +275,9 @@ impl CudaEngine {
             algorithms: Arc::default(),
             device,
         };
-        let offer = lane::offer(&model.device)?;
+        let mut offer = lane::offer(&model.device)?;
+        let hopper = model.device.kernels().hopper().is_some();
+        (offer.least_decoder, offer.decoder_waits) = plan::decoder_share(packing, hopper);
         let locked = Arc::clone(&model.device);
         Ok(Self {
             offer,

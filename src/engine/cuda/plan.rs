@@ -92,6 +92,22 @@ pub(super) fn skinny(rows: usize, k: usize, token_tiles: usize, slice: usize) ->
     SkinnyPlan { tiles: rows.div_ceil(TILE), k, slice, cluster, shared: ring.max(sums) }
 }
 
+impl SkinnyPlan {
+    /// Refuses a product whose slice is more than a block holds: K has too few divisors to be cut smaller.
+    pub fn check(&self) -> Result<(), EngineError> {
+        if self.shared <= HOPPER_SHARED {
+            return Ok(());
+        }
+        Err(EngineError::Shape {
+            what: "action expert",
+            expected: format!(
+                "products over a K that is cut into slices of {HOPPER_SHARED} bytes (device:=cpu cuts none)"
+            ),
+            found: format!("K = {} in {} slices of {} bytes", self.k, self.cluster, self.shared),
+        })
+    }
+}
+
 /// Index into [`TOKEN_TILES`] for `rows` tokens.
 pub(super) fn token_tiles(rows: usize) -> Option<usize> {
     TOKEN_TILES.iter().position(|t| 8 * t >= rows)
@@ -532,14 +548,12 @@ impl Packing {
 pub(super) const PERSISTENT_SHARED: usize = 227 * 1024;
 /// Blocks of one of its clusters.
 pub(super) const RANKS: usize = 4;
-/// Token rows that each block of a cluster finishes.
-const RANK_ROWS: usize = 13;
 /// Token rows of one of its activation panels.
 pub(super) const PANEL_ROWS: usize = 52;
 /// Partial sums of squares of a token row: one for eight columns.
 pub(super) const SQUARES: usize = PUBLISHED.width / 8;
-/// Token rows at most.
-const PERSISTENT_ROWS: usize = RANK_ROWS * RANKS;
+/// Token rows at most (kMostRows of persistent.cuh): one fewer than a panel has.
+const PERSISTENT_ROWS: usize = PANEL_ROWS - 1;
 /// Pieces of keys that a rank has at most.
 const MOST_PIECES: usize = 23;
 /// Variants of it: pieces of keys that a rank has at most, of which five fit its ring, and tiles of a unit of gate/up.
@@ -568,7 +582,7 @@ pub(super) fn packing(dims: &Dims, hopper: bool, asked: Option<Packing>) -> Resu
         Some(Packing::Published) if !(fits && hopper) => Err(EngineError::Shape {
             what: "action expert",
             expected: format!(
-                "the published one, at most 51 actions and prefixes of {PERSISTENT_PREFIX} rows, on sm_90a"
+                "the published one, at most {PERSISTENT_ROWS} rows of actions and state, and prefixes of {PERSISTENT_PREFIX} rows, on sm_90a"
             ),
             found: format!("{e:?}, {} actions, prefixes of {} rows", dims.horizon, positions(dims)),
         }),
@@ -589,6 +603,16 @@ pub(super) fn persistent(prefix: usize, clusters: usize) -> usize {
     };
     let fits = |&(pieces, tiles): &(usize, usize)| tiles == unit && prefix <= RANKS * pieces * PIECE_KEYS;
     PERSISTENT_VARIANTS.iter().position(fits).unwrap_or(PERSISTENT_VARIANTS.len() - 1)
+}
+
+/// SMs that the decoder needs at once, and whether its blocks wait for one another.
+pub(super) fn decoder_share(packing: Packing, hopper: bool) -> (usize, bool) {
+    match (packing, hopper) {
+        (Packing::Published, _) => (RANKS, true),
+        // One block an SM, in clusters over the keys.
+        (Packing::General, true) => (KEY_SPLITS, false),
+        (Packing::General, false) => (1, false),
+    }
 }
 
 /// Clusters of the persistent decoder, of which `most` are wanted: each has some of the attention's query rows.
@@ -704,6 +728,21 @@ mod tests {
     }
 
     #[test]
+    fn an_expert_whose_slices_do_not_fit_is_refused_by_its_width() {
+        // 17 steps of K cannot be cut into equal slices.
+        let e = skinny(1024, 2176, 7, 1024).check().unwrap_err().to_string();
+        assert!(e.contains("action expert") && e.contains("K = 2176 in 1 slices"), "{e}");
+        skinny(1024, 4096, 7, 1024).check().unwrap();
+    }
+
+    #[test]
+    fn the_decoder_says_what_share_it_needs() {
+        assert_eq!(decoder_share(Packing::Published, true), (4, true), "a cluster, with barriers");
+        assert_eq!(decoder_share(Packing::General, true), (8, false));
+        assert_eq!(decoder_share(Packing::General, false), (1, false));
+    }
+
+    #[test]
     fn the_published_expert_gets_the_persistent_decoder_where_there_is_one() {
         let mut dims = Dims::published(50);
         let path = |d: &Dims, persistent, asked| packing(d, persistent, asked).ok();
@@ -711,10 +750,13 @@ mod tests {
         assert_eq!(path(&dims, false, None), Some(Packing::General), "another chip");
         assert_eq!(path(&dims, true, Some(Packing::General)), Some(Packing::General));
         assert_eq!(path(&dims, false, Some(Packing::Published)), None);
-        dims.horizon = 52;
-        assert_eq!(path(&dims, true, None), Some(Packing::General), "53 rows with the state");
+        dims.horizon = 51;
+        assert_eq!(path(&dims, true, None), Some(Packing::General), "52 rows with the state");
         dims.family = Family::Pi05;
-        assert_eq!(path(&dims, true, None), Some(Packing::Published), "52 rows");
+        assert_eq!(path(&dims, true, None), Some(Packing::Published), "51 rows");
+        dims.horizon = 52;
+        assert_eq!(path(&dims, true, None), Some(Packing::General), "52 rows");
+        dims.horizon = 50;
         dims.max_tokens = 1000;
         assert_eq!(path(&dims, true, None), Some(Packing::General), "prefixes of 3,048 rows");
         dims.max_tokens = 200;
