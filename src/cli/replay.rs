@@ -227,7 +227,7 @@ fn settings(args: &Args, recorded: Option<&str>) -> Result<Settings, CliError> {
         .map_err(|errors| CliError::input(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")))?;
     let mut settings = params.settings();
     if !args.check_tracking {
-        settings.safety.max_tracking_error = NO_TRACKING_LIMIT;
+        settings.joints.iter_mut().for_each(|j| j.max_tracking_error = NO_TRACKING_LIMIT);
     }
     Ok(settings)
 }

@@ -154,9 +154,10 @@ impl ControlConfig {
         self.joints.get(j)?.limits.map(|l| Bound::new(&l, self.period, self.stop_time))
     }
 
-    /// Points of the published plan before its braking tail.
+    /// Points of the published plan before its braking tail. Two at least: a tick that is a hair early is promised one
+    /// already, and would follow nothing if that were all.
     pub fn window_points(&self) -> usize {
-        ((self.output_window / self.period).round() as usize).max(1)
+        ((self.output_window / self.period).round() as usize).max(2)
     }
 
     /// Most points of a braking tail: the velocity in use leaves one period of the stop time to spare.

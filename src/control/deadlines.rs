@@ -74,16 +74,23 @@ pub struct Slack {
 impl Deadlines {
     /// A deadline of `deadline` seconds after the scheduled start; 0 means `period` seconds.
     pub fn new(deadline: f64, period: f64) -> Self {
-        let seconds = if deadline > 0.0 { deadline } else { period };
-        Self {
-            deadline_ns: (seconds * 1e9).round() as i64,
+        let mut deadlines = Self {
+            deadline_ns: 0,
             misses: 0,
             late: Histogram::new(),
             compute: Histogram::new(),
             publish: Histogram::new(),
             plan_age: Histogram::new(),
             observation_to_command: Histogram::new(),
-        }
+        };
+        deadlines.set(deadline, period);
+        deadlines
+    }
+
+    /// Another deadline, as in [`new`](Self::new); what was recorded stays.
+    pub fn set(&mut self, deadline: f64, period: f64) {
+        let seconds = if deadline > 0.0 { deadline } else { period };
+        self.deadline_ns = (seconds * 1e9).round() as i64;
     }
 
     /// Records one tick; allocates nothing. True if it missed its deadline.

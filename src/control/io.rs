@@ -107,8 +107,8 @@ pub struct TickReport {
     pub refusal: Option<Refusal>,
     /// What became of the chunk given.
     pub chunk: Option<ChunkVerdict>,
-    /// A waiting chunk that had to be dropped at its turn.
-    pub dropped: Option<ChunkRefusal>,
+    /// A waiting chunk that had to be dropped at its turn: its sequence, and why.
+    pub dropped: Option<(u64, ChunkRefusal)>,
     /// A plan that was adopted.
     pub adoption: Option<Adoption>,
     /// A stop, disarming or starvation that began.

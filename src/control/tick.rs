@@ -6,8 +6,8 @@ use super::chunk::ActionChunk;
 use super::config::{ConfigError, ControlConfig};
 use super::curve::Curve;
 use super::filter::Bound;
-use super::io::{ChunkVerdict, Lifecycle, TickInput, TickReport};
-use super::joints::JointVector;
+use super::io::{ChunkVerdict, Lifecycle, Measured, TickInput, TickReport};
+use super::joints::{JointVector, MAX_JOINTS};
 use super::mode::{Level, Mode};
 use super::pace::State;
 use super::reason::{ChunkRefusal, InputFault, InputHealth, Reason, Refusal};
@@ -18,6 +18,9 @@ use crate::clock::{Monotonic, RosTime};
 
 /// Share of one period's braking below which a joint counts as at rest.
 const REST: f64 = 0.01;
+/// A measurement taken so many seconds after another is another one.
+const ANOTHER: f64 = 0.5e-3;
+
 /// Where the robot is on what it was told, and the next point that it is promised.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Motion {
@@ -66,6 +69,9 @@ pub struct Controller {
     pub(crate) seam_jump_max: f64,
     tracking_error: f64,
     tracking_error_max: f64,
+    /// Of each joint that was measured too far from its command: when. One measurement may be garbage; a second one says
+    /// that the joint is there.
+    doubted: Vec<Option<RosTime>>,
 }
 
 impl Controller {
@@ -102,6 +108,7 @@ impl Controller {
             seam_jump_max: 0.0,
             tracking_error: 0.0,
             tracking_error_max: 0.0,
+            doubted: vec![None; joints],
             config,
         })
     }
@@ -324,43 +331,47 @@ impl Controller {
             let (q, age) = (measured.positions.get(j).copied(), measured.ages.get(j).copied());
             q.filter(|q| q.is_finite()).zip(age.filter(|age| !age.is_nan()))
         };
-        let (mut worst, mut lost) = (0.0f64, None);
+        let (mut worst, mut sure) = (0.0f64, false);
+        let mut there = [false; MAX_JOINTS];
         for j in 0..n {
-            match usable(j) {
-                None => self.halt(Reason::StateMissing { joint: j }, report),
-                Some((_, age)) if age > self.config.max_joint_state_age => {
-                    self.halt(Reason::StateStale { joint: j, age, max: self.config.max_joint_state_age }, report);
+            let fresh = usable(j).filter(|(_, age)| *age <= self.config.max_joint_state_age);
+            let doubted = self.doubted[j].take();
+            let Some((q, age)) = fresh else {
+                let reason = match usable(j) {
+                    None => Reason::StateMissing { joint: j },
+                    Some((_, age)) => Reason::StateStale { joint: j, age, max: self.config.max_joint_state_age },
+                };
+                self.halt(reason, report);
+                continue;
+            };
+            let (command, max, b) = (motion.here.q[j], self.config.joints[j].max_tracking_error, self.bounds[j]);
+            let error = (q - command).abs();
+            worst = worst.max(error);
+            there[j] = error <= max;
+            if error > max {
+                let when = input.ros_now.plus_seconds(-age);
+                // Past a limit by more than that is no pose of this robot.
+                if q >= b.min - max && q <= b.max + max {
+                    there[j] = doubted.is_some_and(|first| when.seconds_since(first) > ANOTHER);
+                    self.doubted[j] = Some(doubted.unwrap_or(when));
                 }
-                Some((q, _)) => {
-                    let error = (q - motion.here.q[j]).abs();
-                    worst = worst.max(error);
-                    let max = self.config.joints[j].max_tracking_error;
-                    if error > max && lost.is_none() {
-                        lost = Some(Reason::TrackingError { joint: j, command: motion.here.q[j], measured: q, max });
-                    }
-                }
+                sure |= there[j];
+                self.halt(Reason::TrackingError { joint: j, command, measured: q, max }, report);
             }
         }
         self.tracking_error = worst;
         self.tracking_error_max = self.tracking_error_max.max(worst);
-        let adrift = match input.inputs {
-            InputHealth::Bad(fault @ InputFault::OutputBlocked) => Some(Reason::Input(fault)),
-            _ => None,
-        };
-        if let Some(reason) = lost.or(adrift) {
+        let adrift = input.inputs == InputHealth::Bad(InputFault::OutputBlocked);
+        if sure || adrift {
             // The robot is not on the curve: hold where it is, not where it should be.
             let mut pose = motion.here.q;
-            for j in 0..n {
-                if let Some((q, age)) = usable(j)
-                    && age <= self.config.max_joint_state_age
-                {
-                    pose[j] = q.max(self.bounds[j].min).min(self.bounds[j].max);
-                }
+            for j in (0..n).filter(|j| there[*j]) {
+                pose[j] = measured.positions[j].max(self.bounds[j].min).min(self.bounds[j].max);
             }
             *motion = Motion::rest(pose);
+            self.doubted.fill(None);
             report.restarted = true;
             self.new_epoch();
-            self.halt(reason, report);
         }
         if let InputHealth::Bad(fault) = input.inputs {
             self.halt(Reason::Input(fault), report);
@@ -373,23 +384,25 @@ impl Controller {
         if r.disable {
             self.halt(Reason::Disabled, report);
         }
-        if r.reset && !r.stop {
+        // Not while it still brakes: whoever is told that it is not released must find it latched.
+        if r.reset && !r.stop && !self.mode.publishes() {
             self.latched = false;
             if input.lifecycle != Lifecycle::Failed {
                 self.fault = false;
             }
-            if !self.mode.publishes() {
-                self.reason = None;
-            }
+            self.reason = None;
         }
         if !self.mode.publishes() {
             self.enter(self.resting_mode(input.lifecycle));
         }
-        if r.enable && !r.disable && !r.stop && !self.mode.armed() {
+        if r.enable && (r.disable || r.stop) {
+            report.refusal = Some(Refusal::Mode(self.mode));
+        } else if r.enable && !self.mode.armed() {
             match self.may_arm(input) {
                 Err(refusal) => report.refusal = Some(refusal),
                 Ok(()) => {
-                    *motion = Motion::rest(input.measured.positions);
+                    *motion = self.measured_rest(&input.measured);
+                    self.doubted.fill(None);
                     (self.tracking_error, self.tracking_error_max) = (0.0, 0.0);
                     match self.adopt(input.ros_now, motion) {
                         Ok(adoption) => {
@@ -406,6 +419,15 @@ impl Controller {
                 }
             }
         }
+    }
+
+    /// At rest where it was measured; within the limits.
+    fn measured_rest(&self, measured: &Measured) -> Motion {
+        let mut pose = measured.positions;
+        for (q, b) in pose.iter_mut().zip(&self.bounds) {
+            *q = q.max(b.min).min(b.max);
+        }
+        Motion::rest(pose)
     }
 
     /// Whether arming is possible now; the first thing in the way.
@@ -430,7 +452,9 @@ impl Controller {
             if age > self.config.max_joint_state_age {
                 return Err(Refusal::StateStale { joint: j, age, max: self.config.max_joint_state_age });
             }
-            if position < limits.min_position || position > limits.max_position {
+            // A joint at its stop is measured a little past it: by no more than one command may be away.
+            let noise = self.bounds[j].velocity * self.config.period;
+            if position < limits.min_position - noise || position > limits.max_position + noise {
                 let (min, max) = (limits.min_position, limits.max_position);
                 return Err(Refusal::OutsideLimits { joint: j, position, min, max });
             }
@@ -451,7 +475,7 @@ impl Controller {
         let Motion { here, base, ahead } = motion;
         let still = |v: &[f64]| self.bounds.iter().zip(v).all(|(b, v)| v.abs() <= REST * b.acceleration * h);
         let at_rest = still(&here.v) && still(&base.v);
-        self.window.begin(now, &here.q, &here.v);
+        self.window.begin(now, &here.q, &here.v, report.restarted);
         self.progress.clear();
         self.progress.push((here.x, here.pace));
         let mut points = self.config.window_points();
@@ -495,7 +519,8 @@ impl Controller {
         }
         out.copy_from(&self.window);
         report.published = true;
-        self.mode == Mode::Stopping && at_rest
+        // What is in doubt is settled first: the pose that is held last should be the robot's.
+        self.mode == Mode::Stopping && at_rest && self.doubted.iter().all(Option::is_none)
     }
 
     /// The last check, which knows nothing of how a window is made: the joint that fails it.
@@ -549,7 +574,7 @@ impl Controller {
     pub(crate) fn drop_pending(&mut self, refusal: ChunkRefusal, report: &mut TickReport) {
         self.pending.present = false;
         self.counters.refused[refusal.kind()] += 1;
-        report.dropped = Some(refusal);
+        report.dropped = Some((self.pending.sequence, refusal));
     }
 
     /// The mode while nothing is published.
@@ -597,7 +622,7 @@ mod tests {
             ([0.0, 0.0], [0.0, 0.0], ([0.0, 0.0], [0.0, 1e-9]), Some(1)),
             ([0.0, 0.0], [0.0, 0.0], ([2.0, 0.0], [0.0, 0.0]), Some(0)),
         ] {
-            controller.window.begin(RosTime(1), &[0.0, 0.0], &[0.0, 0.0]);
+            controller.window.begin(RosTime(1), &[0.0, 0.0], &[0.0, 0.0], true);
             controller.window.push(&q, &v);
             controller.window.push(&last.0, &last.1);
             assert_eq!(controller.breach(), breach, "{q:?} {v:?}, then {last:?}");

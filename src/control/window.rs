@@ -22,6 +22,9 @@ pub struct Window {
     driven: usize,
     now_q: JointVector,
     now_v: JointVector,
+    anew: bool,
+    /// The furthest that each joint may go in a period.
+    steps: JointVector,
     positions: Vec<f64>,
     velocities: Vec<f64>,
     /// Most values of each of the two.
@@ -54,6 +57,10 @@ impl Window {
     pub(crate) fn for_config(config: &ControlConfig) -> Self {
         let joints = config.joints.len();
         let room = Self::most_points(config) * joints;
+        let mut steps = JointVector::zeros(joints);
+        for (j, step) in steps.iter_mut().enumerate() {
+            *step = config.bound(j).map_or(0.0, |b| b.velocity * config.period);
+        }
         Self {
             start: RosTime::default(),
             first: config.period,
@@ -61,6 +68,8 @@ impl Window {
             driven: 0,
             now_q: JointVector::zeros(joints),
             now_v: JointVector::zeros(joints),
+            anew: true,
+            steps,
             positions: Vec::with_capacity(room),
             velocities: Vec::with_capacity(room),
             room,
@@ -130,9 +139,23 @@ impl Window {
         (at.q, at.v)
     }
 
-    /// Empties it. `q` and `v` are what the robot was told to have at `start`.
-    pub(crate) fn begin(&mut self, start: RosTime, q: &[f64], v: &[f64]) {
+    /// Positions for drivers that take one command at a time and hold it; `last` is what they were given before. When
+    /// commands were missed the driver has stood still meanwhile: it catches up no faster than its joints may move.
+    pub fn command(&self, last: Option<&JointVector>) -> JointVector {
+        let mut next = self.sample(self.period).0;
+        if let Some(last) = last.filter(|_| !self.anew) {
+            for ((q, last), step) in next.iter_mut().zip(last.iter()).zip(self.steps.iter()) {
+                *q = q.max(last - step).min(last + step);
+            }
+        }
+        next
+    }
+
+    /// Empties it. `q` and `v` are what the robot was told to have at `start`; `anew` if that is not where the window
+    /// before led.
+    pub(crate) fn begin(&mut self, start: RosTime, q: &[f64], v: &[f64], anew: bool) {
         self.start = start;
+        self.anew = anew;
         self.first = self.period;
         self.driven = 0;
         self.now_q.copy_from_slice(q);
@@ -177,6 +200,7 @@ impl Window {
     pub(crate) fn copy_from(&mut self, other: &Window) {
         (self.start, self.first, self.period, self.driven) = (other.start, other.first, other.period, other.driven);
         (self.now_q, self.now_v) = (other.now_q, other.now_v);
+        (self.anew, self.steps) = (other.anew, other.steps);
         self.positions.clear();
         self.positions.extend_from_slice(&other.positions);
         self.velocities.clear();
@@ -254,7 +278,7 @@ mod tests {
     #[test]
     fn a_window_that_is_full_takes_no_more_and_allocates_nothing() {
         let mut window = Window::for_config(&ControlConfig::new(["a".to_string(), "b".to_string()], 0.02, 0.05, 20));
-        window.begin(RosTime(1), &[0.0; 2], &[0.0; 2]);
+        window.begin(RosTime(1), &[0.0; 2], &[0.0; 2], true);
         let memory = (window.positions.as_ptr(), window.velocities.as_ptr());
         let mut points = 0;
         while window.room() && points < 1_000_000 {

@@ -167,7 +167,7 @@ impl ControlLoop {
             return None;
         };
         let report = self.turn(wake, &mut free, state);
-        state.blocked = 0;
+        let skipped = wake.skipped + std::mem::take(&mut state.blocked);
         let times = TickTimes {
             scheduled: wake.scheduled,
             woke: wake.woke,
@@ -184,7 +184,7 @@ impl ControlLoop {
         } else {
             state.window = Some(free);
         }
-        self.tell(Some((&report, &times, wake.skipped)), state);
+        self.tell(Some((&report, &times, skipped)), state);
         Some(report)
     }
 

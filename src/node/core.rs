@@ -25,6 +25,9 @@ use crate::rt::signals::RequestBits;
 /// So many identical frames in a row count as a frozen camera; a still scene has sensor noise, a frozen driver has not.
 const FROZEN_FRAMES: u64 = 30;
 
+/// The control loop answers within a period or two, if it turns at all.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Nothing to follow is no task.
 const EMPTY_PROMPT: &str = "the prompt is empty: say what to do; the old one stays";
 
@@ -214,7 +217,7 @@ impl Core {
 
     /// Waits for the control loop to have done something; fails when the loop does not turn.
     fn wait(&self, done: impl Fn(&Snapshot) -> bool) -> Result<Snapshot, String> {
-        let deadline = Instant::now() + Duration::from_secs(2);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let s = self.snapshot();
             if done(&s) {
@@ -349,7 +352,7 @@ impl Core {
         let (max_chunk_age, max_image_age) = (before.max_chunk_age, before.max_image_age);
         if (ControlConfig { max_chunk_age, max_image_age, ..control.clone() }) != before {
             let controller = Box::new(Controller::new(control)?);
-            *lock(&self.deadlines) = Deadlines::new(controller.config().deadline, controller.config().period);
+            lock(&self.deadlines).set(controller.config().deadline, controller.config().period);
             self.send(Change::Controller(controller))?;
         }
         let rules = input_rules(new, horizon);
@@ -370,13 +373,21 @@ impl Core {
         Ok(())
     }
 
-    pub(super) fn send(&self, change: Change) -> Result<(), NodeError> {
+    /// Hands a change to the control loop, which takes what waits once a period: a request of many waits for room.
+    pub(super) fn send(&self, mut change: Change) -> Result<(), NodeError> {
         let mut rings = lock(&self.changes);
-        while rings.1.pop().is_ok() {}
-        rings
-            .0
-            .push(change)
-            .map_err(|_| NodeError::Refused("the control loop does not take the change: try again".into()))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            while rings.1.pop().is_ok() {}
+            change = match rings.0.push(change) {
+                Ok(()) => return Ok(()),
+                Err(rtrb::PushError::Full(change)) if Instant::now() < deadline => change,
+                Err(_) => {
+                    return Err(NodeError::Refused("the control loop does not take the change: try again".into()));
+                }
+            };
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -408,11 +419,11 @@ pub(super) fn event_texts(r: &TickReport, chunk: Option<u64>, names: &Names) -> 
         lines.push((EventLevel::Warn, reason.text(names)));
     }
     let refused = match r.chunk {
-        Some(ChunkVerdict::Refused(why)) => Some(why),
-        _ => r.dropped,
+        Some(ChunkVerdict::Refused(why)) => chunk.map(|chunk| (chunk, why)),
+        _ => None,
     };
-    if let Some(why) = refused {
-        lines.push((EventLevel::Warn, format!("chunk {} dropped: {}", chunk.unwrap_or_default(), why.text(names))));
+    for (chunk, why) in r.dropped.into_iter().chain(refused) {
+        lines.push((EventLevel::Warn, format!("chunk {chunk} dropped: {}", why.text(names))));
     }
     lines
 }

@@ -115,6 +115,8 @@ pub struct Joint {
     pub limits: Option<JointLimits>,
     /// Where each limit is from, in one sentence; empty without limits.
     pub limits_from: String,
+    /// Largest distance from its command before the robot is stopped, rad or m.
+    pub max_tracking_error: f64,
     /// Whether its actions are absolute even when the policy's are differences.
     pub action_absolute: bool,
 }
@@ -192,8 +194,6 @@ pub struct Safety {
     pub missing_limits: Vec<String>,
     /// What is wrong with the robot description, or missing from it.
     pub description_problems: Vec<String>,
-    /// A measured joint further than this from its command stops the robot; rad or m.
-    pub max_tracking_error: f64,
     /// Longest time of a decelerating stop.
     pub stop_time: Duration,
     /// Shortest time from the measured pose to the first action after arming.
@@ -352,7 +352,6 @@ impl Settings {
                     .map(|(joint, limit)| format!("limits.{joint}.{limit}"))
                     .collect(),
                 description_problems: params.description_problems(),
-                max_tracking_error: r.double("max_tracking_error"),
                 stop_time: r.ms("stop_time_ms"),
                 ramp_time: r.ms("ramp_time_ms"),
             },
@@ -402,6 +401,10 @@ fn joint(r: &Reader<'_>, name: &str) -> Joint {
         offset: r.double(&of("offset")),
         limits: complete.then_some(JointLimits { min_position, max_position, max_velocity, max_acceleration }),
         limits_from: if complete { sources.collect::<Vec<_>>().join(", ") } else { String::new() },
+        max_tracking_error: [r.double(&format!("limits.{name}.max_tracking_error")), r.double("max_tracking_error")]
+            .into_iter()
+            .find(|e| !e.is_nan())
+            .unwrap_or(f64::NAN),
         action_absolute: r.texts("action_absolute_joints").iter().any(|j| j == name),
     }
 }

@@ -329,7 +329,7 @@ mod tests {
         assert!(all.names.contains(&"limits.elbow.max_velocity".to_owned()) && all.names.contains(&"seam".to_owned()));
         assert!(all.prefixes.contains(&"limits.elbow".to_owned()));
         assert!(p.list(&[], 1).names.iter().all(|n| !n.contains('.')));
-        assert_eq!(p.list(&["limits.elbow".into()], 1).names.len(), 4);
+        assert_eq!(p.list(&["limits.elbow".into()], 1).names.len(), 5);
         assert_eq!(p.list(&["limits".into()], 1).names.len(), 0, "they are two levels below");
         assert_eq!(p.list(&["limit".into()], 0).names.len(), 0, "a prefix is a whole word");
         assert_eq!(p.list(&["seam".into()], 1).names, ["seam"]);
