@@ -265,8 +265,12 @@ fn full_width_layers_agree_with_the_oracle_and_faults_are_noticed() {
 #[test]
 #[ignore = "needs a GPU"]
 fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
-    for (family, layers, steps, views) in [(Family::Pi0, 4, 10, 2), (Family::Pi05, 2, 3, 5), (Family::Pi0, 2, 3, 1)] {
+    // 51 token rows are the most: 50 actions and the state, or 51 actions.
+    for (family, horizon, layers, steps, views) in
+        [(Family::Pi0, 50, 4, 10, 2), (Family::Pi05, 51, 2, 3, 5), (Family::Pi0, 50, 2, 3, 1)]
+    {
         let mut dims = full_width(family, layers);
+        dims.horizon = horizon;
         dims.vision.layers = 1;
         dims.trunk.mlp = 2048;
         if kernels::portable() {
@@ -277,7 +281,7 @@ fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
             return;
         };
         let planes: Vec<Vec<f32>> = (0..views).map(|v| normals(42 + v, 3 * 224 * 224)).collect();
-        let (state, noise) = (normals(44, 32), normals(45, 50 * 32));
+        let (state, noise) = (normals(44, 32), normals(45, horizon * 32));
         let input = DecodeInput { steps, ..plain(&state, &noise) };
         let mut expected = None;
         let (mut runs, mut sizes) = (0, Vec::new());
@@ -318,7 +322,7 @@ fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
 #[test]
 #[ignore = "needs a GPU"]
 fn horizons_steps_and_prefixes_of_other_sizes_agree() {
-    for (horizon, views, tokens, seed) in [(10, 1, 1, 21), (16, 3, 48, 22), (30, 1, 7, 23), (63, 1, 20, 24)] {
+    for (horizon, views, tokens, seed) in [(10, 1, 1, 21), (16, 3, 48, 22), (30, 1, 7, 23), (51, 2, 20, 25), (63, 1, 20, 24)] {
         let mut dims = full_width(Family::Pi0, 1);
         dims.horizon = horizon;
         dims.trunk.mlp = 2048;

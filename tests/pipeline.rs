@@ -379,8 +379,8 @@ impl KvCache for Words {
     }
 }
 
-/// An encode: which encoder, on which thread, of how many tokens.
-type Encoded = (usize, String, usize);
+/// An encode: which encoder, on which thread, of how many views and tokens.
+type Encoded = (usize, String, usize, usize);
 
 struct CanaryEncoder {
     number: usize,
@@ -448,7 +448,7 @@ impl Encoder for CanaryEncoder {
 
     fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut Words) -> Result<(), EngineError> {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
-        self.encoded.lock().unwrap().push((self.number, thread, input.tokens.len()));
+        self.encoded.lock().unwrap().push((self.number, thread, input.views.len(), input.tokens.len()));
         let View::Frame(frame) = input.views[0] else {
             cache.1 = 1;
             return Ok(());
@@ -627,6 +627,23 @@ fn shares_change_under_running_stages() {
 }
 
 #[test]
+fn where_cameras_may_be_left_out_fewer_views_are_warm_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, policy) = synthetic_policy(dir.path());
+    for (drop_lost_views, warm) in [(false, vec![2]), (true, vec![1, 2])] {
+        let engine = Arc::new(Canary::new(&policy));
+        let mut config = config(PipelineMode::Pipelined);
+        config.live.drop_lost_views = drop_lost_views;
+        let _rig = Rig::start(&engine, policy.clone(), config);
+        let encoded = engine.encoded.lock().unwrap().clone();
+        for number in 1..=engine.built.lock().unwrap().len() {
+            let views: Vec<_> = encoded.iter().filter(|e| e.0 == number).map(|e| e.2).collect();
+            assert_eq!(views, warm, "encoder {number}");
+        }
+    }
+}
+
+#[test]
 fn a_split_kept_ready_is_warm_for_the_prompt_of_today() {
     let dir = tempfile::tempdir().unwrap();
     let (_, policy) = synthetic_policy(dir.path());
@@ -640,10 +657,8 @@ fn a_split_kept_ready_is_warm_for_the_prompt_of_today() {
     let end = Instant::now() + PATIENCE;
     let of_seventy = || {
         let all = engine.encoded.lock().unwrap().clone();
-        all.into_iter()
-            .filter(|(n, _, t)| *n == seventy && *t == tokens)
-            .map(|(_, thread, _)| thread)
-            .collect::<Vec<_>>()
+        let of = |e: &Encoded| e.0 == seventy && e.3 == tokens;
+        all.into_iter().filter(of).map(|(_, thread, ..)| thread).collect::<Vec<_>>()
     };
     while !of_seventy().iter().any(|thread| thread == "pi0_encoder") {
         assert!(Instant::now() < end, "{:?} {:?}", of_seventy(), rig.pipeline.report());

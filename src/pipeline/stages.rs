@@ -116,7 +116,7 @@ pub(super) fn check_mode(config: &PipelineConfig, dims: &Dims) -> Result<(), Pip
 }
 
 /// Runs both stages once, so that the first real chunk is as fast as the others: on the newest frames, or grey images
-/// where there are none yet, and a zero state.
+/// where there are none yet, and a zero state. Where cameras may be left out, of fewer views first.
 pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     shared: &Shared,
     encoder: &mut E,
@@ -129,7 +129,10 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     let views: Vec<_> =
         newest.iter().map(|s| s.as_ref().map_or(View::Planes(&grey), |s| View::Frame(&s.frame))).collect();
     let tokens = shared.policy.tokens(&shared.inputs.prompt().text, &vec![0.0; shared.policy.state_len()])?;
-    encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, slot)?;
+    let fewest = if shared.live().drop_lost_views { 1 } else { views.len() };
+    for count in fewest..=views.len() {
+        encoder.encode(&EncodeInput { views: &views[..count], tokens: &tokens }, slot)?;
+    }
     let len = dims.horizon * dims.action_dim;
     let (state, noise, mut actions) = (vec![0.0; dims.state_dim], vec![0.0; len], vec![0.0; len]);
     let input = DecodeInput { state: &state, noise: &noise, steps: shared.live().steps, guidance: None };

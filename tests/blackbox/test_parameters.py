@@ -8,7 +8,7 @@ import itertools
 import pytest
 import yaml
 from rcl_interfaces.msg import Parameter, ParameterEvent, ParameterType, ParameterValue
-from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParametersAtomically
+from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters, SetParametersAtomically
 from rclpy.parameter import parameter_value_to_python
 
 from robot import PARAMETERS
@@ -112,6 +112,17 @@ def test_events_and_several_at_once(node):
     above = PARAMETERS[high] + 0.1
     assert not node.set_parameter(low, double(above)).successful
     assert together((low, double(above)), (high, double(above + 0.1))).successful
+
+
+def test_many_limits_in_one_request(node):
+    """As `ros2 param load` sends a file: each is a change of its own for the control loop, which takes some a period."""
+    names = [name for name in PARAMETERS if name.startswith("limits.") and name.endswith(("_velocity", "_acceleration"))]
+    parameters = [Parameter(name=name, value=double(PARAMETERS[name] * 0.1)) for name in names]
+    results = call(node, SetParameters, "set_parameters", parameters=parameters).results
+    refused = {name: r.reason for name, r in zip(names, results, strict=True) if not r.successful}
+    assert len(names) >= 14 and not refused, refused
+    after = all_values(node)
+    assert all(after[p.name] == p.value for p in parameters)
 
 
 def test_a_dump_starts_the_same_node_again_and_can_be_loaded(start_node, tmp_path):
