@@ -715,7 +715,7 @@ fn one_measurement_that_cannot_be_moves_nothing() {
             w.disturbance = vec![0.0, if i < ticks { error } else { 0.0 }];
             let report = w.step(None);
             assert!(!report.restarted, "{error} in tick {i}");
-            assert_eq!(report.mode.armed(), false);
+            assert!(!report.mode.armed());
         }
         assert_eq!(w.controller.mode(), Mode::Active);
         assert_eq!(w.told().1, vec![0.0, 0.0], "braked on its way");
@@ -750,6 +750,13 @@ fn the_same_measurement_again_confirms_nothing_and_a_robot_at_rest_waits_for_ano
         assert!(!w.step(None).restarted);
     }
     assert_eq!(w.controller.mode(), Mode::Active, "older than it may be, it is no measurement");
+
+    let mut w = running(config());
+    w.disturbance = vec![0.0, 0.3];
+    w.step(None);
+    w.wait(-3.0);
+    w.tick(None);
+    assert!(w.step(None).restarted, "after a jump of the clock, the next two are compared");
 }
 
 #[test]

@@ -322,7 +322,9 @@ fn the_persistent_decoder_depends_on_neither_blocks_nor_timing() {
 #[test]
 #[ignore = "needs a GPU"]
 fn horizons_steps_and_prefixes_of_other_sizes_agree() {
-    for (horizon, views, tokens, seed) in [(10, 1, 1, 21), (16, 3, 48, 22), (30, 1, 7, 23), (51, 2, 20, 25), (63, 1, 20, 24)] {
+    for (horizon, views, tokens, seed) in
+        [(10, 1, 1, 21), (16, 3, 48, 22), (30, 1, 7, 23), (51, 2, 20, 25), (63, 1, 20, 24)]
+    {
         let mut dims = full_width(Family::Pi0, 1);
         dims.horizon = horizon;
         dims.trunk.mlp = 2048;

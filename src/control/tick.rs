@@ -260,6 +260,7 @@ impl Controller {
             self.counters.clock_jumps += 1;
             self.consumption.restart(now);
             self.counted = RosTime(i64::MIN);
+            self.doubted.fill(None);
             self.new_epoch();
             let motion = self.told_after(self.config.period * skipped.saturating_add(1) as f64);
             self.halt(Reason::ClockJumpedBack { seconds: elapsed_ns as f64 * -1e-9 }, report);
@@ -333,7 +334,7 @@ impl Controller {
         };
         let (mut worst, mut sure) = (0.0f64, false);
         let mut there = [false; MAX_JOINTS];
-        for j in 0..n {
+        for (j, there) in there.iter_mut().enumerate().take(n) {
             let fresh = usable(j).filter(|(_, age)| *age <= self.config.max_joint_state_age);
             let doubted = self.doubted[j].take();
             let Some((q, age)) = fresh else {
@@ -347,15 +348,15 @@ impl Controller {
             let (command, max, b) = (motion.here.q[j], self.config.joints[j].max_tracking_error, self.bounds[j]);
             let error = (q - command).abs();
             worst = worst.max(error);
-            there[j] = error <= max;
+            *there = error <= max;
             if error > max {
                 let when = input.ros_now.plus_seconds(-age);
                 // Past a limit by more than that is no pose of this robot.
                 if q >= b.min - max && q <= b.max + max {
-                    there[j] = doubted.is_some_and(|first| when.seconds_since(first) > ANOTHER);
+                    *there = doubted.is_some_and(|first| when.seconds_since(first) > ANOTHER);
                     self.doubted[j] = Some(doubted.unwrap_or(when));
                 }
-                sure |= there[j];
+                sure |= *there;
                 self.halt(Reason::TrackingError { joint: j, command, measured: q, max }, report);
             }
         }
