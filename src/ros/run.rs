@@ -105,7 +105,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
 
     let outputs = RosOutputs::advertise(&mut node, &settings)?;
     let (space, own) = name.rsplit_once('/').unwrap_or(("", &name));
-    let resolve = |topic: &str| args.resolve(topic, space, own);
+    let resolve = |topic: &str| args.topic(topic, space, own);
     let topics = settings.outputs.iter().map(|o| resolve(&o.topic)).zip(outputs.publishers());
     let topics = topics.map(|(topic, to)| Output { topic, to }).collect();
     let status = StatusPublisher::advertise(&mut node, &name, shared_clock.clone())?;
@@ -137,7 +137,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         clock: shared_clock,
     };
 
-    let stop = serve_stop(&context, &name, commands)?;
+    let stop = serve_stop(&context, &args.service("~/stop", space, own), commands)?;
     let spinner = Spinner::start("ros-spin", node, drains, move |node| {
         wiring.look(node);
         input_wiring.look(node);
@@ -247,13 +247,14 @@ fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, 
     })
 }
 
-/// `~/stop` on a node and thread of its own, so that nothing else can delay it.
-fn serve_stop(context: &Context, name: &str, commands: Commands) -> Result<Spinner, Refusal> {
+/// `~/stop`, as `service`, on a node and thread of its own, so that nothing else can delay it. The name is that which the
+/// rules for the visible node give it: the middleware takes `~` for the hidden one.
+fn serve_stop(context: &Context, service: &str, commands: Commands) -> Result<Spinner, Refusal> {
     let mut node =
         r2r::Node::create(context.clone(), STOP_NODE_NAME, "").map_err(middleware("creating the node of ~/stop"))?;
     let requests = node
-        .create_service::<Trigger::Service>(&format!("{name}/stop"), QosProfile::services_default())
-        .map_err(middleware("offering '~/stop'"))?;
+        .create_service::<Trigger::Service>(service, QosProfile::services_default())
+        .map_err(middleware(format!("offering '~/stop' as '{service}'")))?;
     let answer = drain(requests, move |request| {
         let (success, message) = outcome("~/stop", commands.stop());
         respond("~/stop", request, Trigger::Response { success, message });
