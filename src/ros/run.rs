@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use r2r::std_srvs::srv::Trigger;
 use crossbeam_channel::{Receiver, Sender};
+use r2r::std_srvs::srv::Trigger;
 use r2r::{Context, QosProfile};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -27,7 +28,7 @@ use super::wiring::{Output, Wiring};
 use super::{inputs, log, services::outcome, services::respond};
 use crate::error::Fault;
 use crate::node::{Commands, Identity, Node};
-use crate::params::{ParamError, Params, help_table, params_file};
+use crate::params::{ParamError, Params, help_table, params_file, yaml};
 use crate::telemetry::trace;
 
 /// Runs `control_node`; returns its exit code: 0 after SIGINT, SIGTERM or SIGHUP, 2 for what the user can put right, 3
@@ -273,13 +274,18 @@ fn security() -> Option<&'static str> {
 }
 
 fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, Refusal> {
-    let overrides = parameters::overrides(node);
-    let nothing = overrides.is_empty() && !args.params_files.is_empty();
-    Params::from_overrides(overrides).map_err(|errors| {
-        let mut problems: Vec<String> = errors.iter().map(ParamError::to_string).collect();
-        if nothing {
-            problems.insert(0, format!("no params file has a section for this node; name it {name} or /**"));
-        }
+    // r2r leaves out what it takes for another node's, and a file with limits must not be left out in silence.
+    let unread = |file: &PathBuf| {
+        let text = std::fs::read_to_string(file).map_err(|e| e.to_string());
+        let problem = text.and_then(|text| yaml::check_sections(&text, name)).err()?;
+        Some(format!("params file '{}': {problem}", file.display()))
+    };
+    let problems: Vec<String> = args.params_files.iter().filter_map(unread).collect();
+    if !problems.is_empty() {
+        return Err(Refusal { fault: Fault::Input, problems });
+    }
+    Params::from_overrides(parameters::overrides(node)).map_err(|errors| {
+        let problems = errors.iter().map(ParamError::to_string).collect();
         Refusal { fault: Fault::Input, problems }
     })
 }
