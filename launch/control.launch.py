@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.logging import get_logger
@@ -22,11 +21,14 @@ PACKAGE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PACKAGE / "launch"))
 
 import mps_daemon  # noqa: E402
+import params_files  # noqa: E402
+from params_files import NAME  # noqa: E402
 
-NAME = "pi0_mps"
 ARM_ATTEMPT_PERIOD_S = 1.0
 ARM_TIMEOUT_S = 120.0
 TRUE_FALSE = ["true", "false"]
+# "" leaves a parameter to the files.
+AS_GIVEN = ["", *TRUE_FALSE]
 LOG_LEVELS = ["debug", "info", "warn", "error", "fatal"]
 
 ARGUMENTS = [
@@ -39,14 +41,18 @@ ARGUMENTS = [
     ),
     DeclareLaunchArgument("checkpoint", default_value="", description="Folder of the policy; counts more than both files."),
     DeclareLaunchArgument(
-        "use_sim_time", default_value="false", choices=TRUE_FALSE, description="Take ROS time from /clock (simulation, replay)."
+        "use_sim_time",
+        default_value="",
+        choices=AS_GIVEN,
+        description="Take ROS time from /clock (simulation, replay); counts more than both files.",
     ),
     DeclareLaunchArgument("log_level", default_value="info", choices=LOG_LEVELS, description="Least severity that is logged."),
     DeclareLaunchArgument(
         "autostart",
-        default_value="true",
-        choices=TRUE_FALSE,
-        description="Load the policy and run inference at start. The robot does not move before it is armed.",
+        default_value="",
+        choices=AS_GIVEN,
+        description="Load the policy and run inference at start; counts more than both files. "
+        "The robot does not move before it is armed.",
     ),
     DeclareLaunchArgument(
         "arm",
@@ -85,20 +91,22 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         )
     if given["outputs_under"] and given["use_sim_time"] != "true":
         raise RuntimeError("outputs_under is for replay, by the recording's clock: give use_sim_time:=true too, or leave it out")
-    files = params_files(given["robot"], given["params_file"])
-    parameters = {"use_sim_time": given["use_sim_time"] == "true", "autostart": given["autostart"] == "true"}
+    files = params_files.chosen(given["robot"], given["params_file"])
+    parameters: dict[str, object] = {p: given[p] == "true" for p in ("use_sim_time", "autostart") if given[p]}
     if given["checkpoint"]:
         parameters["checkpoint"] = str(Path(given["checkpoint"]).expanduser())
     if given["outputs_under"]:
-        parameters |= {f"outputs.{group}.topic": f"{given['outputs_under']}/{group}" for group in output_groups(files)}
+        parameters |= params_files.commands_under(files, given["outputs_under"], given["namespace"])
         # What is measured comes from a recording and does not follow the commands.
-        parameters["max_tracking_error"] = 1e6
+        parameters |= dict.fromkeys(["max_tracking_error", *params_files.names_ending(files, ".max_tracking_error")], 1e6)
+    if parameters:
+        files.append(params_files.on_top(files, parameters))
     node = Node(
         package=NAME,
         executable="control_node",
         name=NAME,
         namespace=given["namespace"],
-        parameters=[*map(str, files), parameters],
+        parameters=[*map(str, files)],
         arguments=["--ros-args", "--log-level", given["log_level"]],
         additional_env=transport_profile() | (mps_daemon.ensure() if given["mps"] == "true" else {}),
         respawn=given["use_respawn"] == "true",
@@ -107,39 +115,6 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         emulate_tty=True,
     )
     return [node, OpaqueFunction(function=arm_when_active, args=[node])] if arm else [node]
-
-
-def params_files(robot: str, params_file: str) -> list[Path]:
-    """The robot's file and the user's, as far as they are given."""
-    files = []
-    if robot:
-        # A file without joints goes on top of a robot's: it is for params_file.
-        known = {f.stem: f for f in sorted((PACKAGE / "config/robots").glob("*.yaml")) if "joint_names:" in f.read_text()}
-        if robot not in known:
-            raise RuntimeError(
-                f"robot:={robot} is not in config/robots; known are {', '.join(known)}; or give params_file:=FILE"
-            )
-        files.append(known[robot])
-    if params_file:
-        files.append(Path(params_file).expanduser())
-        if not files[-1].is_file():
-            raise RuntimeError(f"params_file:={params_file} is not a file; give the YAML file of your robot")
-    if not files:
-        raise RuntimeError("give robot:=NAME, one of those in config/robots, or params_file:=FILE, or both")
-    return files
-
-
-def given_parameter(files: list[Path], name: str, default):
-    """A parameter as the last of the files that has it says."""
-    found = default
-    for file in files:
-        for section in (yaml.safe_load(file.read_text()) or {}).values():
-            found = ((section or {}).get("ros__parameters") or {}).get(name, found)
-    return found
-
-
-def output_groups(files: list[Path]) -> list[str]:
-    return given_parameter(files, "outputs.names", ["arm"])
 
 
 def transport_profile() -> dict[str, str]:

@@ -46,16 +46,28 @@ def ensure() -> dict[str, str]:
     folder = Path(tempfile.mkdtemp(prefix="pi0_mps-"))
     own = dict.fromkeys(DIRECTORIES, str(folder))
     environment |= own
-    started = subprocess.run([CONTROL, "-d"], env=environment, text=True, capture_output=True, timeout=READY_S, check=False)
-    # Also if it never answers: it may have been started all the same.
+    # Before it is started: also if it never answers, it may run all the same.
     atexit.register(end, environment, folder)
-    deadline = time.monotonic() + READY_S
-    while not answers(environment):
-        if started.returncode != 0 or time.monotonic() > deadline:
-            said = "\n".join([started.stderr.strip(), *(log.read_text()[-500:] for log in folder.glob("*.log"))]).strip()
-            raise RuntimeError(f"mps:=true: the MPS daemon does not answer: {said or 'it says nothing'}")
-        time.sleep(0.1)
+    try:
+        start(environment, folder / "start.log")
+        deadline = time.monotonic() + READY_S
+        while not answers(environment):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no answer within {READY_S:.0f} s")
+            time.sleep(0.1)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        said = [log.read_text(errors="replace")[-500:].strip() for log in sorted(folder.glob("*.log"))]
+        end(environment, folder)
+        raise RuntimeError(f"mps:=true: the MPS daemon does not answer: {'; '.join(filter(None, [*said, str(e)]))}") from e
     return own
+
+
+def start(environment: dict[str, str], said: Path) -> None:
+    """Starts the daemon, its words in that file: it keeps open what it is given, and a pipe would never end."""
+    with said.open("wb") as output:
+        subprocess.run(
+            [CONTROL, "-d"], env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=READY_S, check=True
+        )
 
 
 def end(environment: dict[str, str], folder: Path) -> None:

@@ -10,7 +10,7 @@ here. `pi0 replay` does the same without ROS, by a clock of its own, and bit for
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
@@ -23,6 +23,10 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 
 CONTROL = Path(__file__).resolve().parent / "control.launch.py"
+sys.path.insert(0, str(CONTROL.parent))
+
+import params_files  # noqa: E402
+
 # Time for the recorder and the node to find one another and to load a small policy; `delay` makes it longer.
 START_DELAY_S = "5.0"
 CLOCK_HZ = "200"
@@ -39,31 +43,22 @@ ARGUMENTS = [
 ]
 
 
-def control_launch():
-    """The module of control.launch.py: it knows what the params files say."""
-    spec = importlib.util.spec_from_file_location("pi0_mps_control_launch", CONTROL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     given = {a.name: LaunchConfiguration(a.name).perform(context) for a in ARGUMENTS}
     if not Path(given["bag"]).expanduser().exists():
         raise RuntimeError(f"bag:={given['bag']} does not exist; give a rosbag2 folder or an MCAP file")
     if Path(given["record"]).exists():
         raise RuntimeError(f"record:={given['record']} exists already; give another folder")
-    control = control_launch()
-    files = control.params_files(given["robot"], given["params_file"])
-    cameras = control.given_parameter(files, "camera_names", [])
-    topics = [control.given_parameter(files, f"cameras.{c}.topic", f"camera/{c}/image_raw") for c in cameras]
+    files = params_files.chosen(given["robot"], given["params_file"])
+    cameras = params_files.given_parameter(files, "camera_names", [])
+    topics = [params_files.given_parameter(files, f"cameras.{c}.topic", f"camera/{c}/image_raw") for c in cameras]
     inputs = [f"/{topic.lstrip('/')}" for topic in [*topics, "joint_states"]]
-    outputs = [f"/replay/{group}" for group in control.output_groups(files)]
+    outputs = [f"/replay/{group}" for group in params_files.output_groups(files)]
     node = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(str(CONTROL)),
         launch_arguments={
             **{name: given[name] for name in ("robot", "params_file", "checkpoint", "log_level")},
-            "use_sim_time": "true", "arm": "true", "outputs_under": "replay",
+            "use_sim_time": "true", "autostart": "true", "arm": "true", "outputs_under": "replay",
         }.items(),
     )
     recorder = ExecuteProcess(

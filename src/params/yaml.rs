@@ -1,34 +1,111 @@
 //! A ROS params file without ROS: for tools that check or write one.
 
+use yaml_rust2::yaml::Hash;
 use yaml_rust2::{Yaml, YamlLoader};
 
 use super::Value;
 
-/// The parameters that a params file gives to a node of that name, in the file's order: those of its own section and
-/// of the sections for all nodes (`/**`).
+/// The parameters that a params file gives to a node, in the file's order: those of its own section and of the sections
+/// for all nodes (`/**`). The node is `/namespace/name`, or `name` in any namespace.
 pub fn overrides(text: &str, node: &str) -> Result<Vec<(String, Value)>, String> {
-    let documents = YamlLoader::load_from_str(text).map_err(|e| format!("not YAML: {e}"))?;
-    let Some(Yaml::Hash(sections)) = documents.first() else {
-        return Err("holds no sections; a params file starts with '/**:' and 'ros__parameters:'".into());
-    };
     let mut found = Vec::new();
-    let mut heard = false;
-    for (name, section) in sections {
-        let name = name.as_str().unwrap_or_default();
-        let last = name.rsplit('/').next().unwrap_or_default();
-        if !["**", "*", node].contains(&last) {
-            continue;
-        }
-        let Yaml::Hash(parameters) = &section["ros__parameters"] else {
-            return Err(format!("section '{name}' has no 'ros__parameters:'"));
-        };
-        heard = true;
-        flatten("", parameters, &mut found)?;
+    for parameters in sections(text, node)? {
+        flatten("", &parameters, &mut found)?;
     }
-    if heard { Ok(found) } else { Err(format!("no section for this node; name it '/**' or '{node}'")) }
+    Ok(found)
 }
 
-fn flatten(prefix: &str, map: &yaml_rust2::yaml::Hash, found: &mut Vec<(String, Value)>) -> Result<(), String> {
+/// Whether a params file has a section that the node reads, and none for it that it does not.
+pub fn check_sections(text: &str, node: &str) -> Result<(), String> {
+    sections(text, node).map(|_| ())
+}
+
+fn sections(text: &str, node: &str) -> Result<Vec<Hash>, String> {
+    let documents = YamlLoader::load_from_str(text).map_err(|e| format!("not YAML: {e}"))?;
+    let Some(Yaml::Hash(tree)) = documents.into_iter().next() else {
+        return Err("holds no sections; a params file starts with '/**:' and 'ros__parameters:'".into());
+    };
+    let mut all = Vec::new();
+    walk("", tree, &mut all);
+    let names: Vec<_> = all.iter().map(|(name, _)| format!("'{name}'")).collect();
+    let mut read = Vec::new();
+    for (name, parameters) in all {
+        match Addressee::of(&name, node) {
+            Addressee::Node => {
+                read.push(parameters.ok_or_else(|| format!("section '{name}' has no 'ros__parameters:'"))?);
+            }
+            Addressee::NodeUnread => {
+                return Err(format!(
+                    "section '{name}' would be this node's, but names of this form are not read; name it '/**' or '{node}'"
+                ));
+            }
+            Addressee::Others => {}
+        }
+    }
+    match read.is_empty() {
+        true => Err(format!("no section for this node, only {}; name one '/**' or '{node}'", names.join(", "))),
+        false => Ok(read),
+    }
+}
+
+/// Every section by its name, with its parameters if it has any; a namespace may be a level of its own.
+fn walk(above: &str, tree: Hash, found: &mut Vec<(String, Option<Hash>)>) {
+    for (key, below) in tree {
+        let key = key.into_string().unwrap_or_default();
+        let name = if above.is_empty() { key } else { format!("{above}/{key}") };
+        let Yaml::Hash(mut below) = below else {
+            found.push((name, None));
+            continue;
+        };
+        match below.remove(&Yaml::String(PARAMETERS.into())) {
+            Some(Yaml::Hash(parameters)) => found.push((name.clone(), Some(parameters))),
+            Some(_) => found.push((name.clone(), None)),
+            None if !below.values().any(|y| matches!(y, Yaml::Hash(_))) => found.push((name.clone(), None)),
+            None => {}
+        }
+        below.retain(|_, y| matches!(y, Yaml::Hash(_)));
+        walk(&name, below, found);
+    }
+}
+
+const PARAMETERS: &str = "ros__parameters";
+
+/// Whose a section is. rclcpp knows more forms of names than r2r reads: what r2r would leave out is told apart from what
+/// is for others.
+enum Addressee {
+    Node,
+    NodeUnread,
+    Others,
+}
+
+impl Addressee {
+    fn of(section: &str, node: &str) -> Self {
+        let tokens = |name: &str| name.trim_start_matches('/').split('/').map(str::to_owned).collect::<Vec<_>>();
+        let (pattern, node_tokens) = (tokens(section), tokens(node));
+        let bare = node_tokens.last().map_or("", String::as_str);
+        let last = pattern.last().map_or("", String::as_str);
+        let any_namespace = !node.starts_with('/');
+        let of_some_namespace = any_namespace && section.starts_with('/') && !section.contains('*') && last == bare;
+        if ["/**", "**", node, bare].contains(&section) || of_some_namespace {
+            Self::Node
+        } else if any_namespace && ["**", "*", bare].contains(&last) || covers(&pattern, &node_tokens) {
+            Self::NodeUnread
+        } else {
+            Self::Others
+        }
+    }
+}
+
+/// Whether a name with the wildcards `*` (one part) and `**` (any number of them) is also the name of that node.
+fn covers(pattern: &[String], name: &[String]) -> bool {
+    let Some((first, rest)) = pattern.split_first() else { return name.is_empty() };
+    if first == "**" {
+        return (0..=name.len()).any(|n| covers(rest, &name[n..]));
+    }
+    name.split_first().is_some_and(|(part, more)| (first == "*" || first == part) && covers(rest, more))
+}
+
+fn flatten(prefix: &str, map: &Hash, found: &mut Vec<(String, Value)>) -> Result<(), String> {
     for (key, value) in map {
         let key = match key {
             Yaml::String(s) | Yaml::Real(s) => s.clone(),
@@ -95,10 +172,51 @@ mod tests {
             ("a: [", "not YAML"),
             ("", "holds no sections"),
             ("seed: 3", "no section for this node"),
-            ("/**:\n  seed: 3\n", "no 'ros__parameters:'"),
+            ("/**:\n  seed: 3\n", "section '/**' has no 'ros__parameters:'"),
+            ("/**:\n  ros__parameters:\n", "section '/**' has no 'ros__parameters:'"),
         ] {
             let e = overrides(text, "pi0_mps").unwrap_err();
             assert!(e.contains(says), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_section_is_read_by_the_node_that_it_names_or_refused() {
+        let file = |section: &str| format!("{section}:\n  ros__parameters: {{seed: 3}}\n");
+        for (section, node) in [
+            ("/**", "/left/pi0_mps"),
+            ("\"**\"", "/left/pi0_mps"),
+            ("pi0_mps", "/left/pi0_mps"),
+            ("/left/pi0_mps", "/left/pi0_mps"),
+            ("/left/pi0_mps", "pi0_mps"),
+            ("/left:\n pi0_mps", "/left/pi0_mps"),
+        ] {
+            assert_eq!(overrides(&file(section), node).map(|p| p.len()), Ok(1), "{section}");
+        }
+        for (section, node) in [
+            ("/**/pi0_mps", "/left/pi0_mps"),
+            ("/**/pi0_mps", "/pi0_mps"),
+            ("/*/pi0_mps", "/left/pi0_mps"),
+            ("/left/*", "/left/pi0_mps"),
+            ("left/pi0_mps", "/left/pi0_mps"),
+            ("left:\n pi0_mps", "/left/pi0_mps"),
+            ("/*/*/**/*", "/robot/left/pi0_mps"),
+            ("/*/pi0_mps", "pi0_mps"),
+            ("left/pi0_mps", "pi0_mps"),
+        ] {
+            let text = format!("/**:\n  ros__parameters: {{seed: 2}}\n{}", file(section));
+            let e = overrides(&text, node).unwrap_err();
+            assert!(e.contains("would be this node's") && e.ends_with(&format!("name it '/**' or '{node}'")), "{e}");
+        }
+        for (section, node) in [
+            ("/*/pi0_mps", "/pi0_mps"),
+            ("/*", "/left/pi0_mps"),
+            ("/left/pi0_mps", "/right/pi0_mps"),
+            ("/left/pi0_mps", "/pi0_mps"),
+            ("camera", "pi0_mps"),
+        ] {
+            let e = check_sections(&file(section), node).unwrap_err();
+            assert_eq!(e, format!("no section for this node, only '{section}'; name one '/**' or '{node}'"));
         }
     }
 }

@@ -27,8 +27,19 @@ pub struct Args {
     pub stop_node_named: bool,
     /// `--disable-rosout-logs`.
     pub no_rosout: bool,
-    /// New names of topics, in order: what may be before the name (a node), from, to.
-    pub remapped: Vec<(Option<String>, String, String)>,
+    /// New names of topics and services, in order.
+    pub remapped: Vec<Rule>,
+}
+
+/// A remapping: `[node:][rostopic://|rosservice://]from:=to`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// The only node that it is for.
+    node: Option<String>,
+    /// `rostopic` or `rosservice`, if it is for one of them alone.
+    only: Option<String>,
+    from: String,
+    to: String,
 }
 
 impl Args {
@@ -85,12 +96,15 @@ impl Args {
                 }
                 self.stop_node_named |= value.starts_with(&format!("{STOP_NODE_NAME}:__node:="));
                 if let Some((from, to)) = value.split_once(":=") {
-                    let from = from.strip_prefix("rostopic://").unwrap_or(from);
                     let (node, from) = match from.split_once(':') {
-                        Some((node, from)) => (Some(node.to_owned()), from),
+                        Some((node, rest)) if !rest.starts_with("//") => (Some(node.to_owned()), rest),
+                        _ => (None, from),
+                    };
+                    let (only, from) = match from.split_once("://") {
+                        Some((only, name)) => (Some(only.to_owned()), name),
                         None => (None, from),
                     };
-                    self.remapped.push((node, from.into(), to.into()));
+                    self.remapped.push(Rule { node, only, from: from.into(), to: to.into() });
                 }
             }
         }
@@ -99,19 +113,30 @@ impl Args {
 
     /// The full name of a topic of the node `namespace`/`node` after the remappings of the command line. r2r does not
     /// tell the name that a subscription got.
-    pub fn resolve(&self, topic: &str, namespace: &str, node: &str) -> String {
+    pub fn topic(&self, name: &str, namespace: &str, node: &str) -> String {
+        self.resolve("rostopic", name, namespace, node)
+    }
+
+    /// The full name of a service, likewise.
+    pub fn service(&self, name: &str, namespace: &str, node: &str) -> String {
+        self.resolve("rosservice", name, namespace, node)
+    }
+
+    fn resolve(&self, kind: &str, name: &str, namespace: &str, node: &str) -> String {
         let namespace = namespace.trim_end_matches('/');
         let full = |name: &str| match (name.strip_prefix("~/"), name.starts_with('/')) {
             (Some(private), _) => format!("{namespace}/{node}/{private}"),
             (None, true) => name.into(),
             (None, false) => format!("{namespace}/{name}"),
         };
-        let name = full(topic);
-        let rule = self.remapped.iter().find(|(of, from, _)| {
-            // A node is meant by the name it has in the code.
-            of.as_ref().is_none_or(|of| of == NODE_NAME) && full(from) == name
-        });
-        rule.map_or(name, |(_, _, to)| full(to))
+        let name = full(name);
+        // A node is meant by the name that it got, not by the one in the code.
+        let applies = |r: &&Rule| {
+            r.node.as_ref().is_none_or(|of| of == node)
+                && r.only.as_ref().is_none_or(|only| only == kind)
+                && full(&r.from) == name
+        };
+        self.remapped.iter().find(applies).map_or_else(|| name.clone(), |r| full(&r.to))
     }
 
     /// The first params file that cannot be read, with the reason.
@@ -174,23 +199,29 @@ mod tests {
     }
 
     #[test]
-    fn topics_get_the_names_that_the_middleware_gives_them() {
+    fn topics_and_services_get_the_names_that_the_middleware_gives_them() {
+        // The pairs are what rclpy's resolve_topic_name and resolve_service_name say of these rules.
         let args = parse(
-            "--ros-args -r camera/base/image_raw:=/cam0/image -r __ns:=/left --remap other:joint_states:=no -r \
-             pi0_mps:joint_states:=states -r ~/x:=y -r rostopic:///left/z:=w",
+            "--ros-args -r __node:=left -r __ns:=/n -r pi0:a:=by_code -r left:b:=by_new -r left:rostopic://c:=c2 \
+             -r rosservice://~/stop:=/estop --remap rostopic://~/e:=e2 -r left:rosservice://f:=~/f2 \
+             -r /chain:=/chain2 -r /chain2:=/chain3 -r rostopic:///g/h:=g2",
         )
         .unwrap();
-        for (given, got) in [
-            ("camera/base/image_raw", "/cam0/image"),
-            ("camera/wrist/image_raw", "/left/camera/wrist/image_raw"),
-            ("joint_states", "/left/states"),
-            ("~/x", "/left/y"),
-            ("z", "/left/w"),
-            ("/absolute", "/absolute"),
+        for (given, topic, service) in [
+            ("a", "/n/a", "/n/a"),
+            ("b", "/n/by_new", "/n/by_new"),
+            ("c", "/n/c2", "/n/c"),
+            ("~/stop", "/n/left/stop", "/estop"),
+            ("~/e", "/n/e2", "/n/left/e"),
+            ("f", "/n/f", "/n/left/f2"),
+            ("chain", "/n/chain", "/n/chain"),
+            ("/chain", "/chain2", "/chain2"),
+            ("/g/h", "/n/g2", "/g/h"),
         ] {
-            assert_eq!(args.resolve(given, "/left", "pi0"), got);
+            assert_eq!(args.topic(given, "/n", "left"), topic);
+            assert_eq!(args.service(given, "/n", "left"), service);
         }
-        assert_eq!(Args::default().resolve("joint_states", "/", "pi0"), "/joint_states");
+        assert_eq!(Args::default().topic("joint_states", "/", "pi0"), "/joint_states");
     }
 
     #[test]

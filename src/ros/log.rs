@@ -1,6 +1,7 @@
 //! Events of `tracing` go to ROS's logging: console, log file and `/rosout`.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -56,7 +57,8 @@ impl<S: Subscriber> Layer<S> for RosLog {
         event.record(&mut line);
         let meta = event.metadata();
         let Some(NodeLog { logger, rosout }) = NODE.get() else {
-            eprintln!("[{}] {}", meta.level(), line.0);
+            // Unlike eprintln, no panic where the terminal is gone.
+            let _ = writeln!(std::io::stderr(), "[{}] {}", meta.level(), line.0);
             return;
         };
         let (severity, number) = match *meta.level() {

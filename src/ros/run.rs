@@ -3,14 +3,16 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crossbeam_channel::{Receiver, Sender};
 use r2r::std_srvs::srv::Trigger;
 use r2r::{Context, QosProfile};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::args::{Args, NODE_NAME, STOP_NODE_NAME};
@@ -26,11 +28,11 @@ use super::wiring::{Output, Wiring};
 use super::{inputs, log, services::outcome, services::respond};
 use crate::error::Fault;
 use crate::node::{Commands, Identity, Node};
-use crate::params::{ParamError, Params, help_table, params_file};
+use crate::params::{ParamError, Params, help_table, params_file, yaml};
 use crate::telemetry::trace;
 
-/// Runs `control_node`; returns its exit code: 0 after SIGINT or SIGTERM, 2 for what the user can put right, 3 for the
-/// machine, 70 for an error in the program.
+/// Runs `control_node`; returns its exit code: 0 after SIGINT, SIGTERM or SIGHUP, 2 for what the user can put right, 3
+/// for the machine, 70 for an error in the program.
 pub fn run() -> ExitCode {
     let given: Vec<OsString> = std::env::args_os().skip(1).collect();
     let outcome = Args::parse(given.iter().cloned()).map_err(|e| Refusal::new(Fault::Input, e)).and_then(|args| {
@@ -47,7 +49,8 @@ pub fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(refusal) => {
             for problem in &refusal.problems {
-                eprintln!("control_node: {problem}");
+                // Where the terminal is gone, nobody is left to tell.
+                let _ = writeln!(std::io::stderr(), "control_node: {problem}");
             }
             ExitCode::from(refusal.fault.exit_code())
         }
@@ -86,7 +89,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         return Err(Refusal::new(Fault::Input, problem));
     }
     name_the_stop_node(args, given)?;
-    let mut signals = catch_signals()?;
+    let (end, ended_by) = catch_signals()?;
     if args.trace.is_some() {
         trace::start();
     }
@@ -105,7 +108,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
 
     let outputs = RosOutputs::advertise(&mut node, &settings)?;
     let (space, own) = name.rsplit_once('/').unwrap_or(("", &name));
-    let resolve = |topic: &str| args.resolve(topic, space, own);
+    let resolve = |topic: &str| args.topic(topic, space, own);
     let topics = settings.outputs.iter().map(|o| resolve(&o.topic)).zip(outputs.publishers());
     let topics = topics.map(|(topic, to)| Output { topic, to }).collect();
     let status = StatusPublisher::advertise(&mut node, &name, shared_clock.clone())?;
@@ -137,7 +140,7 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         clock: shared_clock,
     };
 
-    let stop = serve_stop(&context, &name, commands)?;
+    let stop = serve_stop(&context, &args.service("~/stop", space, own), commands)?;
     let spinner = Spinner::start("ros-spin", node, drains, move |node| {
         wiring.look(node);
         input_wiring.look(node);
@@ -146,14 +149,17 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
     let services = spawn("ros-services", move || services.run(&requests))?;
     let (quit_status, quit) = crossbeam_channel::bounded(1);
     let watched = core.clone();
-    let wake = signals.handle();
-    let status = spawn("ros-status", move || status.run(&watched, &quit, || wake.close()))?;
+    let failed = move || {
+        let _ = end.try_send(End::Failure);
+    };
+    let status = spawn("ros-status", move || status.run(&watched, &quit, failed))?;
     tracing::info!("{name} is up; unarmed until ~/enable");
 
-    match signals.forever().next() {
-        Some(SIGINT) => tracing::info!("SIGINT: stopping the robot, then leaving; a second signal leaves at once"),
-        Some(_) => tracing::info!("SIGTERM: stopping the robot, then leaving; a second signal leaves at once"),
-        None => tracing::error!("the node cannot go on: stopping the robot, then leaving"),
+    match ended_by.recv() {
+        Ok(End::Signal(name)) => {
+            tracing::info!("{name}: stopping the robot, then leaving; another one after {ONE_WISH:?} leaves at once");
+        }
+        _ => tracing::error!("the node cannot go on: stopping the robot, then leaving"),
     }
     // No more commands and parameters; measurements still come in, so that the stop is a good one, and ~/stop answers.
     let _ = jobs.send(Job::Quit);
@@ -182,17 +188,49 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
 /// Time for the middleware to send the last message.
 const FLUSH: Duration = Duration::from_millis(100);
 
-/// The first signal is for the main thread; a second one of any kind ends the process at once.
-fn catch_signals() -> Result<Signals, Refusal> {
+/// Why the node leaves.
+enum End {
+    Signal(&'static str),
+    /// The core has one.
+    Failure,
+}
+
+/// The signals that end the node. SIGHUP comes when its terminal or connection is gone.
+const ENDING: [(i32, &str); 3] = [(SIGINT, "SIGINT"), (SIGTERM, "SIGTERM"), (SIGHUP, "SIGHUP")];
+
+/// Signals within this time are one wish: ros2 launch sends its child a SIGINT of its own on top of the one that Ctrl-C
+/// sends to all of them, and that must not cut the stop short.
+const ONE_WISH: Duration = Duration::from_secs(1);
+
+/// The first signal is for the main thread; one that comes [`ONE_WISH`] after it ends the process at once.
+fn catch_signals() -> Result<(Sender<End>, Receiver<End>), Refusal> {
     let error = |e: std::io::Error| Refusal::new(Fault::Machine, format!("cannot handle signals: {e}"));
-    let seen = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, seen.clone()).map_err(error)?;
+    let hurry = Arc::new(AtomicBool::new(false));
+    let ending = ENDING.iter().filter(|(signal, _)| !(*signal == SIGHUP && is_ignored(SIGHUP)));
+    let ending: Vec<i32> = ending.map(|(signal, _)| *signal).collect();
+    for signal in &ending {
+        // In the handler, not in the thread below: it ends the process whatever the threads are doing.
+        signal_hook::flag::register_conditional_shutdown(*signal, 128 + signal, hurry.clone()).map_err(error)?;
     }
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, seen.clone()).map_err(error)?;
-    }
-    Signals::new([SIGINT, SIGTERM]).map_err(error)
+    let mut signals = Signals::new(&ending).map_err(error)?;
+    let (end, ended_by) = crossbeam_channel::bounded(1);
+    let tell = end.clone();
+    spawn("ros-signals", move || {
+        let first = signals.forever().next();
+        let Some((_, name)) = ENDING.iter().find(|(signal, _)| Some(*signal) == first) else { return };
+        let _ = tell.try_send(End::Signal(name));
+        std::thread::sleep(ONE_WISH);
+        hurry.store(true, Ordering::Relaxed);
+    })?;
+    Ok((end, ended_by))
+}
+
+/// Whether the process was started to ignore a signal, as nohup does with SIGHUP.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// `-r __node:=NAME`, as launch files write it, renames every node of a process, and the hidden one must not have the
@@ -236,24 +274,30 @@ fn security() -> Option<&'static str> {
 }
 
 fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, Refusal> {
-    let overrides = parameters::overrides(node);
-    let nothing = overrides.is_empty() && !args.params_files.is_empty();
-    Params::from_overrides(overrides).map_err(|errors| {
-        let mut problems: Vec<String> = errors.iter().map(ParamError::to_string).collect();
-        if nothing {
-            problems.insert(0, format!("no params file has a section for this node; name it {name} or /**"));
-        }
+    // r2r leaves out what it takes for another node's, and a file with limits must not be left out in silence.
+    let unread = |file: &PathBuf| {
+        let text = std::fs::read_to_string(file).map_err(|e| e.to_string());
+        let problem = text.and_then(|text| yaml::check_sections(&text, name)).err()?;
+        Some(format!("params file '{}': {problem}", file.display()))
+    };
+    let problems: Vec<String> = args.params_files.iter().filter_map(unread).collect();
+    if !problems.is_empty() {
+        return Err(Refusal { fault: Fault::Input, problems });
+    }
+    Params::from_overrides(parameters::overrides(node)).map_err(|errors| {
+        let problems = errors.iter().map(ParamError::to_string).collect();
         Refusal { fault: Fault::Input, problems }
     })
 }
 
-/// `~/stop` on a node and thread of its own, so that nothing else can delay it.
-fn serve_stop(context: &Context, name: &str, commands: Commands) -> Result<Spinner, Refusal> {
+/// `~/stop`, as `service`, on a node and thread of its own, so that nothing else can delay it. The name is that which the
+/// rules for the visible node give it: the middleware takes `~` for the hidden one.
+fn serve_stop(context: &Context, service: &str, commands: Commands) -> Result<Spinner, Refusal> {
     let mut node =
         r2r::Node::create(context.clone(), STOP_NODE_NAME, "").map_err(middleware("creating the node of ~/stop"))?;
     let requests = node
-        .create_service::<Trigger::Service>(&format!("{name}/stop"), QosProfile::services_default())
-        .map_err(middleware("offering '~/stop'"))?;
+        .create_service::<Trigger::Service>(service, QosProfile::services_default())
+        .map_err(middleware(format!("offering '~/stop' as '{service}'")))?;
     let answer = drain(requests, move |request| {
         let (success, message) = outcome("~/stop", commands.stop());
         respond("~/stop", request, Trigger::Response { success, message });

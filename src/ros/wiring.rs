@@ -12,9 +12,6 @@ use crate::node::Inputs;
 /// How often the graph is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// What commands are made of.
-const TYPES: [&str; 2] = ["trajectory_msgs/msg/JointTrajectory", "std_msgs/msg/Float64MultiArray"];
-
 /// What the middleware calls a node whose name it has not heard yet.
 const UNKNOWN: &str = "_NODE_NAME_UNKNOWN_";
 
@@ -37,7 +34,7 @@ impl GroupPublisher {
 
 /// One output group.
 pub struct Output {
-    /// Its topic by the name it should have on the graph.
+    /// Its topic by the name that it has on the graph.
     pub topic: String,
     pub to: GroupPublisher,
 }
@@ -91,26 +88,27 @@ impl Wiring {
         Some(Found { fault: InputFault::OutputUnconnected { output }, output, topic, others: Vec::new() })
     }
 
-    /// A command topic that somebody else publishes on too. Which topics are commands' is asked of the graph, not of
-    /// the parameters: those that this node publishes on.
+    /// A command topic that somebody else publishes on too. Each is asked for by its name: r2r 0.9.7 reads past the
+    /// end of the list of all topics where one has two types, which any node on the network can bring about.
     fn contested(&self, node: &Node) -> Option<Found> {
-        let (me, space) = (node.name().ok()?, node.namespace().ok()?);
-        let chunks = format!("{}/{me}/action_chunk", space.trim_end_matches('/'));
-        let topics = node.get_topic_names_and_types().ok()?;
-        for (topic, _) in topics.iter().filter(|(_, of)| of.iter().any(|t| TYPES.contains(&t.as_str()))) {
+        let me = node.fully_qualified_name().ok()?;
+        for (output, Output { topic, .. }) in self.outputs.iter().enumerate() {
             let publishers = node.get_publishers_info_by_topic(topic, false).ok()?;
-            let mine = publishers.iter().position(|p| p.node_name == me && p.node_namespace == space);
-            let Some(mine) = mine.filter(|_| publishers.len() > 1 && *topic != chunks) else { continue };
+            let names =
+                publishers.iter().map(|p| format!("{}/{}", p.node_namespace.trim_end_matches('/'), p.node_name));
+            let mut rivals: Vec<String> = names.collect();
             // A node of the same name is another one all the same: one publisher is this node's, not all of that name.
-            let others = publishers.iter().enumerate().filter(|(i, p)| *i != mine && p.node_name != UNKNOWN);
-            let others = others.map(|(_, p)| {
-                let namesake = if p.node_name == me && p.node_namespace == space { "the other " } else { "" };
-                format!("{namesake}{}/{}", p.node_namespace.trim_end_matches('/'), p.node_name)
-            });
-            let mut others: Vec<String> = others.collect();
+            if let Some(mine) = rivals.iter().position(|name| *name == me) {
+                rivals.remove(mine);
+            }
+            if rivals.is_empty() {
+                continue;
+            }
+            rivals.retain(|name| !name.ends_with(UNKNOWN));
+            let mut others: Vec<String> =
+                rivals.into_iter().map(|name| if name == me { format!("the other {name}") } else { name }).collect();
             others.sort();
             others.dedup();
-            let output = self.outputs.iter().position(|o| o.topic == *topic).unwrap_or(0);
             let fault = InputFault::OutputContested { output };
             return Some(Found { fault, output, topic: topic.clone(), others });
         }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 
 import numpy as np
+import pytest
 
 
 def test_nothing_is_published_before_enable(start_node, robot):
@@ -28,13 +31,40 @@ def test_interrupt_ends_with_a_stop(start_node, robot):
     robot.check_last_is_a_stop()
 
 
-def test_terminate_ends_with_a_stop(start_node, robot):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminate_or_a_lost_connection_ends_with_a_stop(start_node, robot, number):
     node = start_node()
     node.run_armed()
-    node.process.interrupt(signal.SIGTERM)
+    node.process.interrupt(number)
     assert node.process.wait(30.0) == 0, node.process.tail()
     robot.wait_for_silence()
     robot.check_last_is_a_stop()
+
+
+def test_a_second_interrupt_at_once_does_not_cut_the_stop_short(start_node, robot):
+    """As `ros2 launch` sends them: one to all of them, and one to its child."""
+    node = start_node()
+    node.run_armed()
+    node.process.interrupt()
+    while "SIGINT: stopping" not in node.process.text():
+        time.sleep(0.002)
+    node.process.interrupt()
+    assert node.process.wait(30.0) == 0, node.process.tail()
+    robot.wait_for_silence()
+    robot.check_last_is_a_stop()
+
+
+def test_a_second_interrupt_later_ends_at_once(start_node, tmp_path):
+    """A pipe that nobody reads holds up the end of the process for as long as it takes."""
+    pipe = tmp_path / "trace"
+    os.mkfifo(pipe)
+    node = start_node("--", "--trace", str(pipe), "--ros-args")
+    node.wait_for_mode("active")
+    node.process.interrupt()
+    assert node.process.wait(2.0) is None, node.process.tail()
+    node.expected_exit = 128 + signal.SIGINT
+    node.process.interrupt()
+    assert node.process.wait(5.0) == node.expected_exit, node.process.tail()
 
 
 def test_stop_latches_until_reset(start_node, robot):

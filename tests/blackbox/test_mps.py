@@ -18,11 +18,16 @@ STAND_IN = """\
     #!/bin/sh
     dir=${CUDA_MPS_PIPE_DIRECTORY:-$DEFAULT_PIPE}
     echo "$* in $dir" >> "$JOURNAL"
-    if [ "$1" = -d ]; then [ "$REFUSE" ] && echo "no such device" >&2 && exit 1; touch "$dir/running"; exit 0; fi
+    if [ "$1" = -d ]; then
+        [ "$REFUSE" ] && echo "no such device" >&2 && exit 1
+        [ "$HOLD" ] && sleep 20 &
+        touch "$dir/running"; exit 0
+    fi
     [ -e "$dir/running" ] || exit 1
     read -r command
     echo "$command" >> "$JOURNAL"
     [ "$command" = quit ] && rm "$dir/running"
+    [ "$MUTE" ] && exit 1
     exit 0
 """
 
@@ -46,7 +51,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
 
 
 def launch(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    code = "import mps_daemon; print(mps_daemon.ensure())"
+    code = "import mps_daemon; mps_daemon.READY_S = 3.0; print(mps_daemon.ensure())"
     return subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=60, check=False)
 
 
@@ -73,3 +78,16 @@ def test_says_why_there_is_none(machine: dict[str, str]) -> None:
     assert refused.returncode != 0 and "does not answer: no such device" in refused.stderr
     absent = launch(machine | {"PATH": "/usr/bin:/bin"})
     assert "which comes with the NVIDIA driver; it is not in PATH" in absent.stderr
+
+
+def test_a_daemon_that_keeps_what_it_is_given_open_is_started_all_the_same(machine: dict[str, str]) -> None:
+    done = launch(machine | {"HOLD": "1"})
+    assert done.returncode == 0, done.stderr
+    assert Path(machine["JOURNAL"]).read_text().endswith("quit\n")
+
+
+def test_a_daemon_that_does_not_answer_is_ended(machine: dict[str, str]) -> None:
+    refused = launch(machine | {"MUTE": "1"})
+    assert refused.returncode != 0 and "does not answer: no answer within 3 s" in refused.stderr, refused.stderr
+    assert "quit" in Path(machine["JOURNAL"]).read_text()
+    assert not list(Path(machine["TMPDIR"]).glob("pi0_mps-*"))

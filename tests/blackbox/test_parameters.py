@@ -162,3 +162,17 @@ def test_a_slip_in_a_params_file_is_refused_at_start(start_node, tmp_path):
     node.expected_exit = 2
     assert node.process.wait(60.0) == 2, node.process.tail()
     assert "did you mean 'mps_encoder_percentage'?" in node.process.tail()
+
+
+def test_a_params_file_that_is_not_for_this_node_is_refused_at_start(start_node, tmp_path):
+    """Also where another file is: limits that are left out in silence do not protect."""
+    for section, says in [
+        ("/right/pi0_mps", "no section for this node, only '/right/pi0_mps'; name one '/**' or '/left/pi0_mps'"),
+        ("/**/pi0_mps", "section '/**/pi0_mps' would be this node's, but names of this form are not read"),
+    ]:
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.dump({section: {"ros__parameters": {"limits": {"elbow": {"max_velocity": 0.1}}}}}))
+        node = start_node("-r", "__ns:=/left", "--params-file", str(file), name="/left/pi0_mps")
+        node.expected_exit = 2
+        assert node.process.wait(60.0) == 2, node.process.tail()
+        assert f"params file '{file}': {says}" in node.process.tail()
