@@ -88,7 +88,8 @@ fn every_output_has_a_controller_that_takes_it() {
 
 #[test]
 fn so101_speaks_degrees_and_percent() {
-    let map = map(&settings("so101"));
+    let settings = settings("so101");
+    let map = map(&settings);
     let mut robot = [0.0; 6];
     map.to_robot(&[90.0, -45.0, 0.0, 30.0, -90.0, 0.0], &mut robot);
     let expected = [PI / 2.0, -PI / 4.0, 0.0, PI / 6.0, -PI / 2.0, -0.174533];
@@ -97,6 +98,13 @@ fn so101_speaks_degrees_and_percent() {
     map.to_policy(&[PI / 2.0, -PI / 4.0, 0.0, PI / 6.0, -PI / 2.0, 1.745_33], &mut policy);
     let expected = [90.0, -45.0, 0.0, 30.0, -90.0, 100.0];
     assert!(policy.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-3), "{policy:?}");
+
+    // Closed and open are within the limits: a gripper that rests at a stop would be refused otherwise.
+    let gripper = settings.joints[5].limits.unwrap();
+    for (percent, limit) in [(0.0, gripper.min_position), (100.0, gripper.max_position)] {
+        map.to_robot(&[0.0, 0.0, 0.0, 0.0, 0.0, percent], &mut robot);
+        assert!((robot[5] - limit).abs() < 1e-6, "{percent} %: {} is not {limit}", robot[5]);
+    }
 }
 
 #[test]
