@@ -45,6 +45,10 @@ fn every_robot_can_be_armed_and_stopped_in_time() {
             let braking = l.max_velocity / l.max_acceleration;
             assert!(braking <= s.safety.stop_time.as_secs_f64(), "{robot} {}: brakes in {braking} s", j.name);
             l.check(&j.name).unwrap();
+            let grips = j.name.contains("gripper") || j.name.contains("finger");
+            let travel = l.max_position - l.min_position;
+            let bound = if grips { travel } else { 0.25 };
+            assert!((j.max_tracking_error - bound).abs() < 0.01, "{robot} {}: {}", j.name, j.max_tracking_error);
         }
         assert!(s.outputs.iter().all(|o| !o.topic.starts_with('/')), "{robot}: absolute names leave the namespace");
     }

@@ -98,8 +98,10 @@ def as_ros_applies_them(files: list[Path]) -> dict[str, object]:
 @pytest.mark.parametrize("sections", list(itertools.permutations(["/**", "pi0_mps", "/pi0_mps"], 2)), ids=" then ".join)
 def test_replay_commands_nothing_but_topics_of_its_own(tmp_path, outputs, sections):
     first, last = sections
-    file = write(tmp_path / "robot.yaml", {first: {**PARAMETERS, **outputs}, last: outputs})
+    own = {"limits.gripper.max_tracking_error": 0.01}
+    file = write(tmp_path / "robot.yaml", {first: {**PARAMETERS, **own, **outputs}, last: outputs})
     applied = as_ros_applies_them(node_of_replay(tmp_path, file))
+    assert {applied[name] for name in ("max_tracking_error", *own)} == {1e6}, "a recording does not follow the commands"
     assert applied["outputs.names"] == ["arm", "gripper"]
     assert {name: value for name, value in applied.items() if name.endswith("topic") and name.startswith("outputs")} == TOPICS
 
