@@ -64,6 +64,11 @@ impl Bench {
     }
 }
 
+/// The same message on another topic.
+fn renamed(r: &Record, name: &str) -> Record {
+    Record { topic: Arc::new(Topic { name: name.into(), kind: r.topic.kind.clone() }), ..r.clone() }
+}
+
 /// The storage that `ros2 bag record -s sqlite3` makes.
 fn sqlite(path: &Path, records: &[Record]) {
     let db = rusqlite::Connection::open(path).unwrap();
@@ -167,10 +172,6 @@ fn a_foreign_bag_is_told_from_a_damaged_one() {
     bench.refused(&bench.path("absent"), &[], &["absent: No such file"]);
 
     // Another robot's: named by what is missing and what is there.
-    let renamed = |r: &Record, name: &str| Record {
-        topic: Arc::new(Topic { name: name.into(), kind: r.topic.kind.clone() }),
-        ..r.clone()
-    };
     let wrist = "/camera/wrist/image_raw";
     let records: Vec<_> =
         bench.records.iter().map(|r| if r.topic.name == wrist { renamed(r, "/top") } else { r.clone() }).collect();
@@ -235,4 +236,46 @@ fn a_prompt_in_the_bag_is_followed_and_a_pause_stops_the_replay_until_it_is_arme
     let again = bench.done(&paused, &["--rearm"]);
     assert_eq!(says(&again, "→ ramp"), 2, "{again}");
     assert_ne!(again["mode"], "active");
+}
+
+#[test]
+fn another_robot_in_the_bag_is_neither_fed_nor_compared() {
+    let bench = Bench::new(0.9);
+    let out = bench.path("out.mcap");
+    let alone = bench.done(&bench.mcap("alone.mcap", &bench.records), &["--out", out.to_str().unwrap()]);
+
+    // A leader arm is heard before the robot's own messages, and after each of them.
+    let leader = |r: &Record| {
+        let m: JointState = r.decode().ok()?;
+        let positions = m.positions.iter().map(|q| q + 0.3).collect();
+        Some(renamed(&Record::new(&r.topic, r.time, &JointState { positions, ..m }), "/leader/joint_states"))
+    };
+    let mut both: Vec<_> = bench.records.iter().flat_map(|r| [r.clone()].into_iter().chain(leader(r))).collect();
+    let first = both.iter().find(|r| r.topic.name == "/leader/joint_states").unwrap().clone();
+    both.insert(0, Record { time: both[0].time, ..first });
+    let both = bench.done(&bench.mcap("both.mcap", &both), &[]);
+    assert_eq!(both["digest"], alone["digest"]);
+    assert_eq!(both["used"], alone["used"]);
+
+    // The same for the recording that is compared with.
+    let commands: Vec<_> = BagReader::open(&out).unwrap().map(Result::unwrap).collect();
+    let within = |space: &'static str| commands.iter().map(move |r| renamed(r, &format!("{space}{}", r.topic.name)));
+    let bag = bench.path("alone.mcap");
+    let against = |name: &str, records: Vec<Record>| {
+        let path = bench.mcap(name, &records).display().to_string();
+        ["--compare".to_owned(), path, "--tolerance".into(), "0".into()]
+    };
+    let late = within("/other").map(|r| Record { time: r.time.plus_seconds(0.02), ..r });
+    let exact = against("exact.mcap", late.chain(commands.clone()).collect());
+    let spaced = against("spaced.mcap", within("/left").collect());
+    for other in [exact, spaced] {
+        let compared = bench.done(&bag, &other.each_ref().map(|a| &**a));
+        assert_eq!(compared["comparison"]["latency_ms"], compared["latency_ms"]);
+    }
+    let two = against("two.mcap", within("/left").chain(within("/right")).collect());
+    bench.refused(
+        &bag,
+        &two.each_ref().map(|a| &**a),
+        &["two.mcap: both /left/", "/right/", "could be the commands on"],
+    );
 }

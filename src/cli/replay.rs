@@ -27,7 +27,7 @@ use crate::pipeline::{PipelineReport, StageTimes};
 
 use compare::Comparison;
 use output::{Collector, Latencies, Tape};
-use route::Routes;
+use route::{Remap, Routes};
 
 /// Replay a recording through the whole node by a virtual clock, without ROS and without a robot.
 ///
@@ -58,7 +58,7 @@ pub struct Args {
     /// Full name of the node, for topics in its namespace.
     #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
     name: String,
-    /// A topic of the recording under another name.
+    /// A topic of the recordings under another name.
     #[arg(long, value_name = "FROM:=TO")]
     remap: Vec<String>,
     /// How long an encode takes by the virtual clock [default: the median in a flight recording, else 20].
@@ -109,15 +109,17 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         encode: stage_time("--encode-ms", args.encode_ms, own.encode_ms)?,
         decode: stage_time("--decode-ms", args.decode_ms, own.decode_ms)?,
     };
-    // Read before the work, so that a wrong file is found at once.
-    let other = args.compare.as_deref().map(|path| Tape::read(path, &settings, &args.name)).transpose()?;
+    // Before the work, so that a wrong file is found at once.
+    let remap = Remap::new(&args.remap, &args.name)?;
+    let routes = Routes::new(&settings, &args.name, &remap, &BagReader::contents(&args.bag)?)?;
+    let other = args.compare.as_deref().map(|path| Tape::read(path, &settings, &args.name, &remap)).transpose()?;
 
     let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
     let policy = Arc::new(SteppedNode::policy(&settings, &checkpoint)?);
     let device = settings.model.device.resolve()?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let resampler = policy.origin().into();
-    let replay = Replay { args, settings, policy, times };
+    let replay = Replay { args, settings, policy, times, routes };
     let outcome = match device.device {
         Device::Cuda(index) => replay.run(CudaEngine::load(&checkpoint, resampler, index as usize)?)?,
         Device::Auto | Device::Cpu => replay.run(CpuEngine::load(&checkpoint, resampler, threads)?)?,
@@ -238,6 +240,7 @@ struct Replay<'a> {
     settings: Settings,
     policy: Arc<Policy>,
     times: StageTimes,
+    routes: Routes,
 }
 
 /// What came of it.
@@ -256,10 +259,10 @@ struct Outcome {
 }
 
 impl Replay<'_> {
-    fn run<E: Engine>(&self, engine: E) -> Result<Outcome, CliError> {
-        let (args, settings) = (self.args, &self.settings);
+    fn run<E: Engine>(self, engine: E) -> Result<Outcome, CliError> {
+        let Self { args, settings, policy, times, mut routes } = self;
+        let settings = &settings;
         let mut reader = BagReader::open(&args.bag)?;
-        let mut routes = Routes::new(settings, &args.name, &args.remap)?;
         let Some(first) = reader.next().transpose()? else {
             return Err(CliError::input(format!("{}: holds no messages", args.bag.display())));
         };
@@ -267,9 +270,9 @@ impl Replay<'_> {
         let messages = Arc::new(Messages::new(settings, &args.name));
         let collector = Collector::new(messages, settings, begin, args.out.as_deref())?;
         let arm_from = begin.plus_seconds(args.arm_after);
-        let options = ReplayOptions { times: self.times, arm_from, rearm: args.rearm };
+        let options = ReplayOptions { times, arm_from, rearm: args.rearm };
         let outputs = Box::new(collector.clone());
-        let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), &engine, begin, outputs, options)?;
+        let mut node = ReplayNode::new(settings.clone(), policy, &engine, begin, outputs, options)?;
         let names = node.names().clone();
         let mut events = Vec::new();
         let mut told = |at: RosTime, report: &TickReport, _: &ControlStatus| {
@@ -292,7 +295,7 @@ impl Replay<'_> {
             // A clock that went back while recording cannot take the node back.
             last = last.max(record.time);
             node.advance(last, &mut told)?;
-            if let Err(e) = routes.give(&record, &inputs)? {
+            if let Err(e) = routes.give(&record, &inputs) {
                 if !args.salvage {
                     return Err(CliError::input(format!("{e}; --salvage leaves such messages out")));
                 }
