@@ -278,4 +278,11 @@ fn another_robot_in_the_bag_is_neither_fed_nor_compared() {
         &two.each_ref().map(|a| &**a),
         &["two.mcap: both /left/", "/right/", "could be the commands on"],
     );
+    for tolerance in ["nan", "-1"] {
+        bench.refused(
+            &bag,
+            &["--compare", out.to_str().unwrap(), &format!("--tolerance={tolerance}")],
+            &[&format!("--tolerance {}: must be 0 or more", tolerance.replace("nan", "NaN"))],
+        );
+    }
 }

@@ -86,7 +86,7 @@ pub struct Args {
     /// Compare with the commands in another recording.
     #[arg(long, value_name = "BAG")]
     compare: Option<PathBuf>,
-    /// With --compare: fail if a command differs by more than this (rad or m).
+    /// With --compare: fail if a command differs by more than this (rad or m), or if a joint has none to compare.
     #[arg(long, value_name = "DIFFERENCE", requires = "compare")]
     tolerance: Option<f64>,
     /// Print one JSON object instead of text.
@@ -103,6 +103,9 @@ const NO_TRACKING_LIMIT: f64 = 1e6;
 
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
+    if let Some(most) = args.tolerance.filter(|t| t.is_nan() || *t < 0.0) {
+        return Err(CliError::input(format!("--tolerance {most}: must be 0 or more")));
+    }
     let own = OwnRecording::look(&args.bag)?;
     let settings = settings(args, own.parameters.as_deref())?;
     let times = StageTimes {
@@ -130,13 +133,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     } else {
         print!("{}", outcome.text(args, times, comparison.as_ref()));
     }
-    match (&comparison, args.tolerance) {
-        (Some(c), Some(most)) if c.largest() > most => Err(CliError::input(format!(
-            "the commands differ by {:.6}, more than the tolerance of {most}: see the joints above",
-            c.largest()
-        ))),
-        _ => Ok(()),
-    }
+    let disagreement = comparison.zip(args.tolerance).and_then(|(c, most)| c.disagreement(most));
+    disagreement.map_or(Ok(()), |why| Err(CliError::input(why)))
 }
 
 fn stage_time(flag: &str, given: Option<f64>, recorded: Option<f64>) -> Result<Duration, CliError> {
