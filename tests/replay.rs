@@ -286,3 +286,38 @@ fn another_robot_in_the_bag_is_neither_fed_nor_compared() {
         );
     }
 }
+
+#[test]
+fn what_is_read_is_not_written_and_a_run_that_fails_replaces_nothing() {
+    let bench = Bench::new(0.3);
+    let folder = bench.path("folder");
+    std::fs::create_dir(&folder).unwrap();
+    let bag = bench.mcap("folder/a.mcap", &bench.records);
+    let bytes = std::fs::read(&bag).unwrap();
+    let link = bench.path("link.mcap");
+    std::os::unix::fs::symlink(&bag, &link).unwrap();
+    let plain = bench.mcap("plain.mcap", &bench.records);
+    for (read, compare, out) in [
+        (&bag, None, &bag),
+        (&bag, None, &link),
+        (&folder, None, &bag),
+        (&folder, None, &folder.join("b.mcap")),
+        (&plain, Some(&folder), &bag),
+    ] {
+        let mut more = vec!["--out", out.to_str().unwrap()];
+        more.extend(compare.iter().flat_map(|bag| ["--compare", bag.to_str().unwrap()]));
+        bench.refused(read, &more, &["which is read: choose another file"]);
+        assert!(std::fs::read(&bag).unwrap() == bytes, "{} is as it was", bag.display());
+    }
+
+    let out = bench.path("out.mcap");
+    std::fs::write(&out, "kept").unwrap();
+    let cut = bench.path("cut.mcap");
+    std::fs::write(&cut, &bytes[..bytes.len() * 3 / 4]).unwrap();
+    bench.refused(&cut, &["--out", out.to_str().unwrap()], &["cut off"]);
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), "kept");
+    let parts = std::fs::read_dir(bench.dir.path())
+        .unwrap()
+        .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains(".part"));
+    assert_eq!(parts.count(), 0);
+}

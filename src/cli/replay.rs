@@ -80,7 +80,8 @@ pub struct Args {
     /// Replay what can be read of a damaged recording.
     #[arg(long)]
     salvage: bool,
-    /// Write commands, chunks and events (.mcap); an existing file is replaced.
+    /// Write commands, chunks and events (.mcap); an existing file is replaced when the replay is done, but none that is
+    /// read here.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Compare with the commands in another recording.
@@ -106,6 +107,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     if let Some(most) = args.tolerance.filter(|t| t.is_nan() || *t < 0.0) {
         return Err(CliError::input(format!("--tolerance {most}: must be 0 or more")));
     }
+    keep_inputs(args)?;
     let own = OwnRecording::look(&args.bag)?;
     let settings = settings(args, own.parameters.as_deref())?;
     let times = StageTimes {
@@ -135,6 +137,28 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     }
     let disagreement = comparison.zip(args.tolerance).and_then(|(c, most)| c.disagreement(most));
     disagreement.map_or(Ok(()), |why| Err(CliError::input(why)))
+}
+
+/// What is read must not be replaced by --out.
+fn keep_inputs(args: &Args) -> Result<(), CliError> {
+    let Some(out) = &args.out else { return Ok(()) };
+    let real = |path: &Path| path.canonicalize().ok();
+    // A file that is not there yet would still become one of a bag's folder.
+    let folder = out.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    let Some(to) = real(out).or_else(|| Some(real(folder?)?.join(out.file_name()?))) else { return Ok(()) };
+    let mut inputs: Vec<_> = args.params_files.iter().map(|file| ("--params-file", file, file.clone())).collect();
+    for (what, bag) in std::iter::once(("BAG", &args.bag)).chain(args.compare.iter().map(|bag| ("--compare", bag))) {
+        let files = BagReader::files(bag)?.into_iter().chain([bag.clone()]);
+        inputs.extend(files.map(|file| (what, bag, file)));
+    }
+    match inputs.iter().find(|(.., file)| real(file).is_some_and(|file| to.starts_with(file))) {
+        Some((what, input, _)) => Err(CliError::input(format!(
+            "--out {}: belongs to {what} {}, which is read: choose another file",
+            out.display(),
+            input.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn stage_time(flag: &str, given: Option<f64>, recorded: Option<f64>) -> Result<Duration, CliError> {

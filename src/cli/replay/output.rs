@@ -20,7 +20,7 @@ use crate::error::Fault;
 use crate::node::Outputs;
 use crate::node::messages::{Messages, absolute};
 use crate::params::Settings;
-use crate::telemetry::{Histogram, Stats};
+use crate::telemetry::{Histogram, OutFile, Stats};
 
 /// The commands of one joint: when it was told to be where.
 pub type Signal = Vec<(RosTime, f64)>;
@@ -185,7 +185,7 @@ struct Collected {
     now: RosTime,
     digest: Sha256,
     tape: Tape,
-    file: Option<(PathBuf, BagWriter<BufWriter<File>>)>,
+    file: Option<(PathBuf, OutFile, BagWriter<BufWriter<File>>)>,
     failure: Option<std::io::Error>,
 }
 
@@ -199,9 +199,11 @@ impl Collector {
     ) -> Result<Self, CliError> {
         let file = out
             .map(|path| {
-                let bag = File::create(path)
-                    .and_then(|f| BagWriter::new(BufWriter::new(f), &[("tool", "pi0 replay".into())]));
-                bag.map(|bag| (path.to_owned(), bag)).map_err(|e| unwritable(path, &e))
+                let bag = OutFile::create(path).and_then(|out| {
+                    let bag = BagWriter::new(BufWriter::new(out.writer()?), &[("tool", "pi0 replay".into())])?;
+                    Ok((path.to_owned(), out, bag))
+                });
+                bag.map_err(|e| unwritable(path, &e))
             })
             .transpose()?;
         let signals = settings.joints.iter().map(|j| (j.name.clone(), Signal::new())).collect();
@@ -234,15 +236,15 @@ impl Collector {
         self.lock().tape.clone()
     }
 
-    /// Ends the file.
+    /// Ends the file and puts it into its place.
     pub fn finish(&self) -> Result<(), CliError> {
         let mut to = self.lock();
-        let Some((path, bag)) = to.file.take() else { return Ok(()) };
-        let failed = match to.failure.take() {
-            Some(e) => Some(e),
-            None => bag.finish().and_then(|f| f.into_inner().map_err(std::io::IntoInnerError::into_error)).err(),
-        };
-        failed.map_or(Ok(()), |e| Err(unwritable(&path, &e)))
+        let Some((path, out, bag)) = to.file.take() else { return Ok(()) };
+        let written = to.failure.take().map_or(Ok(()), Err).and_then(|()| {
+            bag.finish()?.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+            out.finish()
+        });
+        written.map_err(|e| unwritable(&path, &e))
     }
 }
 
@@ -252,7 +254,7 @@ fn unwritable(path: &Path, e: &std::io::Error) -> CliError {
 
 impl Collected {
     fn write(&mut self, record: &Record) {
-        if let (Some((_, bag)), None) = (&mut self.file, &self.failure) {
+        if let (Some((.., bag)), None) = (&mut self.file, &self.failure) {
             self.failure = bag.write(record).err();
         }
     }
