@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use pi0_mps::bag::message::{JointState, Text};
 use pi0_mps::bag::{BagReader, BagWriter, Record, Topic};
+use pi0_mps::clock::RosTime;
 use pi0_mps::model::synthetic;
 use serde_json::Value as Json;
 
@@ -320,4 +321,29 @@ fn what_is_read_is_not_written_and_a_run_that_fails_replaces_nothing() {
         .unwrap()
         .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains(".part"));
     assert_eq!(parts.count(), 0);
+}
+
+#[test]
+fn a_message_with_a_wrong_time_is_refused_or_left_out_and_not_waited_for() {
+    let bench = Bench::new(1.6);
+    let plain = bench.done(&bench.mcap("plain.mcap", &bench.records), &[]);
+    let wrong = |name: &str, at: usize, time: RosTime| {
+        let mut records = bench.records.clone();
+        records.insert(at, Record { time, ..renamed(&records[0], "/joint_temperatures") });
+        bench.mcap(name, &records)
+    };
+    let future = bench.records[0].time.plus_seconds(4000.0);
+    for (bag, says) in [
+        // The first is only known to be wrong when the next has come.
+        (wrong("first.mcap", 0, RosTime(0)), "the message before it, 0.000000000 s"),
+        (
+            wrong("inside.mcap", bench.records.len() - 5, RosTime(0)),
+            "message on /joint_temperatures at 0.000000000 s: its time is -",
+        ),
+        (wrong("future.mcap", 40, future), "message on /joint_temperatures at"),
+    ] {
+        bench.refused(&bag, &[], &[says, "more than 3600 s are not replayed", "--salvage leaves such messages out"]);
+        let salvaged = bench.done(&bag, &["--salvage"]);
+        assert_eq!((&salvaged["digest"], &salvaged["messages_left_out"]), (&plain["digest"], &1.into()));
+    }
 }

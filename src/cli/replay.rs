@@ -99,6 +99,8 @@ pub struct Args {
 const STAGE_MS: f64 = 20.0;
 /// A flight recording has its parameters among its first messages.
 const LOOKED_AT: usize = 256;
+/// A message further than this from the one before has a wrong time: the node would live through all that lies between.
+const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 /// Larger than any distance of a joint: the check is off.
 const NO_TRACKING_LIMIT: f64 = 1e6;
 
@@ -272,7 +274,7 @@ struct Outcome {
     messages: u64,
     used: Vec<(String, u64)>,
     seconds: f64,
-    undecoded: u64,
+    left_out: u64,
     salvaged: Option<String>,
     status: ControlStatus,
     pipeline: PipelineReport,
@@ -285,9 +287,17 @@ impl Replay<'_> {
         let Self { args, settings, policy, times, mut routes } = self;
         let settings = &settings;
         let mut reader = BagReader::open(&args.bag)?;
-        let Some(first) = reader.next().transpose()? else {
+        let Some(mut first) = reader.next().transpose()? else {
             return Err(CliError::input(format!("{}: holds no messages", args.bag.display())));
         };
+        let (mut next, mut left_out) = (reader.next(), 0);
+        // Where the time of the first is wrong, all others would be too far from it.
+        while args.salvage
+            && let Some(Ok(second)) = &next
+            && (first.time == RosTime(0) || silence(first.time, second).is_err())
+        {
+            (first, next, left_out) = (second.clone(), reader.next(), left_out + 1);
+        }
         let begin = first.time;
         let messages = Arc::new(Messages::new(settings, &args.name));
         let collector = Collector::new(messages, settings, begin, args.out.as_deref())?;
@@ -303,9 +313,9 @@ impl Replay<'_> {
 
         let bar = progress(reader.expected());
         let inputs = node.inputs();
-        let (mut last, mut undecoded, mut salvaged) = (begin, 0, None);
-        let mut next: Option<Result<Record, BagError>> = Some(Ok(first));
-        while let Some(record) = next {
+        let (mut last, mut salvaged) = (begin, None);
+        let mut now: Option<Result<Record, BagError>> = Some(Ok(first));
+        while let Some(record) = now {
             let record = match record {
                 Ok(record) => record,
                 Err(e) if args.salvage => {
@@ -314,17 +324,23 @@ impl Replay<'_> {
                 }
                 Err(e) => return Err(damaged(e, &reader)),
             };
-            // A clock that went back while recording cannot take the node back.
-            last = last.max(record.time);
-            node.advance(last, &mut told)?;
-            if let Err(e) = routes.give(&record, &inputs) {
+            let given = match silence(last, &record) {
+                Ok(()) => {
+                    // A clock that went back while recording cannot take the node back.
+                    last = last.max(record.time);
+                    node.advance(last, &mut told)?;
+                    routes.give(&record, &inputs)
+                }
+                wrong => wrong,
+            };
+            if let Err(e) = given {
                 if !args.salvage {
                     return Err(CliError::input(format!("{e}; --salvage leaves such messages out")));
                 }
-                undecoded += 1;
+                left_out += 1;
             }
             bar.inc(1);
-            next = reader.next();
+            now = next.take().or_else(|| reader.next());
         }
         bar.finish_and_clear();
         if !node.ready() {
@@ -338,7 +354,7 @@ impl Replay<'_> {
             messages: reader.topics().values().map(|t| t.messages).sum(),
             used: routes.used(),
             seconds: last.seconds_since(begin),
-            undecoded,
+            left_out,
             salvaged,
             status: node.control_status(),
             pipeline: node.pipeline_report(),
@@ -346,6 +362,20 @@ impl Replay<'_> {
             events,
         })
     }
+}
+
+/// Whether a message is near enough to the time of the one before it to wait for it.
+fn silence(before: RosTime, record: &Record) -> Result<(), BagError> {
+    let apart = record.time.seconds_since(before);
+    if apart.abs() <= LONGEST_SILENCE.as_secs_f64() {
+        return Ok(());
+    }
+    let reason = format!(
+        "its time is {apart:+.3} s from that of the message before it, {:.9} s, and more than {} s are not replayed",
+        before.0 as f64 * 1e-9,
+        LONGEST_SILENCE.as_secs()
+    );
+    Err(BagError::Message { topic: record.topic.name.clone(), time: record.time, reason })
 }
 
 fn progress(total: Option<u64>) -> ProgressBar {
@@ -373,7 +403,7 @@ impl Outcome {
             "seconds": self.seconds,
             "messages": self.messages,
             "used": self.used.iter().map(|(t, n)| (t.clone(), json!(n))).collect::<serde_json::Map<_, _>>(),
-            "messages_left_out": self.undecoded,
+            "messages_left_out": self.left_out,
             "salvaged_until": self.salvaged,
             "encode_ms": ms(times.encode),
             "decode_ms": ms(times.decode),
@@ -427,8 +457,8 @@ impl Outcome {
         for (at, event) in &self.events {
             out += &format!("event    {at:8.3} s  {event}\n");
         }
-        if self.undecoded > 0 {
-            out += &format!("left out {} messages that could not be decoded\n", self.undecoded);
+        if self.left_out > 0 {
+            out += &format!("left out {} messages that could not be used\n", self.left_out);
         }
         if let Some(why) = &self.salvaged {
             out += &format!("salvaged {why}\n");
