@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use pi0_mps::bag::message::{JointState, Text};
 use pi0_mps::bag::{BagReader, BagWriter, Record, Topic};
+use pi0_mps::clock::RosTime;
 use pi0_mps::model::synthetic;
 use serde_json::Value as Json;
 
@@ -62,6 +63,11 @@ impl Bench {
         assert_eq!(code, 2, "{error}");
         says.iter().for_each(|part| assert!(error.contains(part), "'{part}' is not in: {error}"));
     }
+}
+
+/// The same message on another topic.
+fn renamed(r: &Record, name: &str) -> Record {
+    Record { topic: Arc::new(Topic { name: name.into(), kind: r.topic.kind.clone() }), ..r.clone() }
 }
 
 /// The storage that `ros2 bag record -s sqlite3` makes.
@@ -167,10 +173,6 @@ fn a_foreign_bag_is_told_from_a_damaged_one() {
     bench.refused(&bench.path("absent"), &[], &["absent: No such file"]);
 
     // Another robot's: named by what is missing and what is there.
-    let renamed = |r: &Record, name: &str| Record {
-        topic: Arc::new(Topic { name: name.into(), kind: r.topic.kind.clone() }),
-        ..r.clone()
-    };
     let wrist = "/camera/wrist/image_raw";
     let records: Vec<_> =
         bench.records.iter().map(|r| if r.topic.name == wrist { renamed(r, "/top") } else { r.clone() }).collect();
@@ -235,4 +237,113 @@ fn a_prompt_in_the_bag_is_followed_and_a_pause_stops_the_replay_until_it_is_arme
     let again = bench.done(&paused, &["--rearm"]);
     assert_eq!(says(&again, "→ ramp"), 2, "{again}");
     assert_ne!(again["mode"], "active");
+}
+
+#[test]
+fn another_robot_in_the_bag_is_neither_fed_nor_compared() {
+    let bench = Bench::new(0.9);
+    let out = bench.path("out.mcap");
+    let alone = bench.done(&bench.mcap("alone.mcap", &bench.records), &["--out", out.to_str().unwrap()]);
+
+    // A leader arm is heard before the robot's own messages, and after each of them.
+    let leader = |r: &Record| {
+        let m: JointState = r.decode().ok()?;
+        let positions = m.positions.iter().map(|q| q + 0.3).collect();
+        Some(renamed(&Record::new(&r.topic, r.time, &JointState { positions, ..m }), "/leader/joint_states"))
+    };
+    let mut both: Vec<_> = bench.records.iter().flat_map(|r| [r.clone()].into_iter().chain(leader(r))).collect();
+    let first = both.iter().find(|r| r.topic.name == "/leader/joint_states").unwrap().clone();
+    both.insert(0, Record { time: both[0].time, ..first });
+    let both = bench.done(&bench.mcap("both.mcap", &both), &[]);
+    assert_eq!(both["digest"], alone["digest"]);
+    assert_eq!(both["used"], alone["used"]);
+
+    // The same for the recording that is compared with.
+    let commands: Vec<_> = BagReader::open(&out).unwrap().map(Result::unwrap).collect();
+    let within = |space: &'static str| commands.iter().map(move |r| renamed(r, &format!("{space}{}", r.topic.name)));
+    let bag = bench.path("alone.mcap");
+    let against = |name: &str, records: Vec<Record>| {
+        let path = bench.mcap(name, &records).display().to_string();
+        ["--compare".to_owned(), path, "--tolerance".into(), "0".into()]
+    };
+    let late = within("/other").map(|r| Record { time: r.time.plus_seconds(0.02), ..r });
+    let exact = against("exact.mcap", late.chain(commands.clone()).collect());
+    let spaced = against("spaced.mcap", within("/left").collect());
+    for other in [exact, spaced] {
+        let compared = bench.done(&bag, &other.each_ref().map(|a| &**a));
+        assert_eq!(compared["comparison"]["latency_ms"], compared["latency_ms"]);
+    }
+    let two = against("two.mcap", within("/left").chain(within("/right")).collect());
+    bench.refused(
+        &bag,
+        &two.each_ref().map(|a| &**a),
+        &["two.mcap: both /left/", "/right/", "could be the commands on"],
+    );
+    for tolerance in ["nan", "-1"] {
+        bench.refused(
+            &bag,
+            &["--compare", out.to_str().unwrap(), &format!("--tolerance={tolerance}")],
+            &[&format!("--tolerance {}: must be 0 or more", tolerance.replace("nan", "NaN"))],
+        );
+    }
+}
+
+#[test]
+fn what_is_read_is_not_written_and_a_run_that_fails_replaces_nothing() {
+    let bench = Bench::new(0.3);
+    let folder = bench.path("folder");
+    std::fs::create_dir(&folder).unwrap();
+    let bag = bench.mcap("folder/a.mcap", &bench.records);
+    let bytes = std::fs::read(&bag).unwrap();
+    let link = bench.path("link.mcap");
+    std::os::unix::fs::symlink(&bag, &link).unwrap();
+    let plain = bench.mcap("plain.mcap", &bench.records);
+    for (read, compare, out) in [
+        (&bag, None, &bag),
+        (&bag, None, &link),
+        (&folder, None, &bag),
+        (&folder, None, &folder.join("b.mcap")),
+        (&plain, Some(&folder), &bag),
+    ] {
+        let mut more = vec!["--out", out.to_str().unwrap()];
+        more.extend(compare.iter().flat_map(|bag| ["--compare", bag.to_str().unwrap()]));
+        bench.refused(read, &more, &["which is read: choose another file"]);
+        assert!(std::fs::read(&bag).unwrap() == bytes, "{} is as it was", bag.display());
+    }
+
+    let out = bench.path("out.mcap");
+    std::fs::write(&out, "kept").unwrap();
+    let cut = bench.path("cut.mcap");
+    std::fs::write(&cut, &bytes[..bytes.len() * 3 / 4]).unwrap();
+    bench.refused(&cut, &["--out", out.to_str().unwrap()], &["cut off"]);
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), "kept");
+    let parts = std::fs::read_dir(bench.dir.path())
+        .unwrap()
+        .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains(".part"));
+    assert_eq!(parts.count(), 0);
+}
+
+#[test]
+fn a_message_with_a_wrong_time_is_refused_or_left_out_and_not_waited_for() {
+    let bench = Bench::new(1.6);
+    let plain = bench.done(&bench.mcap("plain.mcap", &bench.records), &[]);
+    let wrong = |name: &str, at: usize, time: RosTime| {
+        let mut records = bench.records.clone();
+        records.insert(at, Record { time, ..renamed(&records[0], "/joint_temperatures") });
+        bench.mcap(name, &records)
+    };
+    let future = bench.records[0].time.plus_seconds(4000.0);
+    for (bag, says) in [
+        // The first is only known to be wrong when the next has come.
+        (wrong("first.mcap", 0, RosTime(0)), "the message before it, 0.000000000 s"),
+        (
+            wrong("inside.mcap", bench.records.len() - 5, RosTime(0)),
+            "message on /joint_temperatures at 0.000000000 s: its time is -",
+        ),
+        (wrong("future.mcap", 40, future), "message on /joint_temperatures at"),
+    ] {
+        bench.refused(&bag, &[], &[says, "more than 3600 s are not replayed", "--salvage leaves such messages out"]);
+        let salvaged = bench.done(&bag, &["--salvage"]);
+        assert_eq!((&salvaged["digest"], &salvaged["messages_left_out"]), (&plain["digest"], &1.into()));
+    }
 }

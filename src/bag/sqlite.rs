@@ -1,6 +1,6 @@
 //! The sqlite3 storage of rosbag2: table `topics`, table `messages`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -53,6 +53,18 @@ impl SqliteReader {
         })
     }
 
+    /// The topics that hold messages.
+    pub fn listed(&self) -> Result<BTreeSet<Arc<Topic>>, rusqlite::Error> {
+        let mut query = self.db.prepare("SELECT DISTINCT topic_id FROM messages")?;
+        let used = query.query_map([], |row| row.get(0))?.collect::<Result<Vec<i64>, _>>()?;
+        Ok(used.iter().filter_map(|id| self.topic(*id)).cloned().collect())
+    }
+
+    /// `None` if it is of no ROS 2 node.
+    fn topic(&self, id: i64) -> Option<&Arc<Topic>> {
+        self.topics.get(&id).filter(|(_, format)| format == "cdr").map(|(topic, _)| topic)
+    }
+
     fn fetch(&mut self) -> Result<Vec<Record>, rusqlite::Error> {
         let mut query = self.db.prepare_cached(
             "SELECT id, topic_id, timestamp, data FROM messages WHERE (timestamp, id) > (?1, ?2) \
@@ -65,8 +77,7 @@ impl SqliteReader {
             self.done = false;
             let (id, topic, time): (i64, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
             self.last = (time, id);
-            let known = self.topics.get(&topic).filter(|(_, format)| format == "cdr");
-            if let Some((topic, _)) = known {
+            if let Some(topic) = self.topic(topic) {
                 let data = row.get_ref(3)?.as_blob().unwrap_or_default();
                 page.push(Record { topic: topic.clone(), time: RosTime(time), data: data.into() });
             }

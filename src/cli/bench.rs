@@ -1,7 +1,7 @@
 //! `pi0 bench`: how long one observation takes on the GPU, and what encoder and decoder do to each other on two shares of
 //! it, beside what the hardware allows.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::engine::{Device, Engine};
 use crate::model::{Checkpoint, Dims, Family, Frame, Resampler};
 use crate::params::{ParamError, Params, Value, yaml};
 use crate::pipeline::PipelineMode;
-use crate::telemetry::trace;
+use crate::telemetry::{OutFile, trace};
 use flow::Load;
 use series::Series;
 
@@ -226,6 +226,11 @@ struct Pipelined {
     encode_hz: f64,
 }
 
+/// Begins the file that a flag names, before anything is measured for it.
+pub(super) fn out_file(flag: &str, file: &Path) -> Result<OutFile, CliError> {
+    OutFile::create(file).map_err(|e| CliError::input(format!("{flag} {}: {e}", file.display())))
+}
+
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
     for (what, seconds) in [("warm-up", args.warm_up), ("seconds", args.seconds)] {
@@ -236,6 +241,13 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     if !(args.tflops > 0.0 && args.bandwidth > 0.0) {
         return Err(CliError::input("--tflops and --bandwidth must be above 0"));
     }
+    let begin = |flag: &'static str, file: &Option<PathBuf>| -> Result<_, CliError> {
+        file.as_ref().map(|file| Ok((flag, file.clone(), out_file(flag, file)?))).transpose()
+    };
+    let (trace_to, plot_to) = (begin("--trace", &args.trace)?, begin("--plot", &args.plot)?);
+    let write = |(flag, file, out): (&str, PathBuf, OutFile), text: &str| {
+        out.finish_with(text).map_err(|e| CliError::input(format!("{flag} {}: {e}", file.display())))
+    };
     let loading = Instant::now();
     let (engine, load) = args.setup.load()?;
     let load_s = loading.elapsed().as_secs_f64();
@@ -243,12 +255,11 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         trace::start();
     }
     let results = measure(args, &engine, &load)?;
-    if let Some(file) = &args.trace {
-        trace::write(file).map_err(|e| CliError::input(format!("--trace {}: {e}", file.display())))?;
+    if let Some((to, text)) = trace_to.zip(trace::text()) {
+        write(to, &text)?;
     }
-    if let Some(file) = &args.plot {
-        std::fs::write(file, plot::draw(&results, &engine.describe()))
-            .map_err(|e| CliError::input(format!("--plot {}: {e}", file.display())))?;
+    if let Some(to) = plot_to {
+        write(to, &plot::draw(&results, &engine.describe()))?;
     }
     if args.json {
         println!("{}", json(args, &engine, &load, load_s, &results));
@@ -436,6 +447,23 @@ mod tests {
         assert_eq!(names, expected);
         let without = Offer { mps: false, ..offer };
         assert_eq!(shares(&without, &SPLITS).len(), 4);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_found_before_anything_is_measured() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let absent = dir.path().join("absent/file");
+        for flag in ["--plot", "--trace"] {
+            let args = Line::parse_from(["bench", flag, absent.to_str().unwrap()]).args;
+            let refused = run(&args).unwrap_err().to_string();
+            assert!(refused.contains(&format!("{flag} {}: No such file", absent.display())), "{refused}");
+        }
     }
 
     #[test]

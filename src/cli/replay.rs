@@ -27,7 +27,7 @@ use crate::pipeline::{PipelineReport, StageTimes};
 
 use compare::Comparison;
 use output::{Collector, Latencies, Tape};
-use route::Routes;
+use route::{Remap, Routes};
 
 /// Replay a recording through the whole node by a virtual clock, without ROS and without a robot.
 ///
@@ -58,7 +58,7 @@ pub struct Args {
     /// Full name of the node, for topics in its namespace.
     #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
     name: String,
-    /// A topic of the recording under another name.
+    /// A topic of the recordings under another name.
     #[arg(long, value_name = "FROM:=TO")]
     remap: Vec<String>,
     /// How long an encode takes by the virtual clock [default: the median in a flight recording, else 20].
@@ -80,13 +80,14 @@ pub struct Args {
     /// Replay what can be read of a damaged recording.
     #[arg(long)]
     salvage: bool,
-    /// Write commands, chunks and events (.mcap); an existing file is replaced.
+    /// Write commands, chunks and events (.mcap); an existing file is replaced when the replay is done, but none that is
+    /// read here.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Compare with the commands in another recording.
     #[arg(long, value_name = "BAG")]
     compare: Option<PathBuf>,
-    /// With --compare: fail if a command differs by more than this (rad or m).
+    /// With --compare: fail if a command differs by more than this (rad or m), or if a joint has none to compare.
     #[arg(long, value_name = "DIFFERENCE", requires = "compare")]
     tolerance: Option<f64>,
     /// Print one JSON object instead of text.
@@ -98,26 +99,34 @@ pub struct Args {
 const STAGE_MS: f64 = 20.0;
 /// A flight recording has its parameters among its first messages.
 const LOOKED_AT: usize = 256;
+/// A message further than this from the one before has a wrong time: the node would live through all that lies between.
+const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 /// Larger than any distance of a joint: the check is off.
 const NO_TRACKING_LIMIT: f64 = 1e6;
 
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
+    if let Some(most) = args.tolerance.filter(|t| t.is_nan() || *t < 0.0) {
+        return Err(CliError::input(format!("--tolerance {most}: must be 0 or more")));
+    }
+    keep_inputs(args)?;
     let own = OwnRecording::look(&args.bag)?;
     let settings = settings(args, own.parameters.as_deref())?;
     let times = StageTimes {
         encode: stage_time("--encode-ms", args.encode_ms, own.encode_ms)?,
         decode: stage_time("--decode-ms", args.decode_ms, own.decode_ms)?,
     };
-    // Read before the work, so that a wrong file is found at once.
-    let other = args.compare.as_deref().map(|path| Tape::read(path, &settings, &args.name)).transpose()?;
+    // Before the work, so that a wrong file is found at once.
+    let remap = Remap::new(&args.remap, &args.name)?;
+    let routes = Routes::new(&settings, &args.name, &remap, &BagReader::contents(&args.bag)?)?;
+    let other = args.compare.as_deref().map(|path| Tape::read(path, &settings, &args.name, &remap)).transpose()?;
 
     let checkpoint = Checkpoint::open(&settings.model.checkpoint)?;
     let policy = Arc::new(SteppedNode::policy(&settings, &checkpoint)?);
     let device = settings.model.device.resolve()?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let resampler = policy.origin().into();
-    let replay = Replay { args, settings, policy, times };
+    let replay = Replay { args, settings, policy, times, routes };
     let outcome = match device.device {
         Device::Cuda(index) => replay.run(CudaEngine::load(&checkpoint, resampler, index as usize)?)?,
         Device::Auto | Device::Cpu => replay.run(CpuEngine::load(&checkpoint, resampler, threads)?)?,
@@ -128,12 +137,29 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     } else {
         print!("{}", outcome.text(args, times, comparison.as_ref()));
     }
-    match (&comparison, args.tolerance) {
-        (Some(c), Some(most)) if c.largest() > most => Err(CliError::input(format!(
-            "the commands differ by {:.6}, more than the tolerance of {most}: see the joints above",
-            c.largest()
+    let disagreement = comparison.zip(args.tolerance).and_then(|(c, most)| c.disagreement(most));
+    disagreement.map_or(Ok(()), |why| Err(CliError::input(why)))
+}
+
+/// What is read must not be replaced by --out.
+fn keep_inputs(args: &Args) -> Result<(), CliError> {
+    let Some(out) = &args.out else { return Ok(()) };
+    let real = |path: &Path| path.canonicalize().ok();
+    // A file that is not there yet would still become one of a bag's folder.
+    let folder = out.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    let Some(to) = real(out).or_else(|| Some(real(folder?)?.join(out.file_name()?))) else { return Ok(()) };
+    let mut inputs: Vec<_> = args.params_files.iter().map(|file| ("--params-file", file, file.clone())).collect();
+    for (what, bag) in std::iter::once(("BAG", &args.bag)).chain(args.compare.iter().map(|bag| ("--compare", bag))) {
+        let files = BagReader::files(bag)?.into_iter().chain([bag.clone()]);
+        inputs.extend(files.map(|file| (what, bag, file)));
+    }
+    match inputs.iter().find(|(.., file)| real(file).is_some_and(|file| to.starts_with(file))) {
+        Some((what, input, _)) => Err(CliError::input(format!(
+            "--out {}: belongs to {what} {}, which is read: choose another file",
+            out.display(),
+            input.display()
         ))),
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 
@@ -238,6 +264,7 @@ struct Replay<'a> {
     settings: Settings,
     policy: Arc<Policy>,
     times: StageTimes,
+    routes: Routes,
 }
 
 /// What came of it.
@@ -247,7 +274,7 @@ struct Outcome {
     messages: u64,
     used: Vec<(String, u64)>,
     seconds: f64,
-    undecoded: u64,
+    left_out: u64,
     salvaged: Option<String>,
     status: ControlStatus,
     pipeline: PipelineReport,
@@ -256,20 +283,28 @@ struct Outcome {
 }
 
 impl Replay<'_> {
-    fn run<E: Engine>(&self, engine: E) -> Result<Outcome, CliError> {
-        let (args, settings) = (self.args, &self.settings);
+    fn run<E: Engine>(self, engine: E) -> Result<Outcome, CliError> {
+        let Self { args, settings, policy, times, mut routes } = self;
+        let settings = &settings;
         let mut reader = BagReader::open(&args.bag)?;
-        let mut routes = Routes::new(settings, &args.name, &args.remap)?;
-        let Some(first) = reader.next().transpose()? else {
+        let Some(mut first) = reader.next().transpose()? else {
             return Err(CliError::input(format!("{}: holds no messages", args.bag.display())));
         };
+        let (mut next, mut left_out) = (reader.next(), 0);
+        // Where the time of the first is wrong, all others would be too far from it.
+        while args.salvage
+            && let Some(Ok(second)) = &next
+            && (first.time == RosTime(0) || silence(first.time, second).is_err())
+        {
+            (first, next, left_out) = (second.clone(), reader.next(), left_out + 1);
+        }
         let begin = first.time;
         let messages = Arc::new(Messages::new(settings, &args.name));
         let collector = Collector::new(messages, settings, begin, args.out.as_deref())?;
         let arm_from = begin.plus_seconds(args.arm_after);
-        let options = ReplayOptions { times: self.times, arm_from, rearm: args.rearm };
+        let options = ReplayOptions { times, arm_from, rearm: args.rearm };
         let outputs = Box::new(collector.clone());
-        let mut node = ReplayNode::new(settings.clone(), self.policy.clone(), &engine, begin, outputs, options)?;
+        let mut node = ReplayNode::new(settings.clone(), policy, &engine, begin, outputs, options)?;
         let names = node.names().clone();
         let mut events = Vec::new();
         let mut told = |at: RosTime, report: &TickReport, _: &ControlStatus| {
@@ -278,9 +313,9 @@ impl Replay<'_> {
 
         let bar = progress(reader.expected());
         let inputs = node.inputs();
-        let (mut last, mut undecoded, mut salvaged) = (begin, 0, None);
-        let mut next: Option<Result<Record, BagError>> = Some(Ok(first));
-        while let Some(record) = next {
+        let (mut last, mut salvaged) = (begin, None);
+        let mut now: Option<Result<Record, BagError>> = Some(Ok(first));
+        while let Some(record) = now {
             let record = match record {
                 Ok(record) => record,
                 Err(e) if args.salvage => {
@@ -289,17 +324,23 @@ impl Replay<'_> {
                 }
                 Err(e) => return Err(damaged(e, &reader)),
             };
-            // A clock that went back while recording cannot take the node back.
-            last = last.max(record.time);
-            node.advance(last, &mut told)?;
-            if let Err(e) = routes.give(&record, &inputs)? {
+            let given = match silence(last, &record) {
+                Ok(()) => {
+                    // A clock that went back while recording cannot take the node back.
+                    last = last.max(record.time);
+                    node.advance(last, &mut told)?;
+                    routes.give(&record, &inputs)
+                }
+                wrong => wrong,
+            };
+            if let Err(e) = given {
                 if !args.salvage {
                     return Err(CliError::input(format!("{e}; --salvage leaves such messages out")));
                 }
-                undecoded += 1;
+                left_out += 1;
             }
             bar.inc(1);
-            next = reader.next();
+            now = next.take().or_else(|| reader.next());
         }
         bar.finish_and_clear();
         if !node.ready() {
@@ -313,7 +354,7 @@ impl Replay<'_> {
             messages: reader.topics().values().map(|t| t.messages).sum(),
             used: routes.used(),
             seconds: last.seconds_since(begin),
-            undecoded,
+            left_out,
             salvaged,
             status: node.control_status(),
             pipeline: node.pipeline_report(),
@@ -321,6 +362,20 @@ impl Replay<'_> {
             events,
         })
     }
+}
+
+/// Whether a message is near enough to the time of the one before it to wait for it.
+fn silence(before: RosTime, record: &Record) -> Result<(), BagError> {
+    let apart = record.time.seconds_since(before);
+    if apart.abs() <= LONGEST_SILENCE.as_secs_f64() {
+        return Ok(());
+    }
+    let reason = format!(
+        "its time is {apart:+.3} s from that of the message before it, {:.9} s, and more than {} s are not replayed",
+        before.0 as f64 * 1e-9,
+        LONGEST_SILENCE.as_secs()
+    );
+    Err(BagError::Message { topic: record.topic.name.clone(), time: record.time, reason })
 }
 
 fn progress(total: Option<u64>) -> ProgressBar {
@@ -348,7 +403,7 @@ impl Outcome {
             "seconds": self.seconds,
             "messages": self.messages,
             "used": self.used.iter().map(|(t, n)| (t.clone(), json!(n))).collect::<serde_json::Map<_, _>>(),
-            "messages_left_out": self.undecoded,
+            "messages_left_out": self.left_out,
             "salvaged_until": self.salvaged,
             "encode_ms": ms(times.encode),
             "decode_ms": ms(times.decode),
@@ -402,8 +457,8 @@ impl Outcome {
         for (at, event) in &self.events {
             out += &format!("event    {at:8.3} s  {event}\n");
         }
-        if self.undecoded > 0 {
-            out += &format!("left out {} messages that could not be decoded\n", self.undecoded);
+        if self.left_out > 0 {
+            out += &format!("left out {} messages that could not be used\n", self.left_out);
         }
         if let Some(why) = &self.salvaged {
             out += &format!("salvaged {why}\n");

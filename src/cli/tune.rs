@@ -1,18 +1,23 @@
 //! `pi0 tune`: which mode, backend and split serve a target best on this GPU, measured; writes the parameter file.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::ProgressBar;
 
 use super::CliError;
-use super::bench::{Setup, Share, flow, shares};
+use super::bench::{Setup, Share, flow, out_file, shares};
 use crate::engine::Engine;
 use crate::engine::partition::{Backend, Kind, Offer};
 use crate::model::Family;
 use crate::pipeline::PipelineMode;
+use crate::telemetry::OutFile;
 
+/// How a file of this tool begins.
+const MARK: &str = "# pi0 tune ";
 /// Shares of the encoder that are tried, percent; then all between the best one's neighbours.
 const PERCENTS: [u8; 7] = [30, 40, 50, 60, 66, 70, 80];
 
@@ -34,7 +39,8 @@ pub struct Args {
     /// Seconds that each candidate runs.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
-    /// Where the parameters go; without it, standard output.
+    /// Where the parameters go; without it, standard output. A file that is already there is replaced only if pi0 tune
+    /// wrote it: it holds these parameters and no others.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Print one JSON object instead of the parameters.
@@ -111,6 +117,23 @@ fn choose(all: &[Measured], target: Target, budget_ms: Option<f64>) -> Result<&M
     })
 }
 
+/// Begins --out; a file that holds more than this tool writes is left alone.
+fn begin(file: &Path) -> Result<OutFile, CliError> {
+    let mut start = Vec::new();
+    if file.is_file() {
+        let read = File::open(file).and_then(|f| f.take(MARK.len() as u64).read_to_end(&mut start));
+        read.map_err(|e| CliError::input(format!("--out {}: {e}", file.display())))?;
+    }
+    if !(start.is_empty() || start == MARK.as_bytes()) {
+        return Err(CliError::input(format!(
+            "--out {}: is there and was not written by pi0 tune, whose parameters would replace all of it: choose another \
+             file, and load it after this one",
+            file.display()
+        )));
+    }
+    out_file("--out", file)
+}
+
 /// Runs the tool.
 pub fn run(args: &Args) -> Result<(), CliError> {
     if !(args.seconds.is_finite() && (0.1..=600.0).contains(&args.seconds)) {
@@ -119,6 +142,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     if args.budget_ms.is_some_and(|b| !(b.is_finite() && b > 0.0)) {
         return Err(CliError::input("--budget-ms must be above 0"));
     }
+    let out = args.out.as_deref().map(begin).transpose()?;
     let (engine, load) = args.setup.load()?;
     let Some(offer) = engine.offer() else { return Err(CliError::input("this device has no shares to tune")) };
     let mut candidates = vec![(Share { grant: offer.whole().grant, percent: None }, PipelineMode::Sequential)];
@@ -159,8 +183,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let best = choose(&all, args.target, args.budget_ms).map_err(CliError::input)?;
     let about = format!("{}; {}", engine.describe(), args.setup.about(&load));
     let text = yaml(best, &all, args, &about);
-    if let Some(file) = &args.out {
-        std::fs::write(file, &text).map_err(|e| CliError::input(format!("--out {}: {e}", file.display())))?;
+    if let Some((file, out)) = args.out.as_ref().zip(out) {
+        out.finish_with(&text).map_err(|e| CliError::input(format!("--out {}: {e}", file.display())))?;
     }
     if args.json {
         let row = |m: &Measured| {
@@ -186,7 +210,7 @@ fn yaml(best: &Measured, all: &[Measured], args: &Args, about: &str) -> String {
         Target::StateRate => "state-rate",
     };
     let budget = args.budget_ms.map_or_else(String::new, |b| format!(" --budget-ms {b}"));
-    let mut out = format!("# pi0 tune --target {target}{budget}\n# {about}\n#\n# measured, {} s each:\n", args.seconds);
+    let mut out = format!("{MARK}--target {target}{budget}\n# {about}\n#\n# measured, {} s each:\n", args.seconds);
     for m in all {
         let mark = if std::ptr::eq(m, best) { '>' } else { ' ' };
         let _ = writeln!(out, "# {mark} {}", m.line());
@@ -216,6 +240,16 @@ mod tests {
     fn measured(mode: PipelineMode, kind: Kind, decode_hz: f64, age: f64) -> Measured {
         let share = Share { grant: Grant { kind, encoder: 92, decoder: 40 }, percent: Some(70) };
         Measured { share, mode, decode_hz, encode_hz: 100.0, age_p50: age, age_p99: age + 1.0 }
+    }
+
+    fn args(more: &[&str]) -> Args {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        Line::parse_from([&["tune", "--target", "rate"], more].concat()).args
     }
 
     #[test]
@@ -258,13 +292,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_a_parameter_file() {
-        use clap::Parser;
-        #[derive(Parser)]
-        struct Line {
-            #[command(flatten)]
-            args: Args,
-        }
-        let args = Line::parse_from(["tune", "--target", "rate"]).args;
+        let args = args(&[]);
         let all = [measured(PipelineMode::Pipelined, Kind::Green, 130.0, 16.0)];
         let text = yaml(&all[0], &all, &args, "a GPU");
         let given = params_yaml::overrides(&text, "pi0_mps").unwrap();
@@ -273,5 +301,20 @@ mod tests {
         assert_eq!(value("mps_decoder_percentage"), Some(Value::Int(30)));
         assert_eq!(value("pipeline_mode"), Some(Value::String("pipelined".into())));
         assert!(text.contains("# > pipelined  green 70-30 (92+40)"), "{text}");
+
+        // That file may be replaced; the robot's own may not, and nothing is measured before this is known.
+        let dir = tempfile::tempdir().unwrap();
+        let [tuned, robot, absent] =
+            ["tuned.yaml", "robot.yaml", "absent/tuned.yaml"].map(|name| dir.path().join(name));
+        std::fs::write(&tuned, &text).unwrap();
+        begin(&tuned).unwrap().finish_with("# pi0 tune again\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&tuned).unwrap(), "# pi0 tune again\n");
+        let own = "/**:\n  ros__parameters:\n    camera_names: [base]\n";
+        std::fs::write(&robot, own).unwrap();
+        for (out, why) in [(&robot, "was not written by pi0 tune"), (&absent, "No such file")] {
+            let refused = run(&self::args(&["--out", out.to_str().unwrap()])).unwrap_err().to_string();
+            assert!(refused.starts_with(&format!("--out {}: ", out.display())) && refused.contains(why), "{refused}");
+        }
+        assert_eq!(std::fs::read_to_string(&robot).unwrap(), own);
     }
 }

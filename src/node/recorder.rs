@@ -344,14 +344,15 @@ struct Body {
     writing: Option<Writing>,
     /// When a stop was last written.
     written: Option<Monotonic>,
+    /// In force: it changes only while nothing is published.
     deadline_ms: f64,
 }
 
 impl Body {
     fn new(core: Arc<Core>, from: Waiting) -> Self {
-        let (settings, messages, deadline_ms) = {
+        let (settings, messages) = {
             let s = lock(&core.settings);
-            (s.recorder.clone(), Messages::new(&s, &from.identity.name), s.timing.deadline.as_secs_f64() * 1e3)
+            (s.recorder.clone(), Messages::new(&s, &from.identity.name))
         };
         let folder = settings.folder.clone().unwrap_or_else(default_folder);
         let keep = vec![messages.prompt.clone(), messages.parameters.clone()];
@@ -373,7 +374,7 @@ impl Body {
             asked: VecDeque::new(),
             writing: None,
             written: None,
-            deadline_ms,
+            deadline_ms: f64::NAN,
             core,
             from,
         }
@@ -424,6 +425,7 @@ impl Body {
             let at = chunk.timing.decode_end;
             self.messages.chunk(ros_at(at), &chunk).into_iter().for_each(|r| self.ring.push(at, r));
         }
+        self.deadline_ms = lock(&self.core.settings).timing.deadline.as_secs_f64() * 1e3;
         while let Ok(tick) = self.from.ticks.pop() {
             self.look_at(&tick);
             self.open.push_back(tick);

@@ -133,7 +133,6 @@ impl Shelf {
     /// Removes the oldest recordings beyond those that stay; other files are left alone.
     fn clear(&self) {
         let Ok(entries) = std::fs::read_dir(&self.folder) else { return };
-        let ours = |name: &str| name.starts_with(NAME.0) && name.ends_with(NAME.1);
         let dated = |e: std::fs::DirEntry| {
             let name = e.file_name().into_string().ok().filter(|n| ours(n))?;
             Some((e.metadata().ok()?.modified().ok()?, name))
@@ -144,6 +143,15 @@ impl Shelf {
             let _ = std::fs::remove_file(self.folder.join(old));
         }
     }
+}
+
+/// Whether a recorder gave this name: `pi0_`, what [`utc`] writes, and a [`slug`]. A recording that somebody has renamed
+/// is theirs.
+fn ours(name: &str) -> bool {
+    let Some(stem) = name.strip_prefix(NAME.0).and_then(|n| n.strip_suffix(NAME.1)) else { return false };
+    let Some((time, reason)) = stem.split_once('_') else { return false };
+    let form: String = time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+    form == "00000000T000000Z" && !reason.is_empty() && reason.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '_'))
 }
 
 /// Lower-case letters, digits and single underlines; short.
@@ -231,11 +239,21 @@ mod tests {
         let name = |p: &PathBuf| p.file_name().unwrap().to_str().unwrap().to_owned();
         assert_eq!(name(&paths[0]), "pi0_20261123T152209Z_fault_camera_base_lost.mcap");
         assert_eq!(name(&paths[1]), "pi0_20261123T152209Z_fault_camera_base_lost_1.mcap");
-        std::fs::write(shelf.folder.join("notes.txt"), "mine").unwrap();
+        // What somebody else put there, or renamed to keep it.
+        let others = [
+            "notes.txt",
+            "pi0_good_run.mcap",
+            "pi0_20261123T152209Z.mcap",
+            "pi0_20261123T152209Z_.mcap",
+            "pi0_20261123T152209Z_stop (copy).mcap",
+            "pi0_2026-11-23_stop.mcap",
+            "pi0_20261123T152209Z_stop.mcap.bak",
+        ];
+        others.iter().for_each(|name| std::fs::write(shelf.folder.join(name), "mine").unwrap());
         shelf.clear();
         let there: Vec<bool> = paths.iter().map(|p| p.exists()).collect();
         assert_eq!(there, [false, false, true, true, true]);
-        assert!(shelf.folder.join("notes.txt").exists());
+        others.iter().for_each(|name| assert!(shelf.folder.join(name).exists(), "{name}"));
         let back: Vec<_> = BagReader::open(&paths[4]).unwrap().map(Result::unwrap).collect();
         assert_eq!(back, records);
     }

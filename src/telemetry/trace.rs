@@ -116,12 +116,14 @@ pub fn span(what: What, id: u64, start: Monotonic, end: Monotonic) {
     }
 }
 
+/// What has been recorded; `None` if nothing was to be.
+pub fn text() -> Option<String> {
+    RING.get().map(|ring| ring.export().to_string())
+}
+
 /// Writes what has been recorded; nothing if nothing was to be.
 pub fn write(file: &Path) -> io::Result<()> {
-    match RING.get() {
-        Some(ring) => std::fs::write(file, ring.export().to_string()),
-        None => Ok(()),
-    }
+    text().map_or(Ok(()), |text| std::fs::write(file, text))
 }
 
 #[cfg(test)]

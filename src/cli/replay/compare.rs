@@ -24,6 +24,8 @@ struct Difference {
 #[derive(Debug)]
 pub struct Comparison {
     joints: Vec<Difference>,
+    /// Joints that have no command at a time of the other run.
+    unpaired: Vec<String>,
     begin: RosTime,
     latencies: [Latencies; 2],
 }
@@ -31,10 +33,13 @@ pub struct Comparison {
 impl Comparison {
     /// Commands of `ours` against what `theirs` says for the same times.
     pub fn new(ours: &Tape, theirs: &Tape) -> Result<Self, CliError> {
-        let joints: Vec<_> = (ours.signals.iter())
-            .zip(&theirs.signals)
-            .filter_map(|((joint, a), (_, b))| difference(joint, a, b))
-            .collect();
+        let (mut joints, mut unpaired) = (Vec::new(), Vec::new());
+        for ((joint, a), (_, b)) in ours.signals.iter().zip(&theirs.signals) {
+            match difference(joint, a, b) {
+                Some(difference) => joints.push(difference),
+                None => unpaired.push(joint.clone()),
+            }
+        }
         let range = |t: &Tape| {
             let times = || t.signals.iter().flat_map(|(_, s)| s.iter().map(|(at, _)| *at));
             times().min().zip(times().max())
@@ -50,12 +55,27 @@ impl Comparison {
             )));
         }
         let begin = range(ours).map(|r| r.0).unwrap_or_default();
-        Ok(Self { joints, begin, latencies: [ours.latencies.clone(), theirs.latencies.clone()] })
+        Ok(Self { joints, unpaired, begin, latencies: [ours.latencies.clone(), theirs.latencies.clone()] })
     }
 
-    /// The largest difference of any command.
+    /// The largest difference of any command; one that is not a number is the largest.
     pub fn largest(&self) -> f64 {
-        self.joints.iter().map(|d| d.largest).fold(0.0, f64::max)
+        self.joints.iter().map(|d| d.largest).max_by(f64::total_cmp).unwrap_or(0.0)
+    }
+
+    /// Why the runs do not agree to within `most`, if they don't: what could not be compared doesn't.
+    pub fn disagreement(&self, most: f64) -> Option<String> {
+        let largest = self.largest();
+        if !self.unpaired.is_empty() {
+            let joints = self.unpaired.join(", ");
+            return Some(format!(
+                "no command of {joints} is at a time of the other run, so that --tolerance {most} cannot be told: \
+                 compare runs over the same recording"
+            ));
+        }
+        (largest > most || largest.is_nan()).then(|| {
+            format!("the commands differ by {largest:.6}, more than the tolerance of {most}: see the joints above")
+        })
     }
 
     /// By joint.
@@ -67,13 +87,15 @@ impl Comparison {
         json!({
             "largest": self.largest(),
             "joints": joints.collect::<Map<_, _>>(),
+            "not_compared": self.unpaired,
             "latency_ms": self.latencies[1].json(),
         })
     }
 
     /// Two tables.
     pub fn text(&self) -> String {
-        let width = self.joints.iter().map(|d| d.joint.len()).max().unwrap_or(0).max(22);
+        let names = self.joints.iter().map(|d| &d.joint).chain(&self.unpaired);
+        let width = names.map(String::len).max().unwrap_or(0).max(22);
         let mut out = format!(
             "{:<w$}{:>12}{:>12}{:>12}{:>12}\n",
             "difference",
@@ -86,6 +108,9 @@ impl Comparison {
         for d in &self.joints {
             let at = format!("{:.3} s", d.at.seconds_since(self.begin));
             out += &format!("  {:<width$}{:>12.6}{:>12.6}{at:>12}{:>12}\n", d.joint, d.largest, d.mean, d.commands);
+        }
+        for joint in &self.unpaired {
+            out += &format!("  {joint:<width$}  no command at a time of the other run\n");
         }
         let [ours, theirs] = &self.latencies;
         out + &Latencies::table(&[("replay", ours), ("other", theirs)])
@@ -100,7 +125,7 @@ fn difference(joint: &str, a: &Signal, b: &Signal) -> Option<Difference> {
         let apart = (q - other).abs();
         d.mean += apart;
         d.commands += 1;
-        if apart > d.largest {
+        if apart.total_cmp(&d.largest).is_gt() {
             (d.largest, d.at) = (apart, *at);
         }
     }
@@ -134,5 +159,27 @@ mod tests {
         assert_eq!((d.commands, d.at), (3, at(15)));
         assert!((d.largest - 0.1).abs() < 1e-12 && (d.mean - 0.1 / 3.0).abs() < 1e-12);
         assert_eq!(difference("elbow", &a[..1].to_vec(), &b), None);
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_not_within_the_tolerance() {
+        let tape = |signals: &[(&str, &[(i64, f64)])]| {
+            let signal = |s: &[(i64, f64)]| s.iter().map(|(at, q)| (RosTime(*at), *q)).collect();
+            let signals = signals.iter().map(|(joint, s)| ((*joint).into(), signal(s))).collect();
+            Tape { signals, ..Tape::default() }
+        };
+        let ours = tape(&[("elbow", &[(1, 0.0), (2, 0.1)]), ("wrist", &[(1, 0.5)])]);
+        let against = |elbow: &[(i64, f64)], wrist: &[(i64, f64)]| {
+            Comparison::new(&ours, &tape(&[("elbow", elbow), ("wrist", wrist)])).unwrap()
+        };
+        let close = against(&[(1, 0.0), (2, 0.2)], &[(1, 0.5)]);
+        assert_eq!((close.disagreement(0.2), close.json()["not_compared"].clone()), (None, json!([])));
+        assert!(close.disagreement(0.05).unwrap().contains("differ by 0.100000, more than the tolerance of 0.05"));
+        let partly = against(&[(1, 0.0)], &[(7, 0.5)]);
+        assert!(partly.disagreement(9.0).unwrap().contains("no command of wrist"));
+        assert_eq!(partly.json()["not_compared"], json!(["wrist"]));
+        assert!(partly.text().contains("  wrist "), "{}", partly.text());
+        let broken = against(&[(1, f64::NAN), (2, 0.1)], &[(1, 0.5)]);
+        assert!(broken.disagreement(9.0).unwrap().contains("differ by NaN"));
     }
 }

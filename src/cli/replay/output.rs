@@ -10,6 +10,7 @@ use serde_json::{Map, Value as Json, json};
 use sha2::{Digest, Sha256};
 
 use super::CliError;
+use super::route::{Remap, Wanted, assign};
 use crate::bag::message::{ChunkTimes, JointTrajectory, Numbers};
 use crate::bag::{BagReader, BagWriter, Message, Record};
 use crate::clock::RosTime;
@@ -17,9 +18,9 @@ use crate::control::chunk::ActionChunk;
 use crate::control::{Names, TickReport, Window};
 use crate::error::Fault;
 use crate::node::Outputs;
-use crate::node::messages::Messages;
+use crate::node::messages::{Messages, absolute};
 use crate::params::Settings;
-use crate::telemetry::{Histogram, Stats};
+use crate::telemetry::{Histogram, OutFile, Stats};
 
 /// The commands of one joint: when it was told to be where.
 pub type Signal = Vec<(RosTime, f64)>;
@@ -92,10 +93,36 @@ impl Latencies {
     }
 }
 
+/// What a recording tells of a node.
+#[derive(Debug, Clone, Copy)]
+enum Told<'a> {
+    /// With the joints of each message.
+    Commands(&'a [String]),
+    Chunk,
+    ChunkTimes,
+}
+
 impl Tape {
     /// The commands in a recording: of a replay, of the flight recorder, or of `ros2 bag`.
-    pub fn read(path: &Path, settings: &Settings, node: &str) -> Result<Self, CliError> {
+    pub fn read(path: &Path, settings: &Settings, node: &str, remap: &Remap) -> Result<Self, CliError> {
         let messages = Messages::new(settings, node);
+        let mut wanted: Vec<_> = (messages.commands())
+            .map(|(topic, joints)| {
+                let kinds: &[_] = if topic.kind == Numbers::TYPE { &[Numbers::TYPE] } else { &[JointTrajectory::TYPE] };
+                let what = format!("commands on {}", topic.name);
+                Wanted::new(Told::Commands(joints), what, topic.name.clone(), kinds)
+            })
+            .collect();
+        // These are of a node of any name.
+        let own = |told, what: &str, name: &str, kinds| Wanted {
+            end: format!("/{name}"),
+            ..Wanted::new(told, what, absolute(&format!("~/{name}"), node), kinds)
+        };
+        wanted.push(own(Told::Chunk, "chunks", "action_chunk", &[JointTrajectory::TYPE]));
+        wanted.push(own(Told::ChunkTimes, "times of chunks", "chunk_times", &[ChunkTimes::TYPE]));
+        let found = assign(&BagReader::contents(path)?, &wanted, remap)
+            .map_err(|e| CliError::input(format!("{}: {e}", path.display())))?;
+
         let joints: Vec<String> = settings.joints.iter().map(|j| j.name.clone()).collect();
         let mut tape = Self { signals: joints.iter().map(|j| (j.clone(), Signal::new())).collect(), ..Self::default() };
         let place: HashMap<&str, usize> = joints.iter().map(String::as_str).zip(0..).collect();
@@ -103,17 +130,18 @@ impl Tape {
         let mut reader = BagReader::open(path)?;
         for record in reader.by_ref() {
             let record = record?;
-            let group =
-                messages.commands().find(|(t, _)| t.kind == record.topic.kind && record.topic.name.ends_with(&*t.name));
-            if record.topic.kind == ChunkTimes::TYPE {
-                tape.latencies.chunk_times(&record.decode()?);
-            } else if record.topic.name.ends_with("/action_chunk") && record.topic.kind == JointTrajectory::TYPE {
-                let chunk: JointTrajectory = record.decode()?;
-                tape.latencies.state.record(ns(record.time.ms_since(chunk.stamp)));
-            } else if let Some((_, names)) = group {
-                for (name, at, position) in command(&record, names, period)? {
-                    if let Some(i) = place.get(name.as_str()) {
-                        tape.signals[*i].1.push((at, position));
+            match found.get(&record.topic) {
+                None => {}
+                Some(Told::ChunkTimes) => tape.latencies.chunk_times(&record.decode()?),
+                Some(Told::Chunk) => {
+                    let chunk: JointTrajectory = record.decode()?;
+                    tape.latencies.state.record(ns(record.time.ms_since(chunk.stamp)));
+                }
+                Some(Told::Commands(names)) => {
+                    for (name, at, position) in command(&record, names, period)? {
+                        if let Some(i) = place.get(name.as_str()) {
+                            tape.signals[*i].1.push((at, position));
+                        }
                     }
                 }
             }
@@ -157,7 +185,7 @@ struct Collected {
     now: RosTime,
     digest: Sha256,
     tape: Tape,
-    file: Option<(PathBuf, BagWriter<BufWriter<File>>)>,
+    file: Option<(PathBuf, OutFile, BagWriter<BufWriter<File>>)>,
     failure: Option<std::io::Error>,
 }
 
@@ -171,9 +199,11 @@ impl Collector {
     ) -> Result<Self, CliError> {
         let file = out
             .map(|path| {
-                let bag = File::create(path)
-                    .and_then(|f| BagWriter::new(BufWriter::new(f), &[("tool", "pi0 replay".into())]));
-                bag.map(|bag| (path.to_owned(), bag)).map_err(|e| unwritable(path, &e))
+                let bag = OutFile::create(path).and_then(|out| {
+                    let bag = BagWriter::new(BufWriter::new(out.writer()?), &[("tool", "pi0 replay".into())])?;
+                    Ok((path.to_owned(), out, bag))
+                });
+                bag.map_err(|e| unwritable(path, &e))
             })
             .transpose()?;
         let signals = settings.joints.iter().map(|j| (j.name.clone(), Signal::new())).collect();
@@ -206,15 +236,15 @@ impl Collector {
         self.lock().tape.clone()
     }
 
-    /// Ends the file.
+    /// Ends the file and puts it into its place.
     pub fn finish(&self) -> Result<(), CliError> {
         let mut to = self.lock();
-        let Some((path, bag)) = to.file.take() else { return Ok(()) };
-        let failed = match to.failure.take() {
-            Some(e) => Some(e),
-            None => bag.finish().and_then(|f| f.into_inner().map_err(std::io::IntoInnerError::into_error)).err(),
-        };
-        failed.map_or(Ok(()), |e| Err(unwritable(&path, &e)))
+        let Some((path, out, bag)) = to.file.take() else { return Ok(()) };
+        let written = to.failure.take().map_or(Ok(()), Err).and_then(|()| {
+            bag.finish()?.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+            out.finish()
+        });
+        written.map_err(|e| unwritable(&path, &e))
     }
 }
 
@@ -224,7 +254,7 @@ fn unwritable(path: &Path, e: &std::io::Error) -> CliError {
 
 impl Collected {
     fn write(&mut self, record: &Record) {
-        if let (Some((_, bag)), None) = (&mut self.file, &self.failure) {
+        if let (Some((.., bag)), None) = (&mut self.file, &self.failure) {
             self.failure = bag.write(record).err();
         }
     }
