@@ -7,7 +7,7 @@
 //! | [`clock`], [`error`], [`choice`] | time sources and stamps; who is at fault; enums with the names users know |
 //! | [`rt`] | scheduling rights, period loop, latest-value slot |
 //! | [`bag`] | recordings in MCAP and sqlite3, and the messages in them |
-//! | [`telemetry`] | histograms and counters, the ring of the flight recorder |
+//! | [`telemetry`] | histograms and counters, the ring of the flight recorder, files that tools write |
 //! | [`model`] | checkpoint, tokenizer, images, normalisation, action transforms |
 //! | [`engine`] | the traits `Encoder`, `Decoder`, `KvCache` and their implementations |
 //! | [`control`] | chunk timeline, limits, mode machine, one pure `tick` |
