@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,25 @@ JOINTS_FIRST = {
 }
 
 
-def start_robot_process(log: Path) -> Process:
-    return Process("robot", [sys.executable, str(Path(__file__).resolve().parent / "robot.py")], log)
-
-
 @pytest.fixture
-def robot_process(robot, tmp_path) -> Iterator[Process]:
-    """The robot in a process of its own; the one in this process only listens."""
-    robot.faults.silent_cameras = set(CAMERAS)
-    robot.faults.silent_joints = True
-    process = start_robot_process(tmp_path / "robot.log")
-    yield process
-    process.interrupt(signal.SIGCONT)
-    assert process.end() == 0, process.tail()
+def start_robot(robot, tmp_path) -> Iterator[Callable[[], Process]]:
+    """Starts the robot in a process of its own; the one in this process only listens. Asked for before start_node, it outlives
+    the node, which still brakes a robot that is there."""
+    robot.faults = Faults(silent_cameras=set(CAMERAS), silent_joints=True)
+    started: list[Process] = []
+
+    def start() -> Process:
+        command = [sys.executable, str(Path(__file__).resolve().parent / "robot.py")]
+        started.append(Process("robot", command, tmp_path / f"robot_{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.interrupt(signal.SIGCONT)
+    # All are ended before one is judged: what is left running would be heard by the tests that follow.
+    codes = [process.end() for process in started]
+    for process, code in zip(started, codes):
+        assert code in (0, -signal.SIGKILL), f"the robot ended with {code}:\n{process.tail()}"
 
 
 def expect_unarmed(node, robot, ticks: int = 50) -> None:
@@ -61,10 +67,11 @@ def wait_until_there(node, robot) -> None:
     robot.destroy(listener)
 
 
-def test_robot_process_stopped_and_continued(start_node, robot, robot_process):
+def test_robot_process_stopped_and_continued(start_robot, start_node, robot):
+    process = start_robot()
     node = start_node(**JOINTS_FIRST)
     node.run_armed()
-    robot_process.interrupt(signal.SIGSTOP)
+    process.interrupt(signal.SIGSTOP)
     node.wait_for_text("position of joint", "ms old (limit 3000 ms)")
     node.wait_for_mode("active")
     robot.wait_for_silence()
@@ -73,25 +80,25 @@ def test_robot_process_stopped_and_continued(start_node, robot, robot_process):
     assert not refused.success
     assert "ms old" in refused.message, refused.message
 
-    robot_process.interrupt(signal.SIGCONT)
+    process.interrupt(signal.SIGCONT)
     expect_unarmed(node, robot)
     wait_until_there(node, robot)
     node.wait(lambda: node.enable().success, "arming once data is fresh")
     robot.wait_for(robot.count() + 30)
 
 
-def test_robot_process_back_does_not_arm(start_node, robot, robot_process):
+def test_robot_process_back_does_not_arm(start_robot, start_node, robot):
+    process = start_robot()
     node = start_node()
     node.run_armed()
-    robot_process.interrupt(signal.SIGSTOP)
+    process.interrupt(signal.SIGSTOP)
     node.wait_for_mode("active")
-    robot_process.interrupt(signal.SIGCONT)
+    process.interrupt(signal.SIGCONT)
     expect_unarmed(node, robot)
 
 
-def test_robot_process_killed_and_respawned_elsewhere(start_node, robot, tmp_path):
-    robot.faults = Faults(silent_cameras=set(CAMERAS), silent_joints=True)
-    first = start_robot_process(tmp_path / "robot.log")
+def test_robot_process_killed_and_respawned_elsewhere(start_robot, start_node, robot):
+    first = start_robot()
     node = start_node(**JOINTS_FIRST)
     node.run_armed(100)
     first.interrupt(signal.SIGKILL)
@@ -102,14 +109,13 @@ def test_robot_process_killed_and_respawned_elsewhere(start_node, robot, tmp_pat
     robot.check_everything_received()
     # The new one begins at its home pose, wherever the old one was left: what comes now is another motion.
     robot.received.clear()
-    again = start_robot_process(tmp_path / "robot_again.log")
+    start_robot()
     node.diagnostics.clear()
     node.wait_for_diagnostic("inputs", b"\x00", "all inputs fresh")
     expect_unarmed(node, robot)
     node.wait(lambda: node.enable().success, "arming once data is fresh")
     robot.wait_for(30)
     assert np.allclose(robot.trajectories()[0].positions[0], HOME, atol=0.01)
-    assert again.end() == 0, again.tail()
 
 
 def test_node_stopped_for_a_second(start_node, robot):
