@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
 from harness import MOVING_MODES, Process, count
-from robot import CAMERAS, HOME, PARAMETERS, Faults
+from robot import CAMERAS, HOME, PARAMETERS, PERIOD_S, Faults
 from trajectory import seconds
 
 
@@ -156,6 +157,30 @@ STOPS = {
 }
 
 
+def shown(node, key: str) -> list[float]:
+    """Of every diagnostic of the inputs, one a second: a number, or the age that the text of a camera has. The first may be
+    from before."""
+    values = [v.value for name in list(node.diagnostics) if name.endswith("inputs")
+              for status in list(node.diagnostics[name]) for v in status.values if v.key == key]
+    found = [re.search(r"([\d.]+)( ms old|$)", value) for value in values]
+    return [float(number[1]) for number in found if number][1:]
+
+
+def joint_states_are_slow(node) -> bool:
+    """By their number, at most half a healthy robot's: single ones are old on a busy machine, too."""
+    counts = shown(node, "joint_states.messages")
+    return len(counts) > 2 and counts[-1] - counts[0] < 0.5 / PERIOD_S * (len(counts) - 1)
+
+
+def pictures_are_late(node) -> bool:
+    ages = shown(node, "camera.base")
+    return len(ages) > 2 and min(ages) >= 200.0
+
+
+# What shows that the node has met a fault which is no problem to it.
+MET = {"slow joint states": joint_states_are_slow, "late pictures": pictures_are_late}
+
+
 def test_faults_it_goes_on_with(start_node, robot):
     node = start_node(**PATIENT)
     node.run_armed()
@@ -164,6 +189,8 @@ def test_faults_it_goes_on_with(start_node, robot):
         node.diagnostics.clear()
         robot.faults = faults
         node.wait_for_diagnostic("inputs", level, *says)
+        if what in MET:
+            node.wait(lambda: MET[what](node), what)
         before = robot.count()
         robot.wait_for(before + 30)
         robot.faults = Faults()
