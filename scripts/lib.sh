@@ -5,7 +5,8 @@
 #   build_ros_binaries [F] control_node and pi0 in release mode with the features F (ros), into target/ros
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-LOCAL=$ROOT/.local
+# Where it really is, for links and stamps: clones that share one by a symbolic link then agree.
+LOCAL=$(realpath -m "$ROOT/.local")
 ROS_TARGET_DIR=$ROOT/target/ros
 CONTROL_NODE=$ROS_TARGET_DIR/release/control_node
 PI0=$ROS_TARGET_DIR/release/pi0
@@ -81,14 +82,14 @@ setup_ros() {
     fi
 }
 
-# setup_venv FOLDER VENV_OPTION REQUIREMENTS...: leaves the interpreter in PYTHON. Does nothing when the stamp,
-# a hash of the requirement files, is there already.
+# setup_venv FOLDER VENV_OPTION REQUIREMENTS...: leaves the interpreter in PYTHON. Does nothing when the stamp
+# is there already: a hash of the requirement files, and of the path and the Python that it does not work without.
 setup_venv() {
     local folder=$1 option=$2
     shift 2
     PYTHON=$folder/bin/python
     local stamp
-    stamp=$(cat "$@" | sha256sum | cut -d' ' -f1)
+    stamp=$({ echo "$folder" && python3 -V && cat "$@"; } | sha256sum | cut -d' ' -f1)
     if [ -x "$PYTHON" ] && [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then
         return 0
     fi

@@ -106,8 +106,9 @@ def start_node(binaries: Path, checkpoint: Path, robot: IdealRobot, tmp_path: Pa
         return started[-1]
 
     yield start
-    for node in started:
-        code = node.close()
+    # All are closed before one is judged: what is left running would be heard by the tests that follow.
+    codes = [node.close() for node in started]
+    for node, code in zip(started, codes):
         assert code == node.expected_exit, f"the node ended with {code}; its log:\n{node.process.tail()}"
         node.check_accounting()
 

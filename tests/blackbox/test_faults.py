@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
 from harness import MOVING_MODES, Process, count
-from robot import CAMERAS, HOME, PARAMETERS, Faults
+from robot import CAMERAS, HOME, PARAMETERS, PERIOD_S, Faults
 from trajectory import seconds
 
 
@@ -27,19 +28,25 @@ JOINTS_FIRST = {
 }
 
 
-def start_robot_process(log: Path) -> Process:
-    return Process("robot", [sys.executable, str(Path(__file__).resolve().parent / "robot.py")], log)
-
-
 @pytest.fixture
-def robot_process(robot, tmp_path) -> Iterator[Process]:
-    """The robot in a process of its own; the one in this process only listens."""
-    robot.faults.silent_cameras = set(CAMERAS)
-    robot.faults.silent_joints = True
-    process = start_robot_process(tmp_path / "robot.log")
-    yield process
-    process.interrupt(signal.SIGCONT)
-    assert process.end() == 0, process.tail()
+def start_robot(robot, tmp_path) -> Iterator[Callable[[], Process]]:
+    """Starts the robot in a process of its own; the one in this process only listens. Asked for before start_node, it outlives
+    the node, which still brakes a robot that is there."""
+    robot.faults = Faults(silent_cameras=set(CAMERAS), silent_joints=True)
+    started: list[Process] = []
+
+    def start() -> Process:
+        command = [sys.executable, str(Path(__file__).resolve().parent / "robot.py")]
+        started.append(Process("robot", command, tmp_path / f"robot_{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.interrupt(signal.SIGCONT)
+    # All are ended before one is judged: what is left running would be heard by the tests that follow.
+    codes = [process.end() for process in started]
+    for process, code in zip(started, codes):
+        assert code in (0, -signal.SIGKILL), f"the robot ended with {code}:\n{process.tail()}"
 
 
 def expect_unarmed(node, robot, ticks: int = 50) -> None:
@@ -61,10 +68,11 @@ def wait_until_there(node, robot) -> None:
     robot.destroy(listener)
 
 
-def test_robot_process_stopped_and_continued(start_node, robot, robot_process):
+def test_robot_process_stopped_and_continued(start_robot, start_node, robot):
+    process = start_robot()
     node = start_node(**JOINTS_FIRST)
     node.run_armed()
-    robot_process.interrupt(signal.SIGSTOP)
+    process.interrupt(signal.SIGSTOP)
     node.wait_for_text("position of joint", "ms old (limit 3000 ms)")
     node.wait_for_mode("active")
     robot.wait_for_silence()
@@ -73,25 +81,25 @@ def test_robot_process_stopped_and_continued(start_node, robot, robot_process):
     assert not refused.success
     assert "ms old" in refused.message, refused.message
 
-    robot_process.interrupt(signal.SIGCONT)
+    process.interrupt(signal.SIGCONT)
     expect_unarmed(node, robot)
     wait_until_there(node, robot)
     node.wait(lambda: node.enable().success, "arming once data is fresh")
     robot.wait_for(robot.count() + 30)
 
 
-def test_robot_process_back_does_not_arm(start_node, robot, robot_process):
+def test_robot_process_back_does_not_arm(start_robot, start_node, robot):
+    process = start_robot()
     node = start_node()
     node.run_armed()
-    robot_process.interrupt(signal.SIGSTOP)
+    process.interrupt(signal.SIGSTOP)
     node.wait_for_mode("active")
-    robot_process.interrupt(signal.SIGCONT)
+    process.interrupt(signal.SIGCONT)
     expect_unarmed(node, robot)
 
 
-def test_robot_process_killed_and_respawned_elsewhere(start_node, robot, tmp_path):
-    robot.faults = Faults(silent_cameras=set(CAMERAS), silent_joints=True)
-    first = start_robot_process(tmp_path / "robot.log")
+def test_robot_process_killed_and_respawned_elsewhere(start_robot, start_node, robot):
+    first = start_robot()
     node = start_node(**JOINTS_FIRST)
     node.run_armed(100)
     first.interrupt(signal.SIGKILL)
@@ -102,14 +110,13 @@ def test_robot_process_killed_and_respawned_elsewhere(start_node, robot, tmp_pat
     robot.check_everything_received()
     # The new one begins at its home pose, wherever the old one was left: what comes now is another motion.
     robot.received.clear()
-    again = start_robot_process(tmp_path / "robot_again.log")
+    start_robot()
     node.diagnostics.clear()
     node.wait_for_diagnostic("inputs", b"\x00", "all inputs fresh")
     expect_unarmed(node, robot)
     node.wait(lambda: node.enable().success, "arming once data is fresh")
     robot.wait_for(30)
     assert np.allclose(robot.trajectories()[0].positions[0], HOME, atol=0.01)
-    assert again.end() == 0, again.tail()
 
 
 def test_node_stopped_for_a_second(start_node, robot):
@@ -150,6 +157,30 @@ STOPS = {
 }
 
 
+def shown(node, key: str) -> list[float]:
+    """Of every diagnostic of the inputs, one a second: a number, or the age that the text of a camera has. The first may be
+    from before."""
+    values = [v.value for name in list(node.diagnostics) if name.endswith("inputs")
+              for status in list(node.diagnostics[name]) for v in status.values if v.key == key]
+    found = [re.search(r"([\d.]+)( ms old|$)", value) for value in values]
+    return [float(number[1]) for number in found if number][1:]
+
+
+def joint_states_are_slow(node) -> bool:
+    """By their number, at most half a healthy robot's: single ones are old on a busy machine, too."""
+    counts = shown(node, "joint_states.messages")
+    return len(counts) > 2 and counts[-1] - counts[0] < 0.5 / PERIOD_S * (len(counts) - 1)
+
+
+def pictures_are_late(node) -> bool:
+    ages = shown(node, "camera.base")
+    return len(ages) > 2 and min(ages) >= 200.0
+
+
+# What shows that the node has met a fault which is no problem to it.
+MET = {"slow joint states": joint_states_are_slow, "late pictures": pictures_are_late}
+
+
 def test_faults_it_goes_on_with(start_node, robot):
     node = start_node(**PATIENT)
     node.run_armed()
@@ -158,6 +189,8 @@ def test_faults_it_goes_on_with(start_node, robot):
         node.diagnostics.clear()
         robot.faults = faults
         node.wait_for_diagnostic("inputs", level, *says)
+        if what in MET:
+            node.wait(lambda: MET[what](node), what)
         before = robot.count()
         robot.wait_for(before + 30)
         robot.faults = Faults()
