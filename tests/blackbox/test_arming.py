@@ -31,6 +31,15 @@ def test_interrupt_ends_with_a_stop(start_node, robot):
     robot.check_last_is_a_stop()
 
 
+@pytest.fixture
+def no_nohup():
+    """Under nohup the tests ignore SIGHUP, and so would what they start; what they handle starts with its default."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_terminate_or_a_lost_connection_ends_with_a_stop(start_node, robot, number):
     node = start_node()
