@@ -98,7 +98,8 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     if given["outputs_under"]:
         parameters |= params_files.commands_under(files, given["outputs_under"], given["namespace"])
         # What is measured comes from a recording and does not follow the commands.
-        parameters |= dict.fromkeys(["max_tracking_error", *params_files.names_ending(files, ".max_tracking_error")], 1e6)
+        joints = params_files.names_ending(files, ".max_tracking_error", given["namespace"])
+        parameters |= dict.fromkeys(["max_tracking_error", *joints], 1e6)
     if parameters:
         files.append(params_files.on_top(files, parameters))
     node = Node(

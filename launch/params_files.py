@@ -63,18 +63,21 @@ def flat(parameters: dict, above: str = "") -> dict[str, object]:
 
 def given_parameter(files: list[Path], name: str, default, namespace: str = ""):
     """A parameter of the node in that namespace, as the last section that has it says."""
-    own = f"/{namespace.strip('/')}/{NAME}".replace("//", "/")
     found = default
-    for file in files:
-        for section, parameters in sections(file):
-            if section in ("/**", "**", NAME, own):
-                found = parameters.get(name, found)
+    for parameters in of_node(files, namespace):
+        found = parameters.get(name, found)
     return found
 
 
-def names_ending(files: list[Path], end: str) -> set[str]:
-    """Names of parameters in any section that end like that."""
-    return {name for file in files for _, parameters in sections(file) for name in parameters if name.endswith(end)}
+def of_node(files: list[Path], namespace: str) -> list[dict[str, object]]:
+    """The parameters of each section that is for the node in that namespace."""
+    own = f"/{namespace.strip('/')}/{NAME}".replace("//", "/")
+    return [found for file in files for name, found in sections(file) if name in ("/**", "**", NAME, own)]
+
+
+def names_ending(files: list[Path], end: str, namespace: str = "") -> set[str]:
+    """Names of the node's parameters that end like that."""
+    return {name for parameters in of_node(files, namespace) for name in parameters if name.endswith(end)}
 
 
 def output_groups(files: list[Path], namespace: str = "") -> list[str]:

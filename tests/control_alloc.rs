@@ -52,7 +52,8 @@ fn a_tick_allocates_and_frees_nothing_in_any_mode() {
     let mut deadlines = Deadlines::new(0.0, config.period);
     let mut seen = [false; 9];
     let mut now = pi0_mps::clock::RosTime(1_000_000_000_000);
-    let mut measured = Measured { positions: JointVector::zeros(7), ages: JointVector::filled(7, 0.001) };
+    let mut measured = Measured { ages: JointVector::filled(7, 0.001), ..Measured::missing(7) };
+    measured.positions.fill(0.0);
     let mut sequence = 0;
     for i in 0..4000u32 {
         now = now.plus_seconds(if i % 500 == 499 { -0.3 } else { 0.02 });

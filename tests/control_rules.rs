@@ -200,7 +200,11 @@ fn arming_is_refused_with_the_reason() {
             ros_now: w.now.plus_seconds(0.02),
             mono_now: w.mono,
             skipped: 0,
-            measured: Measured { positions: JointVector::zeros(joints), ages: JointVector::zeros(joints) },
+            measured: Measured {
+                positions: JointVector::zeros(joints),
+                ages: JointVector::zeros(joints),
+                ..Measured::missing(joints)
+            },
             inputs: InputHealth::Ok,
             lifecycle: Lifecycle::Ready,
             chunk: Some(&c),
@@ -813,25 +817,77 @@ fn the_shortest_window_follows_the_plan_whenever_its_ticks_come() {
 fn a_driver_that_holds_its_command_catches_up_no_faster_than_a_joint_may_move() {
     let mut w = moving();
     w.step(None);
-    let mut sent = w.window.command(None);
-    let mut most = 0.0f64;
+    let mut sent = w.window.follow(None);
+    let (mut before, mut most) = (w.window.command().to_vec(), 0.0f64);
     for i in 0..80 {
         w.step(None);
         // Nothing was sent for a while, though the controller went on.
         if !(20..28).contains(&i) {
-            let next = w.window.command(Some(&sent));
-            let step = next.iter().zip(sent.iter()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            sent = w.window.follow(Some(&sent));
+            let step = w.window.command().iter().zip(&before).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
             most = most.max(step);
-            sent = next;
+            before = w.window.command().to_vec();
         }
     }
     assert!(most <= 2.0 * 0.02 * (1.0 + 1e-9) && most > 0.03, "{most}");
-    assert!((sent[0] - w.window.sample(0.02).0[0]).abs() < 1e-9, "it has caught up");
-    // A pose that does not go on from the last one is taken at once: nothing pushes on against a stop.
+    assert!((before[0] - w.window.sample(0.02).0[0]).abs() < 1e-9, "it has caught up");
+    // A pose that does not go on from the last one is taken at once: nothing pushes on against a stop. The other joint,
+    // of which nothing new is known, goes on.
     w.disturbance = vec![-0.5, 0.0];
     w.step(None);
     assert!(w.step(None).restarted);
-    assert_eq!(w.window.command(Some(&sent))[0], w.window.now().0[0]);
+    let _ = w.window.follow(Some(&sent));
+    assert_eq!(w.window.command()[0], w.window.now().0[0]);
+}
+
+#[test]
+fn a_driver_that_holds_its_command_begins_where_the_robot_is_though_the_first_window_was_not_sent() {
+    let mut w = moving();
+    w.step(None);
+    let sent = w.window.follow(None);
+    w.requests.disable = true;
+    w.step(None);
+    w.until(Mode::Active, 60);
+    // Somebody moves it, then it is armed again, under other settings.
+    w.robot = Played::hold(w.now, &[-1.0, -1.0], 0.02);
+    assert!(w.change(|c| c.ramp_time = 0.6));
+    w.arm(|_, _| -1.0);
+    w.step(None);
+    let _ = w.window.follow(Some(&sent));
+    assert!(w.window.command().iter().all(|q| (q + 1.0).abs() < 1e-3), "{:?}", w.window.command());
+}
+
+#[test]
+fn a_robot_that_braked_by_itself_far_from_its_command_is_held_where_it_is() {
+    let mut w = moving();
+    w.step(None);
+    let sent = w.window.follow(None);
+    w.disturbance = vec![0.0, -0.3];
+    w.health = InputHealth::Bad(InputFault::OutputBlocked);
+    let measured = w.robot.at(w.now.plus_seconds(0.02)).0[1] - 0.3;
+    assert!(w.step(None).restarted);
+    assert!((w.window.positions(0)[1] - measured).abs() < 1e-9);
+    let _ = w.window.follow(Some(&sent));
+    assert!((w.window.command()[1] - measured).abs() < 1e-9);
+}
+
+#[test]
+fn a_joint_in_doubt_is_settled_after_another_one_was_held() {
+    let mut w = moving();
+    w.disturbance = vec![0.0, -0.3];
+    w.step(None);
+    w.disturbance = vec![-0.3, -0.3];
+    let told = w.robot.at(w.now.plus_seconds(0.02)).0;
+    let report = w.step(None);
+    assert!(report.restarted);
+    assert_eq!(report.mode, Mode::Stopping, "the first joint is in doubt");
+    assert!((w.window.positions(0)[1] - (told[1] - 0.3)).abs() < 1e-9);
+    assert!((w.window.positions(0)[0] - told[0]).abs() < 1e-9);
+    w.disturbance = vec![-0.3, 0.0];
+    let report = w.step(None);
+    assert!(report.restarted);
+    assert_eq!(report.mode, Mode::Active);
+    assert!((w.window.positions(0)[0] - (told[0] - 0.3)).abs() < 1e-9);
 }
 
 #[test]

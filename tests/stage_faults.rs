@@ -269,6 +269,7 @@ impl Rig {
             measured: Measured {
                 positions: JointVector::from_slice(&pose).unwrap(),
                 ages: JointVector::zeros(pose.len()),
+                arrived: [mono; MAX_JOINTS],
             },
             inputs: InputHealth::Ok,
             lifecycle: Lifecycle::Ready,

@@ -77,7 +77,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let checked = (!files.is_empty()).then(|| params(&args.params_files, args.checkpoint.as_deref()));
     let settings = checked.as_ref().and_then(|c| c.as_ref().ok());
     let mut findings = machine();
-    findings.extend(granted(settings.map_or(default_priority(), |s| s.process.rt_priority)));
+    let asks = settings.map_or((default_priority(), true), |s| (s.process.rt_priority, s.process.lock_memory));
+    findings.extend(granted(asks.0, asks.1));
     findings.extend(ros(|name| std::env::var(name).ok()));
     findings.push(gpu());
     findings.extend(mps::findings());
@@ -170,11 +171,11 @@ fn default_priority() -> Option<u8> {
 }
 
 /// Real-time rights, asked for as the node asks: what a limit or a user id promises, a container may still refuse.
-fn granted(priority: Option<u8>) -> Vec<Finding> {
+fn granted(priority: Option<u8>, lock_memory: bool) -> Vec<Finding> {
     let scheduled = priority.and_then(|p| std::thread::spawn(move || rights::fifo(p.into())).join().ok());
-    let mut out: Vec<Finding> = scheduled.map(|right| Finding::right("SCHED_FIFO", right)).into_iter().collect();
-    out.push(Finding::right("memory locking", rights::may_lock_memory()));
-    out
+    let scheduled = scheduled.map(|right| Finding::right("SCHED_FIFO", right));
+    let locked = lock_memory.then(|| Finding::right("memory locking", rights::may_lock_memory()));
+    scheduled.into_iter().chain(locked).collect()
 }
 
 fn ros(var: impl Fn(&str) -> Option<String>) -> Vec<Finding> {
@@ -296,11 +297,11 @@ mod tests {
     #[test]
     fn rights_are_those_that_the_node_would_get() {
         let priority = default_priority();
-        let asked = granted(priority);
+        let asked = granted(priority, true);
         let node = std::thread::spawn(move || rights::fifo(priority.unwrap().into())).join().unwrap();
         assert_eq!(asked[0], Finding::right("SCHED_FIFO", node));
         assert_eq!(asked.len(), 2);
-        assert_eq!(granted(None).len(), 1, "priority 0 asks for none");
+        assert_eq!(granted(None, false), [], "where none is asked for");
     }
 
     #[test]

@@ -120,7 +120,7 @@ impl Deadlines {
     /// The figures so far.
     pub fn snapshot(&self) -> DeadlinesSnapshot {
         let publish = self.publish.stats();
-        // The deadline is the same for all ticks: the least slack is that of the latest publish, and so on.
+        // Of all ticks to the present deadline: the least slack is that of the latest publish, and so on.
         let left = |taken: u64| self.deadline_ns.saturating_sub(i64::try_from(taken).unwrap_or(i64::MAX));
         let slack = Slack { min: left(publish.max), p01: left(publish.p99), p50: left(publish.p50) };
         DeadlinesSnapshot {

@@ -1,7 +1,7 @@
 //! What goes into a tick and what comes out of it.
 
 use super::chunk::ActionChunk;
-use super::joints::JointVector;
+use super::joints::{JointVector, MAX_JOINTS};
 use super::mode::Mode;
 use super::reason::{ChunkRefusal, InputHealth, Reason, Refusal};
 use crate::clock::{Monotonic, RosTime};
@@ -40,12 +40,18 @@ pub struct Measured {
     pub positions: JointVector,
     /// Age of each, in seconds: the larger of stamp age and arrival age; infinite where none came.
     pub ages: JointVector,
+    /// When each came: tells one measurement from the next.
+    pub arrived: [Monotonic; MAX_JOINTS],
 }
 
 impl Measured {
     /// No joint state yet.
     pub fn missing(joints: usize) -> Self {
-        Self { positions: JointVector::filled(joints, f64::NAN), ages: JointVector::filled(joints, f64::INFINITY) }
+        Self {
+            positions: JointVector::filled(joints, f64::NAN),
+            ages: JointVector::filled(joints, f64::INFINITY),
+            arrived: [Monotonic::default(); MAX_JOINTS],
+        }
     }
 }
 

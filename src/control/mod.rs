@@ -46,4 +46,4 @@ pub use mode::{Level, MODES, Mode, ModeRow};
 pub use reason::{ChunkRefusal, InputFault, InputHealth, Names, OutputNames, Reason, Refusal};
 pub use status::{ControlStatus, Counters, Interventions, PlanView, Rule};
 pub use tick::Controller;
-pub use window::Window;
+pub use window::{Sent, Window};

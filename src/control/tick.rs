@@ -18,9 +18,6 @@ use crate::clock::{Monotonic, RosTime};
 
 /// Share of one period's braking below which a joint counts as at rest.
 const REST: f64 = 0.01;
-/// A measurement taken so many seconds after another is another one.
-const ANOTHER: f64 = 0.5e-3;
-
 /// Where the robot is on what it was told, and the next point that it is promised.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Motion {
@@ -28,11 +25,13 @@ pub(crate) struct Motion {
     pub(crate) base: State,
     /// Seconds from here to base.
     pub(crate) ahead: f64,
+    /// Joints that are not where they were told to be.
+    pub(crate) anew: [bool; MAX_JOINTS],
 }
 
 impl Motion {
     fn rest(q: JointVector) -> Self {
-        Self { here: State::rest(q), base: State::rest(q), ahead: 0.0 }
+        Self { here: State::rest(q), base: State::rest(q), ahead: 0.0, anew: [false; MAX_JOINTS] }
     }
 }
 
@@ -69,9 +68,9 @@ pub struct Controller {
     pub(crate) seam_jump_max: f64,
     tracking_error: f64,
     tracking_error_max: f64,
-    /// Of each joint that was measured too far from its command: when. One measurement may be garbage; a second one says
-    /// that the joint is there.
-    doubted: Vec<Option<RosTime>>,
+    /// Of each joint that was measured too far from its command: when that came. One measurement may be garbage; another
+    /// one says that the joint is there.
+    doubted: Vec<Option<Monotonic>>,
 }
 
 impl Controller {
@@ -151,6 +150,7 @@ impl Controller {
         (self.seam_jump, self.seam_jump_max) = (old.seam_jump, old.seam_jump_max);
         (self.tracking_error, self.tracking_error_max) = (old.tracking_error, old.tracking_error_max);
         self.gate.succeed(&old.gate);
+        self.window.succeed(&old.window);
         // Chunks cut for the old settings are not executed under the new ones.
         self.counters.discarded += u64::from(old.pending.present);
         self.new_epoch();
@@ -260,7 +260,6 @@ impl Controller {
             self.counters.clock_jumps += 1;
             self.consumption.restart(now);
             self.counted = RosTime(i64::MIN);
-            self.doubted.fill(None);
             self.new_epoch();
             let motion = self.told_after(self.config.period * skipped.saturating_add(1) as f64);
             self.halt(Reason::ClockJumpedBack { seconds: elapsed_ns as f64 * -1e-9 }, report);
@@ -324,6 +323,7 @@ impl Controller {
         }
         if !self.mode.publishes() || paused {
             // While ROS time stands still nothing moves: ages mean nothing, and the last command is repeated.
+            self.doubted.fill(None);
             return;
         }
         let measured = &input.measured;
@@ -332,12 +332,14 @@ impl Controller {
             let (q, age) = (measured.positions.get(j).copied(), measured.ages.get(j).copied());
             q.filter(|q| q.is_finite()).zip(age.filter(|age| !age.is_nan()))
         };
+        // Nothing was sent for so long that where it was measured is the better word for each joint that can be there.
+        let adrift = input.inputs == InputHealth::Bad(InputFault::OutputBlocked);
         let (mut worst, mut sure) = (0.0f64, false);
         let mut there = [false; MAX_JOINTS];
         for (j, there) in there.iter_mut().enumerate().take(n) {
             let fresh = usable(j).filter(|(_, age)| *age <= self.config.max_joint_state_age);
             let doubted = self.doubted[j].take();
-            let Some((q, age)) = fresh else {
+            let Some((q, _)) = fresh else {
                 let reason = match usable(j) {
                     None => Reason::StateMissing { joint: j },
                     Some((_, age)) => Reason::StateStale { joint: j, age, max: self.config.max_joint_state_age },
@@ -350,11 +352,11 @@ impl Controller {
             worst = worst.max(error);
             *there = error <= max;
             if error > max {
-                let when = input.ros_now.plus_seconds(-age);
+                let arrived = measured.arrived[j];
                 // Past a limit by more than that is no pose of this robot.
                 if q >= b.min - max && q <= b.max + max {
-                    *there = doubted.is_some_and(|first| when.seconds_since(first) > ANOTHER);
-                    self.doubted[j] = Some(doubted.unwrap_or(when));
+                    *there = adrift || doubted.is_some_and(|first| arrived > first);
+                    self.doubted[j] = Some(doubted.unwrap_or(arrived)).filter(|_| !*there);
                 }
                 sure |= *there;
                 self.halt(Reason::TrackingError { joint: j, command, measured: q, max }, report);
@@ -362,15 +364,13 @@ impl Controller {
         }
         self.tracking_error = worst;
         self.tracking_error_max = self.tracking_error_max.max(worst);
-        let adrift = input.inputs == InputHealth::Bad(InputFault::OutputBlocked);
         if sure || adrift {
             // The robot is not on the curve: hold where it is, not where it should be.
             let mut pose = motion.here.q;
             for j in (0..n).filter(|j| there[*j]) {
                 pose[j] = measured.positions[j].max(self.bounds[j].min).min(self.bounds[j].max);
             }
-            *motion = Motion::rest(pose);
-            self.doubted.fill(None);
+            *motion = Motion { anew: there, ..Motion::rest(pose) };
             report.restarted = true;
             self.new_epoch();
         }
@@ -428,7 +428,7 @@ impl Controller {
         for (q, b) in pose.iter_mut().zip(&self.bounds) {
             *q = q.max(b.min).min(b.max);
         }
-        Motion::rest(pose)
+        Motion { anew: [true; MAX_JOINTS], ..Motion::rest(pose) }
     }
 
     /// Whether arming is possible now; the first thing in the way.
@@ -473,10 +473,10 @@ impl Controller {
     /// the last window of a stop.
     fn publish(&mut self, now: RosTime, motion: &Motion, out: &mut Window, report: &mut TickReport) -> bool {
         let h = self.config.period;
-        let Motion { here, base, ahead } = motion;
+        let Motion { here, base, ahead, anew } = motion;
         let still = |v: &[f64]| self.bounds.iter().zip(v).all(|(b, v)| v.abs() <= REST * b.acceleration * h);
         let at_rest = still(&here.v) && still(&base.v);
-        self.window.begin(now, &here.q, &here.v, report.restarted);
+        self.window.begin(now, &here.q, &here.v, anew);
         self.progress.clear();
         self.progress.push((here.x, here.pace));
         let mut points = self.config.window_points();
@@ -518,6 +518,7 @@ impl Controller {
             self.enter(Mode::Fault);
             return false;
         }
+        self.window.complete();
         out.copy_from(&self.window);
         report.published = true;
         // What is in doubt is settled first: the pose that is held last should be the robot's.
@@ -623,7 +624,7 @@ mod tests {
             ([0.0, 0.0], [0.0, 0.0], ([0.0, 0.0], [0.0, 1e-9]), Some(1)),
             ([0.0, 0.0], [0.0, 0.0], ([2.0, 0.0], [0.0, 0.0]), Some(0)),
         ] {
-            controller.window.begin(RosTime(1), &[0.0, 0.0], &[0.0, 0.0], true);
+            controller.window.begin(RosTime(1), &[0.0, 0.0], &[0.0, 0.0], &[true; MAX_JOINTS]);
             controller.window.push(&q, &v);
             controller.window.push(&last.0, &last.1);
             assert_eq!(controller.breach(), breach, "{q:?} {v:?}, then {last:?}");
@@ -667,7 +668,11 @@ mod tests {
                     ros_now: now,
                     mono_now: Monotonic(now.0),
                     skipped: 0,
-                    measured: Measured { positions: pose, ages: JointVector::zeros(2) },
+                    measured: Measured {
+                        positions: pose,
+                        ages: JointVector::zeros(2),
+                        arrived: [Monotonic(now.0); MAX_JOINTS],
+                    },
                     inputs: InputHealth::Ok,
                     lifecycle: Lifecycle::Ready,
                     chunk: (tick % 3 == 0).then_some(&chunk),

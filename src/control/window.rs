@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::config::ControlConfig;
-use super::joints::JointVector;
+use super::joints::{JointVector, MAX_JOINTS};
 use crate::clock::RosTime;
 
 /// Points due within this many seconds are behind: rounding of times, far below the nanosecond of the clocks.
@@ -22,9 +22,11 @@ pub struct Window {
     driven: usize,
     now_q: JointVector,
     now_v: JointVector,
-    anew: bool,
+    /// How often each joint began elsewhere than where the window before led.
+    begun: [u32; MAX_JOINTS],
     /// The furthest that each joint may go in a period.
     steps: JointVector,
+    command: JointVector,
     positions: Vec<f64>,
     velocities: Vec<f64>,
     /// Most values of each of the two.
@@ -39,6 +41,13 @@ impl Clone for Window {
         window.copy_from(self);
         window
     }
+}
+
+/// What was sent last, for [`Window::follow`].
+#[derive(Debug, Clone, Copy)]
+pub struct Sent {
+    begun: [u32; MAX_JOINTS],
+    command: JointVector,
 }
 
 /// A moment of a window.
@@ -68,8 +77,9 @@ impl Window {
             driven: 0,
             now_q: JointVector::zeros(joints),
             now_v: JointVector::zeros(joints),
-            anew: true,
+            begun: [0; MAX_JOINTS],
             steps,
+            command: JointVector::zeros(joints),
             positions: Vec::with_capacity(room),
             velocities: Vec::with_capacity(room),
             room,
@@ -139,29 +149,50 @@ impl Window {
         (at.q, at.v)
     }
 
-    /// Positions for drivers that take one command at a time and hold it; `last` is what they were given before. When
-    /// commands were missed the driver has stood still meanwhile: it catches up no faster than its joints may move.
-    pub fn command(&self, last: Option<&JointVector>) -> JointVector {
-        let mut next = self.sample(self.period).0;
-        if let Some(last) = last.filter(|_| !self.anew) {
-            for ((q, last), step) in next.iter_mut().zip(last.iter()).zip(self.steps.iter()) {
-                *q = q.max(last - step).min(last + step);
-            }
-        }
-        next
+    /// Positions for drivers that take one command at a time and hold it.
+    pub fn command(&self) -> &[f64] {
+        &self.command
     }
 
-    /// Empties it. `q` and `v` are what the robot was told to have at `start`; `anew` if that is not where the window
-    /// before led.
-    pub(crate) fn begin(&mut self, start: RosTime, q: &[f64], v: &[f64], anew: bool) {
+    /// Makes its command go on from the last one that was sent. When commands were missed, a driver has stood still
+    /// meanwhile: a joint catches up no faster than it may move, unless it began anew since.
+    #[must_use]
+    pub fn follow(&mut self, sent: Option<&Sent>) -> Sent {
+        if let Some(sent) = sent {
+            for (j, q) in self.command.iter_mut().enumerate() {
+                if let (Some(last), Some(step), true) =
+                    (sent.command.get(j), self.steps.get(j), sent.begun[j] == self.begun[j])
+                {
+                    *q = q.max(last - step).min(last + step);
+                }
+            }
+        }
+        Sent { begun: self.begun, command: self.command }
+    }
+
+    /// Empties it. `q` and `v` are what the robot was told to have at `start`; `anew` are joints for which that is not
+    /// where the window before led.
+    pub(crate) fn begin(&mut self, start: RosTime, q: &[f64], v: &[f64], anew: &[bool; MAX_JOINTS]) {
         self.start = start;
-        self.anew = anew;
+        for (begun, anew) in self.begun.iter_mut().zip(anew) {
+            *begun = begun.wrapping_add(u32::from(*anew));
+        }
         self.first = self.period;
         self.driven = 0;
         self.now_q.copy_from_slice(q);
         self.now_v.copy_from_slice(v);
         self.positions.clear();
         self.velocities.clear();
+    }
+
+    /// All its points are there.
+    pub(crate) fn complete(&mut self) {
+        self.command = self.sample(self.period).0;
+    }
+
+    /// Takes over, for a window under other settings, how often joints began anew.
+    pub(crate) fn succeed(&mut self, old: &Window) {
+        self.begun = old.begun;
     }
 
     /// Empties it for a tick with nothing to publish.
@@ -200,7 +231,7 @@ impl Window {
     pub(crate) fn copy_from(&mut self, other: &Window) {
         (self.start, self.first, self.period, self.driven) = (other.start, other.first, other.period, other.driven);
         (self.now_q, self.now_v) = (other.now_q, other.now_v);
-        (self.anew, self.steps) = (other.anew, other.steps);
+        (self.begun, self.steps, self.command) = (other.begun, other.steps, other.command);
         self.positions.clear();
         self.positions.extend_from_slice(&other.positions);
         self.velocities.clear();
@@ -278,7 +309,7 @@ mod tests {
     #[test]
     fn a_window_that_is_full_takes_no_more_and_allocates_nothing() {
         let mut window = Window::for_config(&ControlConfig::new(["a".to_string(), "b".to_string()], 0.02, 0.05, 20));
-        window.begin(RosTime(1), &[0.0; 2], &[0.0; 2], true);
+        window.begin(RosTime(1), &[0.0; 2], &[0.0; 2], &[true; MAX_JOINTS]);
         let memory = (window.positions.as_ptr(), window.velocities.as_ptr());
         let mut points = 0;
         while window.room() && points < 1_000_000 {

@@ -253,7 +253,7 @@ impl ControlLoop {
             *age = joints.age_ms(i, ros_now, now) * 1e-3;
         }
         match (JointVector::from_slice(&joints.positions[..n]), JointVector::from_slice(&ages[..n])) {
-            (Some(positions), Some(ages)) => Measured { positions, ages },
+            (Some(positions), Some(ages)) => Measured { positions, ages, arrived: joints.arrived },
             _ => Measured::missing(n),
         }
     }

@@ -362,8 +362,12 @@ impl Core {
     /// Waits until no command goes out any more, once something has told the control loop to stop. False if it takes
     /// longer than it may.
     pub(super) fn come_to_rest(&self) -> bool {
-        let stop_time = lock(&self.settings).safety.stop_time;
-        let deadline = Instant::now() + 2 * stop_time + Duration::from_millis(500);
+        let (stop_time, doubt) = {
+            let settings = lock(&self.settings);
+            // A pose in doubt is waited for until it is too old.
+            (settings.safety.stop_time, settings.inputs.max_joint_state_age)
+        };
+        let deadline = Instant::now() + 2 * stop_time + doubt + Duration::from_millis(500);
         let turn = self.snapshot().turns;
         loop {
             let s = self.snapshot();

@@ -102,10 +102,7 @@ impl Messages {
         some.into_iter().flat_map(move |()| {
             self.groups.iter().map(move |g| match g.kind {
                 OutputKind::Trajectory => Record::new(&g.topic, at, &trajectory(g, w)),
-                OutputKind::Command => {
-                    let (positions, _) = w.sample(w.period());
-                    Record::new(&g.topic, at, &Numbers(pick(&g.joints, &positions)))
-                }
+                OutputKind::Command => Record::new(&g.topic, at, &Numbers(pick(&g.joints, w.command()))),
             })
         })
     }

@@ -184,6 +184,7 @@ impl Parts {
             asking: Mutex::new(()),
         });
         let publisher = Publisher {
+            sent: None,
             outputs,
             jobs: jobs_out,
             free: free_in,

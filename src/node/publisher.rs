@@ -8,7 +8,7 @@ use crossbeam_channel::Receiver;
 
 use crate::clock::Clock;
 use crate::control::chunk::ActionChunk;
-use crate::control::{Deadlines, DeadlinesSnapshot, TickTimes, Window};
+use crate::control::{Deadlines, DeadlinesSnapshot, Sent, TickTimes, Window};
 use crate::telemetry::trace::{self, What};
 
 use super::control_loop::Signals;
@@ -31,6 +31,7 @@ pub(super) struct Job {
 /// What the publisher thread owns.
 pub(super) struct Publisher {
     pub outputs: Box<dyn Outputs>,
+    pub sent: Option<Sent>,
     pub jobs: rtrb::Consumer<Job>,
     pub free: rtrb::Producer<Box<Window>>,
     pub chunks: Receiver<Arc<ActionChunk>>,
@@ -69,6 +70,7 @@ impl Publisher {
             let Ok(mut job) = self.jobs.pop() else { break };
             let sent = newer == 0 && !lapsed;
             if sent {
+                self.sent = Some(job.window.follow(self.sent.as_ref()));
                 self.outputs.trajectory(&job.window);
             } else {
                 self.signals.unsent.fetch_add(1, Ordering::AcqRel);

@@ -328,7 +328,7 @@ pub const TABLE: &[ParamSpec] = &[
     row("outputs", "outputs.<group>.type", one_of("trajectory", OutputKind::NAMES), Start,
         "trajectory is JointTrajectory with a braking tail, command is Float64MultiArray of this tick's positions."),
     row("outputs", "output_window_ms", ms(200.0, 1.0, 10_000.0), Start,
-        "Plan in each trajectory ahead of the braking tail: how long the robot goes on if this node dies."),
+        "Plan in each trajectory ahead of the braking tail, two periods at least: how long the robot goes on if this node dies."),
 
     row("safety", "limits.<joint>.min_position", double(NOT_GIVEN, -LARGE, LARGE, "rad or m"), Unarmed,
         "Lower position limit; required to arm."),

@@ -10,8 +10,8 @@ use super::convert::{duration, stamp, text};
 use super::failure::{Refusal, middleware};
 use super::wiring::GroupPublisher;
 use crate::clock::RosTime;
+use crate::control::Window;
 use crate::control::chunk::ActionChunk;
-use crate::control::{JointVector, Window};
 use crate::node::Outputs;
 use crate::params::Settings;
 use crate::params::choice::OutputKind;
@@ -29,8 +29,6 @@ struct Group {
     names: Vec<String>,
     joints: Vec<usize>,
     to: GroupPublisher,
-    /// All joints as the last command had them.
-    sent: Option<JointVector>,
 }
 
 impl RosOutputs {
@@ -50,7 +48,7 @@ impl RosOutputs {
                 }
             };
             let names = g.joints.iter().filter_map(|j| joint_names.get(*j).cloned()).collect();
-            groups.push(Group { names, joints: g.joints.clone(), to, sent: None });
+            groups.push(Group { names, joints: g.joints.clone(), to });
         }
         let chunks = node
             .create_publisher("~/action_chunk", QosProfile::default().keep_last(10).reliable())
@@ -101,7 +99,7 @@ impl Outputs for RosOutputs {
 }
 
 impl Group {
-    fn publish(&mut self, w: &Window) -> r2r::Result<()> {
+    fn publish(&self, w: &Window) -> r2r::Result<()> {
         if w.points() == 0 {
             return Ok(()); // controllers refuse a trajectory without points
         }
@@ -112,9 +110,7 @@ impl Group {
                 to.publish(&trajectory(w.start(), self.names.clone(), points.collect()))
             }
             GroupPublisher::Command(to) => {
-                let positions = w.command(self.sent.as_ref());
-                self.sent = Some(positions);
-                to.publish(&Float64MultiArray { data: self.pick(&positions), ..Default::default() })
+                to.publish(&Float64MultiArray { data: self.pick(w.command()), ..Default::default() })
             }
         }
     }

@@ -242,6 +242,8 @@ impl World {
         for (j, q) in q.iter().enumerate() {
             measured.positions[j] = q + self.disturbance[j];
             measured.ages[j] = self.age;
+            // What is not a number of seconds has come at no time.
+            measured.arrived[j] = Monotonic(self.mono.0 - (self.age.min(1e6) * 1e9).round() as i64);
         }
         let input = TickInput {
             ros_now: self.now,
