@@ -69,7 +69,8 @@ impl Loop {
         self.ticks += 1;
         self.now = self.now.plus_seconds(PERIOD);
         let given = self.ticks.is_multiple_of(CHUNK_EVERY).then(|| self.chunk(100 + self.ticks));
-        let mut measured = Measured { positions: JointVector::zeros(JOINTS), ages: JointVector::filled(JOINTS, 0.001) };
+        let mut measured = Measured { ages: JointVector::filled(JOINTS, 0.001), ..Measured::missing(JOINTS) };
+        measured.positions.fill(0.0);
         measured.positions.copy_from_slice(self.window.sample(PERIOD).0.as_ref());
         let input = TickInput {
             ros_now: self.now,

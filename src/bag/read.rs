@@ -317,7 +317,11 @@ fn listed(mut file: File) -> Option<BTreeSet<Arc<Topic>>> {
         }
     }
     let summary = reader.finish()?;
-    let counts = summary.stats?.channel_message_counts;
+    let stats = summary.stats?;
+    let counts = stats.channel_message_counts;
+    if counts.is_empty() && stats.message_count > 0 {
+        return None; // not counted by channel
+    }
     let used = counts.iter().filter(|(_, messages)| **messages > 0);
     let channels = used.map(|(id, _)| summary.channels.get(id)).collect::<Option<Vec<_>>>()?;
     Some(channels.into_iter().filter_map(|channel| topic(channel)).collect())

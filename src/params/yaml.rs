@@ -15,18 +15,27 @@ pub fn overrides(text: &str, node: &str) -> Result<Vec<(String, Value)>, String>
     Ok(found)
 }
 
-/// Whether a params file has a section that the node reads, and none for it that it does not.
+/// Whether a params file has a section that the node reads, and none for it that it does not. What this parser refuses,
+/// such as a key that stands twice, is rcl's to judge.
 pub fn check_sections(text: &str, node: &str) -> Result<(), String> {
-    sections(text, node).map(|_| ())
+    match YamlLoader::load_from_str(text) {
+        Ok(documents) => addressed(documents, node).map(|_| ()),
+        Err(_) => Ok(()),
+    }
 }
 
 fn sections(text: &str, node: &str) -> Result<Vec<Hash>, String> {
-    let documents = YamlLoader::load_from_str(text).map_err(|e| format!("not YAML: {e}"))?;
-    let Some(Yaml::Hash(tree)) = documents.into_iter().next() else {
+    addressed(YamlLoader::load_from_str(text).map_err(|e| format!("not YAML: {e}"))?, node)
+}
+
+/// The sections for a node, of all documents of a file.
+fn addressed(documents: Vec<Yaml>, node: &str) -> Result<Vec<Hash>, String> {
+    let trees: Vec<Hash> = documents.into_iter().filter_map(Yaml::into_hash).collect();
+    if trees.is_empty() {
         return Err("holds no sections; a params file starts with '/**:' and 'ros__parameters:'".into());
-    };
+    }
     let mut all = Vec::new();
-    walk("", tree, &mut all);
+    trees.into_iter().for_each(|tree| walk("", tree, &mut all));
     let names: Vec<_> = all.iter().map(|(name, _)| format!("'{name}'")).collect();
     let mut read = Vec::new();
     for (name, parameters) in all {
@@ -178,6 +187,15 @@ mod tests {
             let e = overrides(text, "pi0_mps").unwrap_err();
             assert!(e.contains(says), "{e}");
         }
+    }
+
+    #[test]
+    fn every_document_is_looked_at_and_what_only_rcl_can_read_is_left_to_it() {
+        let of = |section: &str| format!("{section}:\n  ros__parameters: {{seed: 3}}\n");
+        let two = format!("{}---\n{}", of("/**"), of("/*/pi0_mps"));
+        assert!(check_sections(&two, "/left/pi0_mps").unwrap_err().contains("'/*/pi0_mps' would be this node's"));
+        assert_eq!(check_sections(&format!("{}---\n{}", of("other"), of("pi0_mps")), "/pi0_mps"), Ok(()));
+        assert_eq!(check_sections(&format!("{}{}", of("/**"), of("/**")), "/pi0_mps"), Ok(()), "the same key twice");
     }
 
     #[test]

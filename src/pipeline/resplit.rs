@@ -69,8 +69,9 @@ struct Pair<E, D> {
     warm: Warm,
 }
 
-/// What stages were warmed up with, or have worked with: prompt and steps. With others the first frame would make plans.
-type Warm = (u64, usize);
+/// What stages were warmed up with, or have worked with: prompt, steps, and whether views may be fewer. With others the
+/// first frame would make plans.
+type Warm = (u64, usize, bool);
 
 /// A re-split under way.
 struct Pending {
@@ -247,7 +248,8 @@ impl<E: Engine> Builder<E> {
     }
 
     fn warm(&self) -> Warm {
-        (self.shared.inputs.prompt().generation, self.shared.live().steps)
+        let live = self.shared.live();
+        (self.shared.inputs.prompt().generation, live.steps, live.drop_lost_views)
     }
 
     /// Both threads have swapped: says so, and lets go of what has not been used for longest.

@@ -116,7 +116,7 @@ pub(super) fn check_mode(config: &PipelineConfig, dims: &Dims) -> Result<(), Pip
 }
 
 /// Runs both stages once, so that the first real chunk is as fast as the others: on the newest frames, or grey images
-/// where there are none yet, and a zero state. Where cameras may be left out, of fewer views first.
+/// where there are none yet, and a zero state. Where cameras may be left out, of fewer views too.
 pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     shared: &Shared,
     encoder: &mut E,
@@ -130,7 +130,9 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
         newest.iter().map(|s| s.as_ref().map_or(View::Planes(&grey), |s| View::Frame(&s.frame))).collect();
     let tokens = shared.policy.tokens(&shared.inputs.prompt().text, &vec![0.0; shared.policy.state_len()])?;
     let fewest = if shared.live().drop_lost_views { 1 } else { views.len() };
-    for count in fewest..=views.len() {
+    // All of them first, for room that grows later forgets what was prepared in it; and last, to decode from.
+    let all = views.len();
+    for count in std::iter::once(all).chain(fewest..all).chain((fewest < all).then_some(all)) {
         encoder.encode(&EncodeInput { views: &views[..count], tokens: &tokens }, slot)?;
     }
     let len = dims.horizon * dims.action_dim;

@@ -140,7 +140,13 @@ fn live(args: &Args, given: &[OsString]) -> Result<(), Refusal> {
         clock: shared_clock,
     };
 
-    let stop = serve_stop(&context, &args.service("~/stop", space, own), commands)?;
+    let stop_service = args.service("~/stop", space, own);
+    let again = args.service(&stop_service, space, own);
+    if again != stop_service {
+        let problem = format!("~/stop is remapped to {stop_service}, and that to {again}: give ~/stop one name");
+        return Err(Refusal::new(Fault::Input, problem));
+    }
+    let stop = serve_stop(&context, &stop_service, commands)?;
     let spinner = Spinner::start("ros-spin", node, drains, move |node| {
         wiring.look(node);
         input_wiring.look(node);
@@ -276,6 +282,8 @@ fn security() -> Option<&'static str> {
 fn read_parameters(node: &r2r::Node, name: &str, args: &Args) -> Result<Params, Refusal> {
     // r2r leaves out what it takes for another node's, and a file with limits must not be left out in silence.
     let unread = |file: &PathBuf| {
+        // A pipe has been read by rcl, to its end.
+        file.is_file().then_some(())?;
         let text = std::fs::read_to_string(file).map_err(|e| e.to_string());
         let problem = text.and_then(|text| yaml::check_sections(&text, name)).err()?;
         Some(format!("params file '{}': {problem}", file.display()))

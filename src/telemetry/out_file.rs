@@ -27,6 +27,11 @@ impl OutFile {
         }
         let mut part = path.clone().into_os_string();
         part.push(format!(".{}.part", std::process::id()));
+        // In a container a run has the same number every time: what one left that was killed is in the way.
+        match fs::remove_file(&part) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
         let file = File::create_new(&part)?;
         Ok(Self { file, place: Some((part.into(), path)) })
     }
@@ -39,7 +44,8 @@ impl OutFile {
     /// Puts the file into its place.
     pub fn finish(mut self) -> io::Result<()> {
         if let Some((part, path)) = &self.place {
-            fs::rename(part, path)?;
+            // A file that is mounted by itself cannot be replaced, but it can be written.
+            fs::rename(part, path).or_else(|_| fs::copy(part, path).and_then(|_| fs::remove_file(part)))?;
         }
         self.place = None;
         Ok(())
@@ -80,6 +86,10 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "whole file");
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no part stays");
+        // A run that was killed left one.
+        fs::write(dir.path().join(format!("result.{}.part", std::process::id())), "half").unwrap();
+        OutFile::create(&path).unwrap().finish_with("again").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "again");
     }
 
     #[test]

@@ -55,7 +55,9 @@ def test_a_second_interrupt_at_once_does_not_cut_the_stop_short(start_node, robo
     node = start_node()
     node.run_armed()
     node.process.interrupt()
+    said = time.monotonic() + 30.0
     while "SIGINT: stopping" not in node.process.text():
+        assert time.monotonic() < said, node.process.tail()
         time.sleep(0.002)
     node.process.interrupt()
     assert node.process.wait(30.0) == 0, node.process.tail()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import rclpy
 from rclpy.signals import SignalHandlerOptions
 from std_msgs.msg import Bool, Float64MultiArray, String
@@ -10,13 +11,19 @@ from std_srvs.srv import SetBool, Trigger
 from harness import count
 
 
-def test_a_topic_of_two_types_does_no_harm(start_node, robot):
+@pytest.fixture
+def elsewhere():
+    """A participant of its own: one participant has one type for a topic."""
+    context = rclpy.Context()
+    rclpy.init(args=[], context=context, signal_handler_options=SignalHandlerOptions.NO)
+    yield context
+    rclpy.shutdown(context=context)
+
+
+def test_a_topic_of_two_types_does_no_harm(start_node, robot, elsewhere):
     """Which any node on the network can bring about; here on the topic that is the last one in the graph."""
     topics = ["/zzz/last", "/aaa/first"]
     mine = [robot.node.create_publisher(String, topic, 1) for topic in topics]
-    # One participant has one type for a topic.
-    elsewhere = rclpy.Context()
-    rclpy.init(args=[], context=elsewhere, signal_handler_options=SignalHandlerOptions.NO)
     other = rclpy.create_node("other_types", context=elsewhere)
     for topic in topics:
         other.create_publisher(Float64MultiArray, topic, 1)
@@ -26,21 +33,15 @@ def test_a_topic_of_two_types_does_no_harm(start_node, robot):
     node.run_armed()
     ticks = count(node.status, "ticks")
     node.wait(lambda: count(node.status, "ticks") > ticks + 100, "two seconds more of control ticks")
-    other.destroy_node()
-    rclpy.shutdown(context=elsewhere)
     for publisher in mine:
         robot.destroy(publisher)
 
 
-def test_a_rival_of_another_type_is_one_too(start_node, robot):
-    elsewhere = rclpy.Context()
-    rclpy.init(args=[], context=elsewhere, signal_handler_options=SignalHandlerOptions.NO)
+def test_a_rival_of_another_type_is_one_too(start_node, robot, elsewhere):
     other = rclpy.create_node("rival", context=elsewhere)
     other.create_publisher(Bool, "/pi0_mps/arm/joint_trajectory", 1)
     node = start_node()
     node.wait_for_diagnostic("safety", b"\x01", "somebody else publishes on /pi0_mps/arm/joint_trajectory", "stop /rival")
-    other.destroy_node()
-    rclpy.shutdown(context=elsewhere)
 
 
 def test_every_service_can_be_remapped(start_node, robot):
