@@ -285,9 +285,7 @@ fn chosen(files: &[PathBuf]) -> Result<(PipelineMode, Split), CliError> {
         ("policy_rate_hz".into(), Value::Double(30.0)),
     ];
     for file in files {
-        let failed = |e: String| CliError::input(format!("params file '{}': {e}", file.display()));
-        let text = std::fs::read_to_string(file).map_err(|e| failed(e.to_string()))?;
-        given.extend(yaml::overrides(&text, "pi0_mps").map_err(failed)?);
+        given.extend(yaml::read(file, "pi0_mps").map_err(CliError::input)?);
     }
     let problems = |e: Vec<ParamError>| e.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
     let gpu = Params::from_overrides(given).map_err(|e| CliError::input(problems(e)))?.settings().gpu;

@@ -74,6 +74,7 @@ impl Finding {
 /// Runs the checks; the exit code is 0 unless one of them is an error.
 pub fn run(args: &Args) -> Result<(), CliError> {
     let files: Vec<String> = args.params_files.iter().map(|f| f.display().to_string()).collect();
+    let files = files.join(", ");
     let checked = (!files.is_empty()).then(|| params(&args.params_files, args.checkpoint.as_deref()));
     let settings = checked.as_ref().and_then(|c| c.as_ref().ok());
     let mut findings = machine();
@@ -87,10 +88,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     }
     if let Some(checked) = &checked {
         findings.push(match checked {
-            Ok(_) => Finding::ok("parameter file", files.join(", ")),
-            Err(problems) => {
-                Finding::new("parameter file", Verdict::Error, format!("{}: {problems}", files.join(", ")), "")
-            }
+            Ok(_) => Finding::ok("parameter file", files),
+            Err(problems) => Finding::new("parameter file", Verdict::Error, format!("{files}: {problems}"), ""),
         });
     }
     let worst = findings.iter().map(|f| f.verdict).max().unwrap_or(Verdict::Ok);
@@ -271,8 +270,7 @@ fn checkpoint(dir: &Path, settings: Option<&Settings>) -> Vec<Finding> {
 fn params(files: &[PathBuf], checkpoint: Option<&Path>) -> Result<Settings, String> {
     let mut given = Vec::new();
     for file in files {
-        let text = fs::read_to_string(file).map_err(|e| e.to_string())?;
-        given.extend(yaml::overrides(&text, "pi0_mps")?);
+        given.extend(yaml::read(file, "pi0_mps")?);
     }
     if let Some(dir) = checkpoint {
         given.push(("checkpoint".into(), Value::String(dir.display().to_string())));

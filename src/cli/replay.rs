@@ -223,9 +223,7 @@ fn settings(args: &Args, recorded: Option<&str>) -> Result<Settings, CliError> {
     match recorded {
         _ if !args.params_files.is_empty() => {
             for file in &args.params_files {
-                let text = std::fs::read_to_string(file);
-                let text = text.map_err(|e| CliError::input(format!("params file '{}': {e}", file.display())))?;
-                given.extend(read(&text, &file.display())?);
+                given.extend(yaml::read(file, node).map_err(CliError::input)?);
             }
         }
         Some(text) => given.extend(read(text, &"the parameters in the recording")?),

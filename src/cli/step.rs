@@ -63,10 +63,7 @@ impl Args {
     fn settings(&self) -> Result<Settings, CliError> {
         let mut given = Vec::new();
         for path in &self.params_files {
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| CliError::input(format!("{}: {e}; give a params file", path.display())))?;
-            let found = yaml::overrides(&text, "pi0_mps");
-            given.extend(found.map_err(|e| CliError::input(format!("{}: {e}", path.display())))?);
+            given.extend(yaml::read(path, "pi0_mps").map_err(CliError::input)?);
         }
         for param in &self.params {
             let (name, value) = param

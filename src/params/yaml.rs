@@ -1,5 +1,7 @@
 //! A ROS params file without ROS: for tools that check or write one.
 
+use std::path::Path;
+
 use yaml_rust2::yaml::Hash;
 use yaml_rust2::{Yaml, YamlLoader};
 
@@ -13,6 +15,12 @@ pub fn overrides(text: &str, node: &str) -> Result<Vec<(String, Value)>, String>
         flatten("", &parameters, &mut found)?;
     }
     Ok(found)
+}
+
+/// What the file says to a node, as [`overrides`]; the error names it.
+pub fn read(file: &Path, node: &str) -> Result<Vec<(String, Value)>, String> {
+    let text = std::fs::read_to_string(file).map_err(|e| e.to_string());
+    text.and_then(|text| overrides(&text, node)).map_err(|e| format!("params file '{}': {e}", file.display()))
 }
 
 /// Whether a params file has a section that the node reads, and none for it that it does not. What this parser refuses,
