@@ -365,6 +365,32 @@ fn shapes_may_change_from_call_to_call() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn prompts_of_any_length_are_encoded_without_measuring_and_the_same_by_a_graph() {
+    const MOST: usize = 48;
+    let dims = full_width(Family::Pi0, 2);
+    let engine = kernels::random(&dims, Resampler::OpenPi, 11);
+    let mut gpu = Gpu::new(&engine, 2, MOST);
+    let views: Vec<_> = (0..2).map(|v| normals(v, 3 * dims.vision.image * dims.vision.image)).collect();
+    let prompt = |len: usize| -> Vec<u32> { (0..len).map(|t| ((t * 7 + len) % dims.vocab) as u32).collect() };
+    gpu.encoder.prepare(2, 20, MOST).unwrap();
+    gpu.encode(&views, &prompt(20));
+    let measured = engine.measured();
+    assert!(measured > 0);
+    for len in (1..=MOST).rev() {
+        // Kernel by kernel at first, then by a graph.
+        let [first, second] = [(); 2].map(|()| {
+            gpu.poison();
+            gpu.encode(&views, &prompt(len));
+            gpu.cache.layer(1).unwrap()
+        });
+        assert!(first.iter().flatten().all(|x| x.is_finite()), "{len} tokens");
+        assert!(first == second, "{len} tokens");
+    }
+    assert_eq!(engine.measured(), measured, "a frame waited until algorithms were timed");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn frames_become_the_patches_of_the_reference() {
     let dims = {
         let mut d = full_width(Family::Pi0, 1);

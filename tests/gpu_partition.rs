@@ -78,6 +78,7 @@ impl Script {
     /// Digests of the first `frames` observations, encoded and decoded at the same time.
     fn overlapped(&self, engine: &CudaEngine, stages: (CudaEncoder, CudaDecoder), frames: usize) -> (Vec<u64>, f64) {
         let (mut encoder, mut decoder) = stages;
+        encoder.prepare(VIEWS, TOKENS, TOKENS).unwrap();
         let (filled, to_decode) = sync_channel::<CudaCache>(3);
         let (free, to_fill) = channel();
         (0..3).for_each(|_| free.send(engine.cache(VIEWS, TOKENS).unwrap()).unwrap());
@@ -243,6 +244,8 @@ fn shares_change_under_a_running_node() {
                 let set = [("mps_encoder_percentage".to_owned(), Value::Int(splits[done]))];
                 let other = [("mps_decoder_percentage".to_owned(), Value::Int(100 - splits[done]))];
                 params.set(&[set, other].concat(), false).unwrap();
+                // And another prompt, of another length: nothing may wait for it either.
+                inputs.prompt(&format!("touch the block{}", " again".repeat(done))).unwrap();
                 node.apply(&params.settings()).unwrap();
                 done += 1;
                 memory.push(probe.memory().unwrap().0 >> 20);

@@ -9,7 +9,8 @@ mod kernels;
 mod seeded;
 
 use kernels::{portable, tuning};
-use pi0_mps::engine::cuda::{CudaCache, CudaEngine, Packing, Stage, Tuning};
+use pi0_mps::engine::cuda::{CudaCache, CudaEncoder, CudaEngine, Packing, Stage, Tuning};
+use pi0_mps::engine::partition::{Backend, Split};
 use pi0_mps::engine::{DecodeInput, Decoder, EncodeInput, Encoder, Engine, View};
 use pi0_mps::model::{Dims, Family, Frame, Resampler};
 use seeded::{full_width, normals};
@@ -77,6 +78,68 @@ fn encode_times() {
             "encode {} views: host {host:.3} ms; images {images:.3}, vision {vision:.3}, trunk {trunk:.3}",
             views.len()
         );
+    }
+}
+
+/// Each stage alone on its share, GPU times: what a share is worth, by backend.
+#[test]
+#[ignore = "needs a GPU"]
+fn share_times() {
+    let engine = engine(None);
+    let (frame, tokens) = (frame(), tokens());
+    let views = [View::Frame(&frame), View::Frame(&frame)];
+    let mut cache = engine.cache(2, 48).unwrap();
+    let (state, noise) = (normals(4, 32), normals(5, 50 * 32));
+    let mut actions = vec![0.0; noise.len()];
+    for backend in [Backend::Green, Backend::Mps] {
+        for percent in [50, 58, 63, 70, 76] {
+            let split = Split { backend, encoder: percent, decoder: 100 - percent };
+            let Ok(decision) = engine.offer().unwrap().decide(split) else { continue };
+            let (mut encoder, mut decoder) = engine.stages_on(decision.grant).unwrap();
+            encoder.prepare(2, tokens.len(), tokens.len()).unwrap();
+            let mut parts: [Vec<f32>; 4] = Default::default();
+            for run in 0..40 {
+                let start = std::time::Instant::now();
+                encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+                let host = start.elapsed().as_secs_f32() * 1e3;
+                let t = encoder.last_times().unwrap();
+                let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
+                decoder.decode(&cache, &input, &mut actions).unwrap();
+                if run >= 10 {
+                    for (p, v) in parts.iter_mut().zip([host, t.vision, t.trunk, decoder.last_ms().unwrap()]) {
+                        p.push(v);
+                    }
+                }
+            }
+            let [host, vision, trunk, decode] = parts.map(|p| median(p).0);
+            println!("{}: encode {host:.2} ms, vision {vision:.2}, trunk {trunk:.2}; decode {decode:.2}", decision.grant);
+        }
+    }
+}
+
+/// What a prompt of another length costs the first time, and after that.
+#[test]
+#[ignore = "needs a GPU"]
+fn prompt_times() {
+    let engine = engine(None);
+    let frame = frame();
+    let views = [View::Frame(&frame), View::Frame(&frame)];
+    let mut cache = engine.cache(3, 48).unwrap();
+    let (mut encoder, _) = engine.stages().unwrap();
+    let mut encode = |encoder: &mut CudaEncoder, len: u32| {
+        let tokens: Vec<u32> = (2..2 + len).collect();
+        let start = std::time::Instant::now();
+        encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+        start.elapsed().as_secs_f32() * 1e3
+    };
+    let start = std::time::Instant::now();
+    encoder.prepare(2, 20, 48).unwrap();
+    println!("prompts of 1 to 48 tokens prepared in {:.0} ms", start.elapsed().as_secs_f32() * 1e3);
+    encode(&mut encoder, 20);
+    for len in [20, 21, 22, 23, 24, 32, 33, 34, 40, 48, 12, 1] {
+        let first = encode(&mut encoder, len);
+        let (mid, low, high) = median((0..60).map(|_| encode(&mut encoder, len)).collect());
+        println!("encode {len} tokens: at first {first:.2} ms, then {mid:.2} ({low:.2} to {high:.2})");
     }
 }
 

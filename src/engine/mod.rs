@@ -105,6 +105,13 @@ pub trait Encoder: Send + 'static {
     /// The slot it fills.
     type Cache: KvCache;
 
+    /// Makes ready for so many views: prompts of `tokens` tokens are encoded as fast as this share can, the first of any other
+    /// length up to `most` waits for nothing that takes long.
+    fn prepare(&mut self, views: usize, tokens: usize, most: usize) -> Result<(), EngineError> {
+        let _ = (views, tokens, most);
+        Ok(())
+    }
+
     /// Fills `cache`; when it returns, the cache is complete and may be handed to the decoder.
     fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut Self::Cache) -> Result<(), EngineError>;
 

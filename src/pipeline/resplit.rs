@@ -69,8 +69,8 @@ struct Pair<E, D> {
     warm: Warm,
 }
 
-/// What stages were warmed up with, or have worked with: prompt, steps, and whether views may be fewer. With others the
-/// first frame would make plans.
+/// What stages were warmed up with, or have worked with: prompt, steps, and whether views may be fewer. With others they
+/// would be slower at first, or for a longer prompt all the time.
 type Warm = (u64, usize, bool);
 
 /// A re-split under way.

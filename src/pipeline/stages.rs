@@ -133,6 +133,7 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     // All of them first, for room that grows later forgets what was prepared in it; and last, to decode from.
     let all = views.len();
     for count in std::iter::once(all).chain(fewest..all).chain((fewest < all).then_some(all)) {
+        encoder.prepare(count, tokens.len(), dims.max_tokens)?;
         encoder.encode(&EncodeInput { views: &views[..count], tokens: &tokens }, slot)?;
     }
     let len = dims.horizon * dims.action_dim;

@@ -76,6 +76,10 @@ struct Timed<T> {
 impl<E: Encoder> Encoder for Timed<E> {
     type Cache = E::Cache;
 
+    fn prepare(&mut self, views: usize, tokens: usize, most: usize) -> Result<(), EngineError> {
+        self.inner.prepare(views, tokens, most)
+    }
+
     fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut E::Cache) -> Result<(), EngineError> {
         self.clock.spend(self.time);
         self.inner.encode(input, cache)

@@ -5,7 +5,7 @@
 //! share of the GPU takes the fastest there of those that give the same bits: tiles that fill one share in whole rounds
 //! leave much of another idle. Measuring takes memory that is there already, where that is enough.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -43,7 +43,8 @@ const HELD: usize = 1 << 18;
 /// A candidate replaces the library's first choice when it takes less than this part of its time.
 const WORTH_IT: f32 = 0.99;
 
-/// Prompts whose prefixes have about as many rows share what was measured: rows rounded up to a multiple of this.
+/// Products of about as many rows share what was measured, at the most of them: rows rounded up to a multiple of this. A wider
+/// class would do worse: with what is fastest at 532 rows, all in whole tiles, an encode of 545 takes a fifth longer.
 const ROW_CLASS: usize = 32;
 
 /// `CUBLAS_OP_T` of cublas_api.h, which these bindings leave out.
@@ -129,6 +130,11 @@ pub(super) struct Algorithms {
 }
 
 impl Algorithms {
+    /// How many were measured.
+    pub fn measured(&self) -> usize {
+        self.on_share.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     fn class(key: Key) -> Key {
         Key { rows: key.rows.next_multiple_of(ROW_CLASS), ..key }
     }
@@ -252,6 +258,8 @@ pub(super) struct Lt {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
     plans: HashMap<Key, (Plan, sys::cublasLtMatmulAlgo_t)>,
+    /// Classes whose algorithm for this share is known, with its kernels loaded.
+    ready: HashSet<Key>,
     algorithms: Arc<Algorithms>,
     lane: Arc<Lane>,
 }
@@ -265,49 +273,85 @@ impl Lt {
         let _current = lane.enter()?;
         let workspace = Buffer::zeroed(lane.device(), WORKSPACE)?;
         let handle = result::create_handle().map_err(|e| fail("opening cuBLASLt", e))?;
-        Ok(Self { handle, workspace, plans: HashMap::new(), algorithms, lane: Arc::clone(lane) })
+        Ok(Self { handle, workspace, plans: HashMap::new(), ready: HashSet::new(), algorithms, lane: Arc::clone(lane) })
     }
 
-    /// Makes the plans of `keys` that there are none of: not while a graph is being captured. The stream is one of
-    /// the stage's; nothing else should run meanwhile, for algorithms are timed, on `scratch`. Those that are known run once,
-    /// which loads their kernels into this context: not when a frame is waiting.
+    /// Makes the plans of `keys` that there are none of, in no time where their class has been met anywhere: not while a graph
+    /// is being captured.
+    pub fn plan(&mut self, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<(), EngineError> {
+        let mut unmet = Vec::new();
+        for key in keys {
+            if self.plans.contains_key(key) {
+                continue;
+            }
+            let known = self.algorithms.on_share(*key, self.lane.sms()).or_else(|| self.algorithms.first(*key));
+            match known {
+                Some(algorithm) => self.keep(*key, algorithm)?,
+                None => unmet.push(*key),
+            }
+        }
+        self.prepare(stream, &unmet, scratch)
+    }
+
+    /// As [`plan`](Self::plan), with what is fastest on this share. The stream is one of the stage's; nothing else should run
+    /// meanwhile, for algorithms are timed, on `scratch`. Those that are known run once, which loads their kernels into this
+    /// context: not when a frame is waiting.
     pub fn prepare(&mut self, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<(), EngineError> {
-        let new: Vec<Key> = keys.iter().filter(|key| !self.plans.contains_key(key)).copied().collect();
-        if new.is_empty() {
-            return Ok(());
-        }
         let sms = self.lane.sms();
-        let cold = if new.iter().all(|key| self.algorithms.on_share(*key, sms).is_some()) { 0 } else { COLD_BYTES };
-        let mut bench = Bench::new(&self.lane, stream, &new, scratch, cold)?;
-        let algorithms = Arc::clone(&self.algorithms);
-        for key in new {
-            let plan = Plan::new(key, self.workspace.pointer())?;
-            let runs = |a: &sys::cublasLtMatmulAlgo_t| self.runs(&plan, a);
-            let known = algorithms.on_share(key, sms).is_some_and(|a| runs(&a));
-            let _alone = (!known).then(|| algorithms.measuring.lock().unwrap_or_else(PoisonError::into_inner));
-            let algorithm = match (self.algorithms.first(key), self.algorithms.on_share(key, sms).filter(runs)) {
-                (_, Some(known)) => {
-                    self.queue(stream, &plan, &known, bench.operands(key))?;
-                    known
-                }
-                (Some(first), None) if runs(&first) => {
-                    let candidates = self.alike(stream, &plan, &first, &mut bench)?;
-                    let fastest = self.fastest(stream, &plan, &candidates, &mut bench)?;
-                    self.algorithms.put(key, sms, fastest);
-                    fastest
-                }
-                _ => {
-                    let mut candidates = self.proposed(&plan, 0, CANDIDATES)?;
-                    candidates.extend(self.proposed_for_share(&plan)?);
-                    let fastest = self.fastest(stream, &plan, &candidates, &mut bench)?;
-                    self.algorithms.put_first(key, sms, fastest);
-                    fastest
-                }
-            };
-            self.plans.insert(key, (plan, algorithm));
+        let mut classes: Vec<Key> = Vec::new();
+        for class in keys.iter().map(|key| Algorithms::class(*key)) {
+            if !self.ready.contains(&class) && !classes.contains(&class) {
+                classes.push(class);
+            }
         }
-        // What it lies on may go.
-        stream.synchronize()
+        if !classes.is_empty() {
+            let cold = if classes.iter().all(|c| self.algorithms.on_share(*c, sms).is_some()) { 0 } else { COLD_BYTES };
+            let mut bench = Bench::new(&self.lane, stream, &classes, scratch, cold)?;
+            for class in classes {
+                self.measure(stream, class, &mut bench)?;
+                self.ready.insert(class);
+            }
+            // What it lies on may go.
+            stream.synchronize()?;
+        }
+        for key in keys {
+            if let Some(algorithm) = self.algorithms.on_share(*key, sms) {
+                self.keep(*key, algorithm)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the fastest algorithm of a class on this share, or runs the one that is known.
+    fn measure(&self, stream: &Stream, class: Key, bench: &mut Bench) -> Result<(), EngineError> {
+        let (sms, algorithms) = (self.lane.sms(), &self.algorithms);
+        let plan = Plan::new(class, self.workspace.pointer())?;
+        let known = || algorithms.on_share(class, sms).filter(|a| self.runs(&plan, a));
+        let _alone = known().is_none().then(|| algorithms.measuring.lock().unwrap_or_else(PoisonError::into_inner));
+        match (algorithms.first(class).filter(|a| self.runs(&plan, a)), known()) {
+            (_, Some(known)) => self.queue(stream, &plan, &known, bench.operands(class))?,
+            (Some(first), None) => {
+                let candidates = self.alike(stream, &plan, &first, bench)?;
+                algorithms.put(class, sms, self.fastest(stream, &plan, &candidates, bench)?);
+            }
+            (None, None) => {
+                let mut candidates = self.proposed(&plan, 0, CANDIDATES)?;
+                candidates.extend(self.proposed_for_share(&plan)?);
+                algorithms.put_first(class, sms, self.fastest(stream, &plan, &candidates, bench)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The plan of `key` is that algorithm, or the library's first choice where it cannot run so many rows.
+    fn keep(&mut self, key: Key, algorithm: sys::cublasLtMatmulAlgo_t) -> Result<(), EngineError> {
+        let plan = Plan::new(key, self.workspace.pointer())?;
+        let algorithm = match self.runs(&plan, &algorithm) {
+            true => algorithm,
+            false => self.proposed(&plan, 0, 1)?[0],
+        };
+        self.plans.insert(key, (plan, algorithm));
+        Ok(())
     }
 
     /// Whether an algorithm measured at another number of rows can run this plan.

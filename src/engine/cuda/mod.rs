@@ -313,6 +313,11 @@ impl CudaEngine {
         self.model.device.path(self.tuning.portable)
     }
 
+    /// Classes of products whose algorithms have been timed so far, each on each share.
+    pub fn measured(&self) -> usize {
+        self.model.algorithms.measured()
+    }
+
     /// The GPU it runs on.
     pub fn gpu(&self) -> &Gpu {
         &self.model.device
