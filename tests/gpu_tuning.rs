@@ -8,6 +8,8 @@ mod kernels;
 #[path = "common/seeded.rs"]
 mod seeded;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use kernels::{portable, tuning};
 use pi0_mps::engine::cuda::{CudaCache, CudaEncoder, CudaEngine, Packing, Stage, Tuning};
 use pi0_mps::engine::partition::{Backend, Split};
@@ -81,38 +83,56 @@ fn encode_times() {
     }
 }
 
-/// Each stage alone on its share, GPU times: what a share is worth, by backend.
+/// Each stage on its share, alone and beside the other one, GPU times: what a share is worth, by backend.
 #[test]
 #[ignore = "needs a GPU"]
 fn share_times() {
     let engine = engine(None);
-    let (frame, tokens) = (frame(), tokens());
+    let (frame, tokens) = (frame().kept_in(engine.frame_memory().as_deref()), tokens());
     let views = [View::Frame(&frame), View::Frame(&frame)];
-    let mut cache = engine.cache(2, 48).unwrap();
     let (state, noise) = (normals(4, 32), normals(5, 50 * 32));
-    let mut actions = vec![0.0; noise.len()];
     for backend in [Backend::Green, Backend::Mps] {
-        for percent in [50, 58, 63, 70, 76] {
+        for percent in [50, 58, 63, 70] {
             let split = Split { backend, encoder: percent, decoder: 100 - percent };
             let Ok(decision) = engine.offer().unwrap().decide(split) else { continue };
             let (mut encoder, mut decoder) = engine.stages_on(decision.grant).unwrap();
             encoder.prepare(2, tokens.len(), tokens.len()).unwrap();
-            let mut parts: [Vec<f32>; 4] = Default::default();
-            for run in 0..40 {
+            let mut caches = [(); 2].map(|()| engine.cache(2, 48).unwrap());
+            let mut encode = |cache: &mut CudaCache| {
                 let start = std::time::Instant::now();
-                encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, &mut cache).unwrap();
+                encoder.encode(&EncodeInput { views: &views, tokens: &tokens }, cache).unwrap();
                 let host = start.elapsed().as_secs_f32() * 1e3;
                 let t = encoder.last_times().unwrap();
-                let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
-                decoder.decode(&cache, &input, &mut actions).unwrap();
-                if run >= 10 {
-                    for (p, v) in parts.iter_mut().zip([host, t.vision, t.trunk, decoder.last_ms().unwrap()]) {
-                        p.push(v);
+                [host, t.images, t.vision, t.trunk]
+            };
+            let mut actions = vec![0.0; noise.len()];
+            let input = DecodeInput { state: &state, noise: &noise, steps: 10, guidance: None };
+            let mut decode = |cache: &CudaCache| {
+                decoder.decode(cache, &input, &mut actions).unwrap();
+                decoder.last_ms().unwrap()
+            };
+            caches.iter_mut().for_each(|cache| _ = encode(cache));
+            let of = |times: Vec<[f32; 4]>| [0, 1, 2, 3].map(|part| median(times.iter().map(|t| t[part]).collect()).0);
+            let [filling, filled] = &mut caches;
+            let alone = of((0..30).map(|_| encode(filling)).collect());
+            let decoded = median((0..30).map(|_| decode(filled)).collect()).0;
+            let stop = AtomicBool::new(false);
+            let (beside, decoded_beside) = std::thread::scope(|scope| {
+                let decoding = scope.spawn(|| {
+                    let mut times = Vec::new();
+                    while !stop.load(Ordering::Relaxed) {
+                        times.push(decode(filled));
                     }
-                }
-            }
-            let [host, vision, trunk, decode] = parts.map(|p| median(p).0);
-            println!("{}: encode {host:.2} ms, vision {vision:.2}, trunk {trunk:.2}; decode {decode:.2}", decision.grant);
+                    median(times).0
+                });
+                let times = of((0..60).map(|_| encode(filling)).collect());
+                stop.store(true, Ordering::Relaxed);
+                (times, decoding.join().unwrap())
+            });
+            println!(
+                "{}: encode, of it images, vision, trunk {alone:.2?} ms, beside the decoder {beside:.2?}; decode {decoded:.2}, beside the encoder {decoded_beside:.2}",
+                decision.grant
+            );
         }
     }
 }
