@@ -1,5 +1,5 @@
-//! Times of the two stages at full size on random weights: over the decoder's knobs, on shares, for prompts of other lengths. Prints tables, asserts nothing
-//! about speed. Needs a GPU: `scripts/gpu-check`.
+//! Times of the two stages at full size on random weights: over the decoder's knobs, on shares, for prompts of other
+//! lengths. Prints tables, asserts nothing about speed. Needs a GPU: `scripts/gpu-check`.
 
 #[allow(dead_code)]
 #[path = "common/kernels.rs"]

@@ -44,7 +44,7 @@ const HELD: usize = 1 << 18;
 const WORTH_IT: f32 = 0.99;
 
 /// Products of about as many rows share what was measured, at the most of them: rows rounded up to a multiple of this. A wider
-/// class would do worse: with what is fastest at 532 rows, all in whole tiles, an encode of 545 takes a fifth longer.
+/// class would do worse: with what is fastest at 532 rows an encode of 545 takes a fifth longer.
 const ROW_CLASS: usize = 32;
 
 /// `CUBLAS_OP_T` of cublas_api.h, which these bindings leave out.
