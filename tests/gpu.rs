@@ -372,7 +372,7 @@ fn prompts_of_any_length_are_encoded_without_measuring_and_the_same_by_a_graph()
     let mut gpu = Gpu::new(&engine, 2, MOST);
     let views: Vec<_> = (0..2).map(|v| normals(v, 3 * dims.vision.image * dims.vision.image)).collect();
     let prompt = |len: usize| -> Vec<u32> { (0..len).map(|t| ((t * 7 + len) % dims.vocab) as u32).collect() };
-    gpu.encoder.prepare(2, 20, MOST).unwrap();
+    gpu.encoder.prepare(2, 20, MOST, true).unwrap();
     gpu.encode(&views, &prompt(20));
     let measured = engine.measured();
     assert!(measured > 0);

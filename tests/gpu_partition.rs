@@ -78,7 +78,7 @@ impl Script {
     /// Digests of the first `frames` observations, encoded and decoded at the same time.
     fn overlapped(&self, engine: &CudaEngine, stages: (CudaEncoder, CudaDecoder), frames: usize) -> (Vec<u64>, f64) {
         let (mut encoder, mut decoder) = stages;
-        encoder.prepare(VIEWS, TOKENS, TOKENS).unwrap();
+        encoder.prepare(VIEWS, TOKENS, TOKENS, true).unwrap();
         let (filled, to_decode) = sync_channel::<CudaCache>(3);
         let (free, to_fill) = channel();
         (0..3).for_each(|_| free.send(engine.cache(VIEWS, TOKENS).unwrap()).unwrap());

@@ -96,7 +96,7 @@ fn share_times() {
             let split = Split { backend, encoder: percent, decoder: 100 - percent };
             let Ok(decision) = engine.offer().unwrap().decide(split) else { continue };
             let (mut encoder, mut decoder) = engine.stages_on(decision.grant).unwrap();
-            encoder.prepare(2, tokens.len(), tokens.len()).unwrap();
+            encoder.prepare(2, tokens.len(), tokens.len(), true).unwrap();
             let mut caches = [(); 2].map(|()| engine.cache(2, 48).unwrap());
             let mut encode = |cache: &mut CudaCache| {
                 let start = std::time::Instant::now();
@@ -154,7 +154,7 @@ fn prompt_times() {
         start.elapsed().as_secs_f32() * 1e3
     };
     let start = std::time::Instant::now();
-    encoder.prepare(2, 20, 48).unwrap();
+    encoder.prepare(2, 20, 48, true).unwrap();
     println!("prompts of 1 to 48 tokens prepared in {:.0} ms", start.elapsed().as_secs_f32() * 1e3);
     encode(&mut encoder, 20);
     for len in [20, 21, 22, 23, 24, 32, 33, 34, 40, 48, 12, 1] {

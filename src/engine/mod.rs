@@ -106,9 +106,10 @@ pub trait Encoder: Send + 'static {
     type Cache: KvCache;
 
     /// Makes ready for so many views: prompts of `tokens` tokens are encoded as fast as this share can, the first of any other
-    /// length up to `most` waits for nothing that takes long.
-    fn prepare(&mut self, views: usize, tokens: usize, most: usize) -> Result<(), EngineError> {
-        let _ = (views, tokens, most);
+    /// length up to `most` waits for nothing that takes long. `idle`: no stage works on the device now, so that it may be
+    /// kept busy to find out what is fast beside a busy decoder.
+    fn prepare(&mut self, views: usize, tokens: usize, most: usize, idle: bool) -> Result<(), EngineError> {
+        let _ = (views, tokens, most, idle);
         Ok(())
     }
 

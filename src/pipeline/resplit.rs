@@ -121,7 +121,7 @@ impl<E: Engine> Builder<E> {
         mut slot: E::Cache,
         grant: Grant,
     ) -> Result<(Seat<E::Encoder>, Seat<E::Decoder>, Self, Sending<E>), PipelineError> {
-        let (encoder, decoder) = build(&*engine, &shared, &mut slot, grant)?;
+        let (encoder, decoder) = build(&*engine, &shared, &mut slot, grant, true)?;
         let (send, messages) = crossbeam_channel::unbounded();
         let (next_encoder, next_decoder) = (Arc::new(Mailbox::default()), Arc::new(Mailbox::default()));
         // Where the builder is gone, what comes back is dropped here.
@@ -166,7 +166,7 @@ impl<E: Engine> Builder<E> {
             if grant == running || self.shelf.iter().any(|p| p.grant == grant) {
                 continue;
             }
-            match build(&*self.engine, &self.shared, &mut self.slot, grant) {
+            match build(&*self.engine, &self.shared, &mut self.slot, grant, true) {
                 Ok((e, d)) => {
                     self.shelf.push(Pair { grant, encoder: Some(e), decoder: Some(d), warm: self.warm() });
                 }
@@ -226,12 +226,12 @@ impl<E: Engine> Builder<E> {
                 if let Pair { encoder: Some(encoder), decoder: Some(decoder), warm: was, .. } = &mut pair
                     && *was != warm
                 {
-                    stages::warm_up(&self.shared, encoder, decoder, &mut self.slot)?;
+                    stages::warm_up(&self.shared, encoder, decoder, &mut self.slot, false)?;
                 }
                 (true, pair)
             }
             None => {
-                let (e, d) = build(&*self.engine, &self.shared, &mut self.slot, grant)?;
+                let (e, d) = build(&*self.engine, &self.shared, &mut self.slot, grant, false)?;
                 (false, Pair { grant, encoder: Some(e), decoder: Some(d), warm })
             }
         };
@@ -274,15 +274,16 @@ impl<E: Engine> Builder<E> {
     }
 }
 
-/// A warm pair of that grant.
+/// A warm pair of that grant. `idle`: no other stage works on the device.
 fn build<E: Engine>(
     engine: &E,
     shared: &Shared,
     slot: &mut E::Cache,
     grant: Grant,
+    idle: bool,
 ) -> Result<(E::Encoder, E::Decoder), PipelineError> {
     let (mut encoder, mut decoder) = engine.stages_on(grant)?;
-    stages::warm_up(shared, &mut encoder, &mut decoder, slot)?;
+    stages::warm_up(shared, &mut encoder, &mut decoder, slot, idle)?;
     Ok((encoder, decoder))
 }
 

@@ -116,12 +116,14 @@ pub(super) fn check_mode(config: &PipelineConfig, dims: &Dims) -> Result<(), Pip
 }
 
 /// Runs both stages once, so that the first real chunk is as fast as the others: on the newest frames, or grey images
-/// where there are none yet, and a zero state. Where cameras may be left out, of fewer views too.
+/// where there are none yet, and a zero state. Where cameras may be left out, of fewer views too. `idle`: no other stage works
+/// on the device.
 pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     shared: &Shared,
     encoder: &mut E,
     decoder: &mut D,
     slot: &mut E::Cache,
+    idle: bool,
 ) -> Result<(), PipelineError> {
     let dims = *shared.policy.dims();
     let grey = vec![0.0; 3 * dims.vision.image * dims.vision.image];
@@ -133,7 +135,7 @@ pub(super) fn warm_up<E: Encoder, D: Decoder<Cache = E::Cache>>(
     // All of them first, for room that grows later forgets what was prepared in it; and last, to decode from.
     let all = views.len();
     for count in std::iter::once(all).chain(fewest..all).chain((fewest < all).then_some(all)) {
-        encoder.prepare(count, tokens.len(), dims.max_tokens)?;
+        encoder.prepare(count, tokens.len(), dims.max_tokens, idle)?;
         encoder.encode(&EncodeInput { views: &views[..count], tokens: &tokens }, slot)?;
     }
     let len = dims.horizon * dims.action_dim;

@@ -76,8 +76,8 @@ struct Timed<T> {
 impl<E: Encoder> Encoder for Timed<E> {
     type Cache = E::Cache;
 
-    fn prepare(&mut self, views: usize, tokens: usize, most: usize) -> Result<(), EngineError> {
-        self.inner.prepare(views, tokens, most)
+    fn prepare(&mut self, views: usize, tokens: usize, most: usize, idle: bool) -> Result<(), EngineError> {
+        self.inner.prepare(views, tokens, most, idle)
     }
 
     fn encode(&mut self, input: &EncodeInput<'_>, cache: &mut E::Cache) -> Result<(), EngineError> {

@@ -115,7 +115,7 @@ impl Rig {
         let (encoder, decoder) = engine.stages_on(grant)?;
         let slot = || engine.cache(load.views(), load.tokens());
         let mut rig = Self { encoder, decoder, slots: [slot()?, slot()?], actions: vec![0.0; load.noise.len()] };
-        rig.encoder.prepare(load.views(), load.tokens(), load.tokens())?;
+        rig.encoder.prepare(load.views(), load.tokens(), load.tokens(), true)?;
         for _ in 0..WARM {
             for slot in &mut rig.slots {
                 load.encode(&mut rig.encoder, slot)?;

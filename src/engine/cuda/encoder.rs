@@ -217,6 +217,7 @@ impl CudaEncoder {
         model: Arc<Model>,
         weights: Arc<EncoderWeights>,
         lane: Arc<Lane>,
+        other: Option<Arc<Lane>>,
         path: Path,
     ) -> Result<Self, EngineError> {
         if (weights.wide_trunk || weights.tower_packed()) && path == Path::Portable {
@@ -229,7 +230,7 @@ impl CudaEncoder {
         Ok(Self {
             path,
             stream: Stream::of(&lane, path)?,
-            lt: Lt::new(&lane, Arc::clone(&model.algorithms))?,
+            lt: Lt::new(&lane, other, Arc::clone(&model.algorithms))?,
             images,
             workspace: None,
             vision_graphs: HashMap::new(),
@@ -383,7 +384,7 @@ impl CudaEncoder {
         let keys = queue.trunk_keys(rows);
         queue.lt.plan(queue.stream, &keys, &queue.w.scratch(queue.weights))?;
         if !captured {
-            queue.prepare_vision(views)?;
+            queue.prepare_vision(views, false)?;
             let graph = queue.stream.capture(|| queue.vision(views))?;
             self.vision_graphs.insert(views, graph);
             self.model.device.log_memory("tower captured");
@@ -477,15 +478,17 @@ impl CudaEncoder {
 impl Encoder for CudaEncoder {
     type Cache = CudaCache;
 
-    fn prepare(&mut self, views: usize, tokens: usize, most: usize) -> Result<(), EngineError> {
+    fn prepare(&mut self, views: usize, tokens: usize, most: usize, idle: bool) -> Result<(), EngineError> {
         let (images, most) = (views * self.model.dims.vision.tokens(), most.max(tokens));
         self.settled(|e| {
             e.reserve(views, images + most)?;
             e.reserve_prompt(most)?;
-            let Some(queue) = e.queue(None) else { return Ok(()) };
+            let Some(mut queue) = e.queue(None) else { return Ok(()) };
+            queue.prepare_vision(views, idle)?;
             let (scratch, stream) = (queue.w.scratch(queue.weights), queue.stream);
-            queue.lt.prepare(stream, &queue.trunk_keys(images + tokens), &scratch)?;
-            (images + 1..=images + most).try_for_each(|rows| queue.lt.plan(stream, &queue.trunk_keys(rows), &scratch))
+            queue.lt.prepare(stream, &queue.trunk_keys(images + tokens), &scratch, idle)?;
+            let others: Vec<_> = (images + 1..=images + most).flat_map(|rows| queue.trunk_keys(rows)).collect();
+            queue.lt.prepare_roughly(stream, &others, &scratch, idle)
         })
     }
 
@@ -559,7 +562,7 @@ impl Queue<'_> {
     }
 
     /// Plans for every product of the tower that is the library's: it may not be asked during a capture.
-    fn prepare_vision(&mut self, views: usize) -> Result<(), EngineError> {
+    fn prepare_vision(&mut self, views: usize, idle: bool) -> Result<(), EngineError> {
         let v = &self.model.dims.vision;
         let rows = views * v.tokens();
         let keys = [
@@ -572,7 +575,7 @@ impl Queue<'_> {
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
         let own = if self.weights.tower_packed() { 4 } else { 0 };
-        self.lt.prepare(self.stream, &keys[..keys.len() - own], &self.w.scratch(self.weights))
+        self.lt.prepare(self.stream, &keys[..keys.len() - own], &self.w.scratch(self.weights), idle)
     }
 
     /// The products of the trunk that are the library's.

@@ -411,6 +411,18 @@ pub(super) struct DifferArgs {
     pub count: i64,
 }
 
+/// `TrafficArgs` of load.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TrafficArgs {
+    pub from: u64,
+    pub count: i64,
+    pub stop: u64,
+    pub began: u64,
+    pub most_ns: i64,
+    pub never: u64,
+}
+
 /// Grid, block, shared memory and cluster of one launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
@@ -696,6 +708,7 @@ pub(super) struct Kernels {
     pub product: Kernel<ProductArgs>,
     pub random: Kernel<RandomArgs>,
     pub differ: Kernel<DifferArgs>,
+    pub traffic: Kernel<TrafficArgs>,
     _modules: [Module; 5],
 }
 
@@ -723,6 +736,7 @@ impl Kernels {
             product: load.kernel("load_product", 0)?,
             random: load.kernel("load_random", 0)?,
             differ: load.kernel("load_differ", 0)?,
+            traffic: load.kernel("load_traffic", plan::TRAFFIC_SHARED)?,
             _modules: [attention, flow, pointwise, image, load],
         })
     }

@@ -177,6 +177,11 @@ impl Lane {
         self.sms
     }
 
+    /// Whether clusters of blocks use SMs of another share as well while those are idle.
+    pub fn spreads(&self) -> bool {
+        matches!(self.place, Place::Affinity { .. })
+    }
+
     /// A stream whose work stays on this lane. The caller destroys it, before the lane goes.
     pub(super) fn create_stream(&self) -> Result<sys::CUstream, EngineError> {
         let _current = self.enter()?;

@@ -4,16 +4,22 @@
 //! measured when a shape is first seen, with weights that come from memory as they do in the model. A stage on another
 //! share of the GPU takes the fastest there of those that give the same bits: tiles that fill one share in whole rounds
 //! leave much of another idle. Measuring takes memory that is there already, where that is enough.
+//!
+//! Where the rest of the GPU belongs to another stage and nothing works yet, that share is kept as busy as the stage will
+//! keep it. What is fastest alone need not be fastest then: it may ask too much of L2, and under MPS clusters of blocks
+//! spread to SMs of the other share while those are idle.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::cublaslt::{result, sys};
 
 use super::device::{Buffer, Device, Pinned, Span};
-use super::kernels::{DifferArgs, RandomArgs, Shape};
+use super::kernels::{DifferArgs, RandomArgs, Shape, TrafficArgs};
 use super::lane::Lane;
+use super::plan;
 use super::stream::{Event, Stream};
 use crate::engine::EngineError;
 
@@ -39,6 +45,16 @@ pub(super) const COLD_BYTES: usize = 192 << 20;
 
 /// Numbers that one block draws while the timed runs are queued: about 0.1 ms.
 const HELD: usize = 1 << 18;
+
+/// Of what was measured beside a busy share, so many are tried on other shares, if they take less than so many times as long
+/// as the fastest.
+const KEPT: usize = 4;
+const FAIR: f32 = 1.06;
+/// Of what takes up to so many times as long as the fastest beside a busy share, the one of the largest clusters is taken:
+/// their blocks share what they read, and leave more of L2 to the other stage.
+const TIE: f32 = 1.02;
+/// The traffic on the other share ends by itself after this time, in ns.
+const TRAFFIC_NS: i64 = 50_000_000;
 
 /// A candidate replaces the library's first choice when it takes less than this part of its time.
 const WORTH_IT: f32 = 0.99;
@@ -119,14 +135,17 @@ fn fail(what: &'static str, e: result::CublasError) -> EngineError {
     }
 }
 
-/// The fastest algorithm of each shape seen so far, rows rounded up to their class: on the share that saw it first, whose bits
-/// hold for all, and on each share.
+type Algorithm = sys::cublasLtMatmulAlgo_t;
+
+/// The fastest algorithms of each shape seen so far, rows rounded up to their class.
 #[derive(Default)]
 pub(super) struct Algorithms {
     /// Held while a shape is measured: two stages that meet it at once must not each choose a first.
     measuring: Mutex<()>,
-    first: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
-    on_share: Mutex<HashMap<(Key, usize), sys::cublasLtMatmulAlgo_t>>,
+    /// Of the same bits: those of the first, which was the fastest on the share that saw the class first.
+    alike: Mutex<HashMap<Key, Vec<Algorithm>>>,
+    /// The fastest of each number of SMs.
+    on_share: Mutex<HashMap<(Key, usize), Algorithm>>,
 }
 
 impl Algorithms {
@@ -139,21 +158,61 @@ impl Algorithms {
         Key { rows: key.rows.next_multiple_of(ROW_CLASS), ..key }
     }
 
-    fn first(&self, key: Key) -> Option<sys::cublasLtMatmulAlgo_t> {
-        self.first.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::class(key)).copied()
+    fn alike(&self, key: Key) -> Vec<Algorithm> {
+        let alike = self.alike.lock().unwrap_or_else(PoisonError::into_inner);
+        alike.get(&Self::class(key)).cloned().unwrap_or_default()
     }
 
-    fn on_share(&self, key: Key, sms: usize) -> Option<sys::cublasLtMatmulAlgo_t> {
+    /// The same of products that differ in their rows only.
+    fn related(&self, key: Key) -> Vec<Algorithm> {
+        let alike = self.alike.lock().unwrap_or_else(PoisonError::into_inner);
+        let related = |k: &Key| Key { rows: key.rows, ..*k } == key;
+        alike.iter().filter(|(k, _)| related(k)).flat_map(|(_, found)| found).copied().collect()
+    }
+
+    /// What is fastest on the share, with `any` else on the one that saw the class first.
+    fn known(&self, key: Key, sms: usize, any: bool) -> Option<Algorithm> {
+        let first = || self.alike(key).first().copied();
+        self.on_share(key, sms).or_else(|| first().filter(|_| any))
+    }
+
+    fn on_share(&self, key: Key, sms: usize) -> Option<Algorithm> {
         self.on_share.lock().unwrap_or_else(PoisonError::into_inner).get(&(Self::class(key), sms)).copied()
     }
 
-    fn put_first(&self, key: Key, sms: usize, algorithm: sys::cublasLtMatmulAlgo_t) {
-        self.first.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::class(key), algorithm);
-        self.put(key, sms, algorithm);
+    /// The fastest on a share, and what may be tried on others.
+    fn put(&self, key: Key, sms: usize, fastest: Algorithm, fair: &[Algorithm]) {
+        let class = Self::class(key);
+        self.on_share.lock().unwrap_or_else(PoisonError::into_inner).insert((class, sms), fastest);
+        let mut alike = self.alike.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = alike.entry(class).or_default();
+        for algorithm in fair {
+            if known.len() < KEPT && !known.iter().any(|k| k.data == algorithm.data) {
+                known.push(*algorithm);
+            }
+        }
     }
+}
 
-    fn put(&self, key: Key, sms: usize, algorithm: sys::cublasLtMatmulAlgo_t) {
-        self.on_share.lock().unwrap_or_else(PoisonError::into_inner).insert((Self::class(key), sms), algorithm);
+/// Blocks of a cluster of it.
+fn cluster(algorithm: &Algorithm) -> usize {
+    use sys::cublasLtClusterShape_t as S;
+    let (mut shape, attribute) =
+        (0u16, sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID);
+    let to: *mut u16 = &mut shape;
+    // SAFETY: an algorithm that the library made, and room for this attribute, which stays 0 where it is not known.
+    unsafe {
+        let _ = sys::cublasLtMatmulAlgoConfigGetAttribute(algorithm, attribute, to.cast(), 2, &mut 0);
+    }
+    let is = |shapes: &[S]| shapes.iter().any(|s| *s as u16 == shape);
+    if is(&[S::CUBLASLT_CLUSTER_SHAPE_4x2x1, S::CUBLASLT_CLUSTER_SHAPE_2x4x1]) {
+        8
+    } else if is(&[S::CUBLASLT_CLUSTER_SHAPE_4x1x1, S::CUBLASLT_CLUSTER_SHAPE_2x2x1, S::CUBLASLT_CLUSTER_SHAPE_1x4x1]) {
+        4
+    } else if is(&[S::CUBLASLT_CLUSTER_SHAPE_2x1x1, S::CUBLASLT_CLUSTER_SHAPE_1x2x1]) {
+        2
+    } else {
+        1
     }
 }
 
@@ -253,51 +312,87 @@ impl Plan {
     }
 }
 
+/// How products are measured.
+#[derive(Debug, Clone, Copy)]
+struct Effort {
+    /// Nothing works on the device.
+    idle: bool,
+    /// Only a few algorithms are timed, and none where the class was met anywhere.
+    few: bool,
+}
+
 /// A handle, its workspace and the plans made so far. One per stage.
 pub(super) struct Lt {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
-    plans: HashMap<Key, (Plan, sys::cublasLtMatmulAlgo_t)>,
+    plans: HashMap<Key, (Plan, Algorithm)>,
     /// Classes whose algorithm for this share is known, with its kernels loaded.
     ready: HashSet<Key>,
     algorithms: Arc<Algorithms>,
     lane: Arc<Lane>,
+    /// Where the other stage works, if not on the same SMs.
+    other: Option<Arc<Lane>>,
 }
 
 // SAFETY: handle and plans are used by one thread at a time: every method that uses them takes `&mut self`.
 unsafe impl Send for Lt {}
 
 impl Lt {
-    /// A handle of the lane's context.
-    pub fn new(lane: &Arc<Lane>, algorithms: Arc<Algorithms>) -> Result<Self, EngineError> {
+    /// A handle of the lane's context. `other`: the lane of the other stage, where it has SMs of its own.
+    pub fn new(lane: &Arc<Lane>, other: Option<Arc<Lane>>, algorithms: Arc<Algorithms>) -> Result<Self, EngineError> {
         let _current = lane.enter()?;
         let workspace = Buffer::zeroed(lane.device(), WORKSPACE)?;
         let handle = result::create_handle().map_err(|e| fail("opening cuBLASLt", e))?;
-        Ok(Self { handle, workspace, plans: HashMap::new(), ready: HashSet::new(), algorithms, lane: Arc::clone(lane) })
+        let (plans, ready) = (HashMap::new(), HashSet::new());
+        Ok(Self { handle, workspace, plans, ready, algorithms, lane: Arc::clone(lane), other })
     }
 
     /// Makes the plans of `keys` that there are none of, in no time where their class has been met anywhere: not while a graph
     /// is being captured.
     pub fn plan(&mut self, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<(), EngineError> {
         let mut unmet = Vec::new();
-        for key in keys {
-            if self.plans.contains_key(key) {
-                continue;
-            }
-            let known = self.algorithms.on_share(*key, self.lane.sms()).or_else(|| self.algorithms.first(*key));
-            match known {
-                Some(algorithm) => self.keep(*key, algorithm)?,
-                None => unmet.push(*key),
+        for key in keys.iter().filter(|key| !self.plans.contains_key(key)).copied().collect::<Vec<_>>() {
+            match self.algorithms.known(key, self.lane.sms(), true) {
+                Some(algorithm) => self.keep(key, algorithm)?,
+                None => unmet.push(key),
             }
         }
-        self.prepare(stream, &unmet, scratch)
+        self.find(stream, &unmet, scratch, Effort { idle: false, few: false })
     }
 
     /// As [`plan`](Self::plan), with what is fastest on this share. The stream is one of the stage's; nothing else should run
-    /// meanwhile, for algorithms are timed, on `scratch`. Those that are known run once, which loads their kernels into this
-    /// context: not when a frame is waiting.
-    pub fn prepare(&mut self, stream: &Stream, keys: &[Key], scratch: &Scratch<'_>) -> Result<(), EngineError> {
-        let sms = self.lane.sms();
+    /// meanwhile, for algorithms are timed, on `scratch`: beside traffic on the other stage's share if `idle` says that nothing
+    /// does. Those that are known run once, which loads their kernels into this context: not when a frame is waiting.
+    pub fn prepare(
+        &mut self,
+        stream: &Stream,
+        keys: &[Key],
+        scratch: &Scratch<'_>,
+        idle: bool,
+    ) -> Result<(), EngineError> {
+        self.find(stream, keys, scratch, Effort { idle, few: false })
+    }
+
+    /// The same for shapes that may be wanted some day: what is fast elsewhere is good enough, and of a class that was met
+    /// nowhere only a few algorithms are timed.
+    pub fn prepare_roughly(
+        &mut self,
+        stream: &Stream,
+        keys: &[Key],
+        scratch: &Scratch<'_>,
+        idle: bool,
+    ) -> Result<(), EngineError> {
+        self.find(stream, keys, scratch, Effort { idle, few: true })
+    }
+
+    fn find(
+        &mut self,
+        stream: &Stream,
+        keys: &[Key],
+        scratch: &Scratch<'_>,
+        effort: Effort,
+    ) -> Result<(), EngineError> {
+        let (sms, algorithms) = (self.lane.sms(), Arc::clone(&self.algorithms));
         let mut classes: Vec<Key> = Vec::new();
         for class in keys.iter().map(|key| Algorithms::class(*key)) {
             if !self.ready.contains(&class) && !classes.contains(&class) {
@@ -305,17 +400,21 @@ impl Lt {
             }
         }
         if !classes.is_empty() {
-            let cold = if classes.iter().all(|c| self.algorithms.on_share(*c, sms).is_some()) { 0 } else { COLD_BYTES };
-            let mut bench = Bench::new(&self.lane, stream, &classes, scratch, cold)?;
+            let all_known = classes.iter().all(|c| algorithms.known(*c, sms, effort.few).is_some());
+            let other = self.other.as_ref().filter(|_| effort.idle && !all_known);
+            let cold = if all_known { 0 } else { COLD_BYTES };
+            let mut bench = Bench::new(&self.lane, other, stream, &classes, scratch, cold)?;
             for class in classes {
-                self.measure(stream, class, &mut bench)?;
-                self.ready.insert(class);
+                self.measure(stream, class, &mut bench, effort.few)?;
+                if algorithms.on_share(class, sms).is_some() {
+                    self.ready.insert(class);
+                }
             }
             // What it lies on may go.
             stream.synchronize()?;
         }
         for key in keys {
-            if let Some(algorithm) = self.algorithms.on_share(*key, sms) {
+            if let Some(algorithm) = algorithms.known(*key, sms, true) {
                 self.keep(*key, algorithm)?;
             }
         }
@@ -323,28 +422,40 @@ impl Lt {
     }
 
     /// Finds the fastest algorithm of a class on this share, or runs the one that is known.
-    fn measure(&self, stream: &Stream, class: Key, bench: &mut Bench) -> Result<(), EngineError> {
+    fn measure(&self, stream: &Stream, class: Key, bench: &mut Bench, few: bool) -> Result<(), EngineError> {
         let (sms, algorithms) = (self.lane.sms(), &self.algorithms);
         let plan = Plan::new(class, self.workspace.pointer())?;
-        let known = || algorithms.on_share(class, sms).filter(|a| self.runs(&plan, a));
+        let known = || algorithms.known(class, sms, few).filter(|a| self.runs(&plan, a));
         let _alone = known().is_none().then(|| algorithms.measuring.lock().unwrap_or_else(PoisonError::into_inner));
-        match (algorithms.first(class).filter(|a| self.runs(&plan, a)), known()) {
-            (_, Some(known)) => self.queue(stream, &plan, &known, bench.operands(class))?,
-            (Some(first), None) => {
-                let candidates = self.alike(stream, &plan, &first, bench)?;
-                algorithms.put(class, sms, self.fastest(stream, &plan, &candidates, bench)?);
-            }
-            (None, None) => {
-                let mut candidates = self.proposed(&plan, 0, CANDIDATES)?;
-                candidates.extend(self.proposed_for_share(&plan)?);
-                algorithms.put_first(class, sms, self.fastest(stream, &plan, &candidates, bench)?);
-            }
+        if let Some(known) = known() {
+            return self.queue(stream, &plan, &known, bench.operands(class));
         }
+        let met = self.running(&plan, algorithms.alike(class));
+        let candidates = match met.first() {
+            None if few => {
+                let related = self.running(&plan, algorithms.related(class));
+                [related, self.proposed(&plan, 0, SHARE_CANDIDATES)?, self.proposed_for_share(&plan)?].concat()
+            }
+            None => [self.proposed(&plan, 0, CANDIDATES)?, self.proposed_for_share(&plan)?].concat(),
+            // Without traffic the share's own proposals would seem faster than they are.
+            Some(_) if self.lane.spreads() && bench.traffic.is_none() => met.clone(),
+            Some(first) => {
+                [&met[..], &self.alike(stream, &plan, first, &self.proposed_for_share(&plan)?, bench)?].concat()
+            }
+        };
+        let fast = self.fastest(stream, &plan, &candidates, bench)?;
+        let fair = match (met.is_empty(), bench.traffic.is_some()) {
+            (true, false) => vec![fast[0]],
+            (true, true) => [&fast[..1], &self.alike(stream, &plan, &fast[0], &fast[1..], bench)?].concat(),
+            (false, false) => Vec::new(),
+            (false, true) => fast.clone(),
+        };
+        algorithms.put(class, sms, fast[0], &fair);
         Ok(())
     }
 
     /// The plan of `key` is that algorithm, or the library's first choice where it cannot run so many rows.
-    fn keep(&mut self, key: Key, algorithm: sys::cublasLtMatmulAlgo_t) -> Result<(), EngineError> {
+    fn keep(&mut self, key: Key, algorithm: Algorithm) -> Result<(), EngineError> {
         let plan = Plan::new(key, self.workspace.pointer())?;
         let algorithm = match self.runs(&plan, &algorithm) {
             true => algorithm,
@@ -355,7 +466,7 @@ impl Lt {
     }
 
     /// Whether an algorithm measured at another number of rows can run this plan.
-    fn runs(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+    fn runs(&self, plan: &Plan, algorithm: &Algorithm) -> bool {
         // SAFETY: all-zero is a valid value of this plain struct.
         let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let (d, w, x, y) = (plan.descriptor.0, plan.w.0, plan.x.0, plan.d.0);
@@ -364,8 +475,14 @@ impl Lt {
         status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE
     }
 
+    /// Those of `algorithms` that can.
+    fn running(&self, plan: &Plan, mut algorithms: Vec<Algorithm>) -> Vec<Algorithm> {
+        algorithms.retain(|a| self.runs(plan, a));
+        algorithms
+    }
+
     /// What the library proposes for a share.
-    fn proposed_for_share(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+    fn proposed_for_share(&self, plan: &Plan) -> Result<Vec<Algorithm>, EngineError> {
         let sms = self.lane.sms();
         if sms >= self.lane.device().sms() {
             return Ok(Vec::new());
@@ -376,7 +493,7 @@ impl Lt {
     }
 
     /// Up to `most` algorithms that the library proposes for `sms` SMs; 0: for all.
-    fn proposed(&self, plan: &Plan, sms: usize, most: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+    fn proposed(&self, plan: &Plan, sms: usize, most: usize) -> Result<Vec<Algorithm>, EngineError> {
         let preference = result::create_matmul_pref().map_err(|e| fail("choosing an algorithm", e))?;
         let limit: *const usize = &WORKSPACE;
         // Slices whose sums stay apart are not sliced again: that would take a kernel more to add them.
@@ -422,42 +539,40 @@ impl Lt {
         Ok(found.into_iter().map(|f| f.algo).collect())
     }
 
-    /// `first`, and what the library proposes for this share that gives the same bits.
+    /// Those of `candidates` that give the bits of `first`.
     fn alike(
         &self,
         stream: &Stream,
         plan: &Plan,
-        first: &sys::cublasLtMatmulAlgo_t,
+        first: &Algorithm,
+        candidates: &[Algorithm],
         bench: &mut Bench,
-    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
-        let mut alike = vec![*first];
+    ) -> Result<Vec<Algorithm>, EngineError> {
         // What adds would be compared on what it has added to.
         if plan.key.epilogue.adds() {
-            return Ok(alike);
+            return Ok(Vec::new());
         }
         // A bias that no result overwrites.
         let operands = Operands { bias: bench.rows.at, ..bench.operands(plan.key) };
         self.queue(stream, plan, first, operands)?;
-        for candidate in self.proposed_for_share(plan)? {
-            if alike.iter().any(|a| a.data == candidate.data) || !self.runs(plan, &candidate) {
-                continue;
-            }
-            self.queue(stream, plan, &candidate, Operands { d: bench.second(plan.key), ..operands })?;
+        let mut alike = Vec::new();
+        for candidate in candidates.iter().filter(|c| c.data != first.data && self.runs(plan, c)) {
+            self.queue(stream, plan, candidate, Operands { d: bench.second(plan.key), ..operands })?;
             if bench.same(stream, plan.key)? {
-                alike.push(candidate);
+                alike.push(*candidate);
             }
         }
         Ok(alike)
     }
 
-    /// The candidate that takes the least time.
+    /// The candidate that takes the least time, and those that take little more.
     fn fastest(
         &self,
         stream: &Stream,
         plan: &Plan,
-        candidates: &[sys::cublasLtMatmulAlgo_t],
+        candidates: &[Algorithm],
         bench: &mut Bench,
-    ) -> Result<sys::cublasLtMatmulAlgo_t, EngineError> {
+    ) -> Result<Vec<Algorithm>, EngineError> {
         let mut times = vec![f32::INFINITY; candidates.len()];
         // The first round may load kernels, and does not count.
         for round in 0..=TIMED_ROUNDS {
@@ -465,15 +580,13 @@ impl Lt {
             for (algorithm, time) in
                 candidates.iter().zip(&mut times).filter(|(_, time)| round < 2 || **time <= hopeless)
             {
-                bench.hold(stream)?;
-                stream.record(&bench.events[0])?;
+                bench.begin(stream)?;
                 for _ in 0..TIMED_RUNS {
                     self.queue(stream, plan, algorithm, bench.operands(plan.key))?;
                 }
-                stream.record(&bench.events[1])?;
-                stream.synchronize()?;
+                let ms = bench.end(stream)?;
                 if round > 0 {
-                    *time = time.min(bench.events[1].ms_since(&bench.events[0])?);
+                    *time = time.min(ms);
                 }
             }
         }
@@ -483,17 +596,27 @@ impl Lt {
                 best = i;
             }
         }
+        if bench.traffic.is_some() {
+            let tied = (0..times.len()).filter(|i| times[*i] <= times[best] * TIE);
+            let size = |i: usize| cluster(&candidates[i]);
+            let larger = |a: &usize, b: &usize| size(*a).cmp(&size(*b)).then(times[*b].total_cmp(&times[*a]));
+            best = tied.max_by(larger).unwrap_or(best);
+        }
         let per_run = |ms: f32| ms * 1e3 / TIMED_RUNS as f32;
         tracing::debug!(
-            "{:?} on {} SMs: {:.1} µs, the first of {} candidates {:.1} µs",
+            "{:?} on {} SMs{}: {:.1} µs, the first of {} candidates {:.1} µs",
             plan.key,
             self.lane.sms(),
+            if bench.traffic.is_some() { " beside traffic" } else { "" },
             per_run(times[best]),
             candidates.len(),
             per_run(times[0])
         );
         self.lane.device().log_memory("product measured");
-        Ok(candidates[best])
+        let mut fair: Vec<_> =
+            (0..candidates.len()).filter(|i| *i != best && times[*i] <= times[best] * FAIR).collect();
+        fair.sort_by(|a, b| times[*a].total_cmp(&times[*b]));
+        Ok(std::iter::once(best).chain(fair).map(|i| candidates[i]).collect())
     }
 
     /// Queues one product.
@@ -508,13 +631,7 @@ impl Lt {
         self.queue(stream, plan, algorithm, o)
     }
 
-    fn queue(
-        &self,
-        stream: &Stream,
-        plan: &Plan,
-        algorithm: &sys::cublasLtMatmulAlgo_t,
-        o: Operands,
-    ) -> Result<(), EngineError> {
+    fn queue(&self, stream: &Stream, plan: &Plan, algorithm: &Algorithm, o: Operands) -> Result<(), EngineError> {
         let key = plan.key;
         if key.epilogue.biased() {
             plan.descriptor.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &o.bias)?;
@@ -591,12 +708,14 @@ struct Bench {
     /// Whether the last two results differed.
     differ: Pinned<u8>,
     events: [Event; 2],
+    traffic: Option<Traffic>,
 }
 
 impl Bench {
-    /// With weights of `cold` bytes at least.
+    /// With weights of `cold` bytes at least, and traffic on the SMs of `other`.
     fn new(
         lane: &Arc<Lane>,
+        other: Option<&Arc<Lane>>,
         stream: &Stream,
         keys: &[Key],
         scratch: &Scratch<'_>,
@@ -612,6 +731,7 @@ impl Bench {
             out: Piece::new(device, scratch.out, 2 * most(out_bytes))?,
             differ: Pinned::zeroed(device, size_of::<u32>())?,
             events: [Event::new(lane)?, Event::new(lane)?],
+            traffic: other.map(Traffic::new).transpose()?,
         };
         // Zeros would draw less power than real numbers.
         if let Some(own) = &bench.weights.own {
@@ -629,9 +749,27 @@ impl Bench {
         self.lane.kernels().random.launch(stream, shape, &args)
     }
 
-    /// Keeps the GPU busy while the runs that are timed are queued: draws the first of the rows' numbers once more.
-    fn hold(&self, stream: &Stream) -> Result<(), EngineError> {
-        self.draw(stream, self.rows.at, HELD, 1)
+    /// What is queued from now on is timed.
+    fn begin(&mut self, stream: &Stream) -> Result<(), EngineError> {
+        if let Some(traffic) = &mut self.traffic {
+            traffic.begin(&self.weights)?;
+        }
+        // Keeps the share busy while the runs are queued: draws the first of the rows' numbers once more.
+        self.draw(stream, self.rows.at, HELD, 1)?;
+        stream.record(&self.events[0])
+    }
+
+    /// Waits for it; how long it took, in ms.
+    fn end(&mut self, stream: &Stream) -> Result<f32, EngineError> {
+        stream.record(&self.events[1])?;
+        if let Some(traffic) = &self.traffic {
+            stream.fill(&traffic.stop, 1)?;
+        }
+        stream.synchronize()?;
+        if let Some(traffic) = &self.traffic {
+            traffic.wait()?;
+        }
+        self.events[1].ms_since(&self.events[0])
     }
 
     /// Operands of the next run. Its weights lie behind those of the run before, so that they come back only after all
@@ -659,6 +797,62 @@ impl Bench {
         self.lane.kernels().differ.launch(stream, Shape { dependent: false, ..Shape::blocks(256, 256) }, &args)?;
         stream.synchronize()?;
         Ok(self.differ.as_slice().iter().all(|d| *d == 0))
+    }
+}
+
+/// A kernel that reads memory on every SM of another stage's share, and leaves no room on them.
+struct Traffic {
+    lane: Arc<Lane>,
+    stream: Stream,
+    /// Whether it should stop.
+    stop: Buffer<u8>,
+    /// Whether each block has begun.
+    began: Pinned<u8>,
+}
+
+impl Traffic {
+    fn new(lane: &Arc<Lane>) -> Result<Self, EngineError> {
+        let (stop, began) = (Buffer::zeroed(lane.device(), 1)?, Pinned::zeroed(lane.device(), lane.sms())?);
+        Ok(Self { lane: Arc::clone(lane), stream: Stream::new(lane)?, stop, began })
+    }
+
+    /// Returns when every block runs, or soon after.
+    fn begin(&mut self, weights: &Piece) -> Result<(), EngineError> {
+        let _current = self.lane.enter()?;
+        self.stream.fill(&self.stop, 0)?;
+        let began = self.began.as_mut_slice();
+        began.fill(0);
+        let began = began.as_ptr();
+        let args = TrafficArgs {
+            from: weights.at,
+            count: (weights.bytes / 16) as i64,
+            stop: self.stop.pointer(),
+            began: began as u64,
+            most_ns: TRAFFIC_NS,
+            never: self.stop.pointer(),
+        };
+        let shape =
+            Shape { shared: plan::TRAFFIC_SHARED as u32, dependent: false, ..Shape::blocks(self.lane.sms(), 256) };
+        self.lane.kernels().traffic.launch(&self.stream, shape, &args)?;
+        let deadline = Instant::now() + Duration::from_nanos(TRAFFIC_NS as u64 / 2);
+        // SAFETY: a live allocation of so many bytes, which the device writes meanwhile.
+        let runs = |block| unsafe { began.add(block).read_volatile() } != 0;
+        while Instant::now() < deadline && !(0..self.lane.sms()).all(runs) {
+            std::hint::spin_loop();
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<(), EngineError> {
+        let _current = self.lane.enter()?;
+        self.stream.synchronize()
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        // Where timing failed halfway: what it reads may go.
+        let _ = self.wait();
     }
 }
 

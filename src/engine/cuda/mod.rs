@@ -298,8 +298,9 @@ impl CudaEngine {
 
     fn on(&self, [encoder, decoder]: [Arc<Lane>; 2]) -> Result<(CudaEncoder, CudaDecoder), EngineError> {
         let path = self.path();
+        let other = (encoder.sms() < self.model.device.sms()).then(|| Arc::clone(&decoder));
         Ok((
-            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder), encoder, path)?,
+            CudaEncoder::new(Arc::clone(&self.model), Arc::clone(&self.encoder), encoder, other, path)?,
             CudaDecoder::new(Arc::clone(&self.model), Arc::clone(&self.decoder), decoder, self.tuning, path)?,
         ))
     }

@@ -144,6 +144,9 @@ pub(super) fn attention_shared(head_dim: usize) -> usize {
     if wide <= PORTABLE_SHARED { wide } else { attend_shared(head_dim, 32) }
 }
 
+/// Shared memory of a block of load.cu's traffic: as much as every chip has.
+pub(super) const TRAFFIC_SHARED: usize = PORTABLE_SHARED;
+
 /// Most parts that the portable attention splits the keys into; a part is a multiple of 32 keys.
 pub(super) const PARTS: usize = 16;
 
