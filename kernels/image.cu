@@ -3,6 +3,7 @@
 
 constexpr int kThreads = 256;
 constexpr int kMostViews = 8;
+constexpr int kParams = 3;
 
 struct ImageArgs {
     const uint8_t* bytes;    // rows `step` apart
@@ -18,6 +19,11 @@ struct ImageArgs {
 
 struct ImagesArgs {
     ImageArgs views[kMostViews];
+    const float4* prompt;  // its embeddings, and where they go
+    float4* prompt_to;
+    int64_t prompt_count;
+    uint64_t* params;  // what the trunk's kernels read of the cache, and what to write there
+    uint64_t words[kParams];
 };
 
 __device__ __forceinline__ int clamp_byte(int v) { return min(max(v, 0), 255); }
@@ -54,10 +60,15 @@ __device__ float bilinear(const ImageArgs& a, int x, int y, int channel) {
     return fminf(fmaxf((1.0f - ly) * upper + ly * lower, 0.0f), 1.0f);
 }
 
-// One thread per pixel and channel of the square image, one row of blocks per view.
+// One thread per pixel and channel of the square image, one row of blocks per view. The first row also puts in place what else
+// an encode begins with: two copies of their own would take longer than all of it.
 extern "C" __global__ void __launch_bounds__(kThreads, 6) image_patches(const __grid_constant__ ImagesArgs all) {
     const ImageArgs& a = all.views[blockIdx.y];
     const int id = blockIdx.x * kThreads + threadIdx.x;
+    if (blockIdx.y == 0) {
+        for (int64_t i = id; i < all.prompt_count; i += static_cast<int64_t>(gridDim.x) * kThreads) all.prompt_to[i] = all.prompt[i];
+        if (id < kParams) all.params[id] = all.words[id];
+    }
     if (id >= 3 * a.size * a.size) return;
     // Channels innermost: neighbouring threads read neighbouring bytes.
     const int c = id % 3, x = id / 3 % a.size, y = id / 3 / a.size;

@@ -10,7 +10,8 @@ use super::Model;
 use super::device::{Buffer, Device, Pinned, Span};
 use super::images::Images;
 use super::kernels::{
-    AttentionArgs, GegluArgs, GegluWideArgs, Hopper, Kernels, NormArgs, RopeArgs, Shape, TowerArgs, TowerBeginArgs,
+    AttentionArgs, GegluArgs, GegluWideArgs, Hopper, Kernels, NormArgs, PlacedArgs, RopeArgs, Shape, TowerArgs,
+    TowerBeginArgs,
 };
 use super::lane::Lane;
 use super::lt::{Epilogue, Key, Lt, Operands, Scratch};
@@ -206,7 +207,7 @@ pub struct CudaEncoder {
     vision_graphs: HashMap<usize, Graph>,
     /// By rows.
     trunk_graphs: HashMap<usize, Graph>,
-    params: (Pinned<u64>, Buffer<u64>),
+    params: Buffer<u64>,
     prompt: Vec<u32>,
     prompt_rows: (Pinned<f32>, Buffer<f32>),
     events: [Event; 4],
@@ -235,7 +236,7 @@ impl CudaEncoder {
             workspace: None,
             vision_graphs: HashMap::new(),
             trunk_graphs: HashMap::new(),
-            params: (Pinned::zeroed(&device, 3)?, Buffer::zeroed(&device, 3)?),
+            params: Buffer::zeroed(&device, 3)?,
             prompt: Vec::new(),
             prompt_rows: (Pinned::zeroed(&device, 0)?, Buffer::zeroed(&device, 0)?),
             events: [event()?, event()?, event()?, event()?],
@@ -351,14 +352,9 @@ impl CudaEncoder {
         }
         self.stream.upload(&self.prompt_rows.0, tokens.len() * width, &self.prompt_rows.1, 0)?;
         self.prompt.extend_from_slice(tokens);
-        self.place_prompt(rows)
-    }
-
-    /// Queues the copy of the prompt to the last of `rows` rows of x, behind those that the tower writes.
-    fn place_prompt(&self, rows: usize) -> Result<(), EngineError> {
-        let (Some(w), width) = (&self.workspace, self.model.dims.trunk.width) else { return Ok(()) };
-        let tokens = self.prompt.len();
-        self.stream.copy(&self.prompt_rows.1, tokens * width, &w.x, (rows - tokens) * width)
+        // Behind the rows that the tower writes.
+        let Some(w) = &self.workspace else { return Ok(()) };
+        self.stream.copy(&self.prompt_rows.1, tokens.len() * width, &w.x, (rows - tokens.len()) * width)
     }
 
     /// What queues this stage's kernels; `None` before there are buffers.
@@ -372,7 +368,7 @@ impl CudaEncoder {
             kernels: self.lane.kernels(),
             lt: &mut self.lt,
             w: self.workspace.as_ref()?,
-            params: self.params.1.pointer(),
+            params: self.params.pointer(),
             taps,
         })
     }
@@ -410,16 +406,18 @@ impl CudaEncoder {
         self.reserve(views, rows)?;
         self.reserve_prompt(tokens)?;
         self.plan(views, rows)?;
-        let words = [cache.keys(), cache.values(), cache.layer_stride() as u64];
-        self.params.0.as_mut_slice().copy_from_slice(&words);
         self.stream.record(&self.events[0])?;
-        self.stream.upload(&self.params.0, 3, &self.params.1, 0)?;
-        if self.prompt == input.tokens {
-            self.place_prompt(rows)?;
-        }
         if let Some(w) = &self.workspace {
-            let tokens = self.model.dims.vision.tokens();
-            self.images.queue(&self.stream, self.lane.kernels(), input.views, &w.patches, tokens)?;
+            let width = self.model.dims.trunk.width;
+            let placed = PlacedArgs {
+                prompt: self.prompt_rows.1.pointer(),
+                prompt_to: w.x.at((rows - tokens) * width),
+                prompt_count: if self.prompt == input.tokens { (tokens * width / 4) as i64 } else { 0 },
+                params: self.params.pointer(),
+                words: [cache.keys(), cache.values(), cache.layer_stride() as u64],
+            };
+            let vision_tokens = self.model.dims.vision.tokens();
+            self.images.queue(&self.stream, self.lane.kernels(), input.views, &w.patches, vision_tokens, placed)?;
         }
         self.stream.record(&self.events[1])?;
         Ok(rows)

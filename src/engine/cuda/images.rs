@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::device::{Buffer, Device, Pinned};
-use super::kernels::{ImageArgs, ImagesArgs, Kernels, Shape};
+use super::kernels::{ImageArgs, ImagesArgs, Kernels, PlacedArgs, Shape};
 use super::stream::Stream;
 use super::weights::MAX_VIEWS;
 use super::{check_finite, check_len};
@@ -144,7 +144,7 @@ impl Images {
     }
 
     /// Queues the uploads of all views, then one kernel that converts them into `patches` (a device address, where each
-    /// view has `tokens` rows of `patch_stride`).
+    /// view has `tokens` rows of `patch_stride`) and puts `placed` in place.
     ///
     /// The stream must have been synchronised since the last call, and must be before the views go: the GPU reads page-locked
     /// frames where they are.
@@ -155,8 +155,9 @@ impl Images {
         views: &[View<'_>],
         patches: &Buffer<u16>,
         tokens: usize,
+        placed: PlacedArgs,
     ) -> Result<(), EngineError> {
-        let mut all = ImagesArgs::default();
+        let mut all = ImagesArgs { placed, ..ImagesArgs::default() };
         for (i, (view, args)) in views.iter().zip(&mut all.views).enumerate() {
             *args = self.upload(stream, i, view)?;
             args.patches = patches.at(i * tokens * self.patch_stride);

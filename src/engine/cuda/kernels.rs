@@ -335,6 +335,18 @@ pub(super) struct ImageArgs {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct ImagesArgs {
     pub views: [ImageArgs; MAX_VIEWS],
+    pub placed: PlacedArgs,
+}
+
+/// What image.cu puts in place beside the patches: the prompt, by four floats, and the addresses of the cache.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PlacedArgs {
+    pub prompt: u64,
+    pub prompt_to: u64,
+    pub prompt_count: i64,
+    pub params: u64,
+    pub words: [u64; 3],
 }
 
 /// `CopyArgs` of load.cu.
