@@ -730,11 +730,13 @@ impl Kernels {
         let (attention, flow, pointwise) =
             (Module::load("attention")?, Module::load("flow")?, Module::load("pointwise")?);
         let (image, load) = (Module::load("image")?, Module::load("load")?);
+        let hopper = Hopper::load()?;
         let by_parts = |kind: &str| -> Result<Vec<_>, EngineError> {
             NORM_PARTS.iter().map(|parts| pointwise.kernel(&format!("row_{kind}_{parts}"), 0)).collect()
         };
         Ok(Self {
-            hopper: Hopper::load()?,
+            traffic: load.kernel("load_traffic", plan::traffic_shared(hopper.is_some()))?,
+            hopper,
             portable: OnceLock::new(),
             attention: by(HEAD_DIMS, |d| attention.kernel(&format!("attention_{d}"), plan::attention_shared(d)))?,
             flow: flow.kernel("flow_step", 0)?,
@@ -748,7 +750,6 @@ impl Kernels {
             product: load.kernel("load_product", 0)?,
             random: load.kernel("load_random", 0)?,
             differ: load.kernel("load_differ", 0)?,
-            traffic: load.kernel("load_traffic", plan::TRAFFIC_SHARED)?,
             _modules: [attention, flow, pointwise, image, load],
         })
     }

@@ -144,8 +144,10 @@ pub(super) fn attention_shared(head_dim: usize) -> usize {
     if wide <= PORTABLE_SHARED { wide } else { attend_shared(head_dim, 32) }
 }
 
-/// Shared memory of a block of load.cu's traffic: as much as every chip has.
-pub(super) const TRAFFIC_SHARED: usize = PORTABLE_SHARED;
+/// Shared memory of a block of load.cu's traffic: on Hopper that of the persistent decoder, else as much as every chip has.
+pub(super) fn traffic_shared(hopper: bool) -> usize {
+    if hopper { PERSISTENT_SHARED } else { PORTABLE_SHARED }
+}
 
 /// Most parts that the portable attention splits the keys into; a part is a multiple of 32 keys.
 pub(super) const PARTS: usize = 16;

@@ -166,10 +166,12 @@ impl Bench {
     }
 }
 
-/// A kernel that reads memory on every SM of another stage's share, and leaves no room on them.
+/// A kernel that reads memory on another stage's share, in blocks that lie on its SMs as the decoder's do: on Hopper in clusters
+/// as large as they can be, and none of another kernel beside one.
 struct Traffic {
     lane: Arc<Lane>,
     stream: Stream,
+    shape: Shape,
     /// Whether it should stop.
     stop: Buffer<u8>,
     /// Whether each block has begun.
@@ -178,8 +180,19 @@ struct Traffic {
 
 impl Traffic {
     fn new(lane: &Arc<Lane>) -> Result<Self, EngineError> {
-        let (stop, began) = (Buffer::zeroed(lane.device(), 1)?, Pinned::zeroed(lane.device(), lane.sms())?);
-        Ok(Self { lane: Arc::clone(lane), stream: Stream::new(lane)?, stop, began })
+        let _current = lane.enter()?;
+        let (stream, kernels) = (Stream::new(lane)?, lane.kernels());
+        let shared = plan::traffic_shared(kernels.hopper().is_some()) as u32;
+        let mut shape = Shape { shared, dependent: false, ..Shape::blocks(lane.sms(), 256) };
+        if kernels.hopper().is_some() {
+            let ranks = plan::RANKS;
+            let cluster = Shape { cluster: ranks as u32, ..shape };
+            let one = Shape { grid: [ranks as u32, 1, 1], ..cluster };
+            let clusters = kernels.traffic.clusters_at_once(&stream, one)?.min(lane.sms() / ranks);
+            shape = Shape { grid: [(clusters.max(1) * ranks) as u32, 1, 1], ..cluster };
+        }
+        let (stop, began) = (Buffer::zeroed(lane.device(), 1)?, Pinned::zeroed(lane.device(), shape.grid[0] as usize)?);
+        Ok(Self { lane: Arc::clone(lane), stream, shape, stop, began })
     }
 
     /// Returns when every block runs, or soon after.
@@ -197,13 +210,11 @@ impl Traffic {
             most_ns: TRAFFIC_NS,
             never: self.stop.pointer(),
         };
-        let shape =
-            Shape { shared: plan::TRAFFIC_SHARED as u32, dependent: false, ..Shape::blocks(self.lane.sms(), 256) };
-        self.lane.kernels().traffic.launch(&self.stream, shape, &args)?;
+        self.lane.kernels().traffic.launch(&self.stream, self.shape, &args)?;
         let deadline = Instant::now() + Duration::from_nanos(TRAFFIC_NS as u64 / 2);
         // SAFETY: a live allocation of so many bytes, which the device writes meanwhile.
         let runs = |block| unsafe { began.add(block).read_volatile() } != 0;
-        while Instant::now() < deadline && !(0..self.lane.sms()).all(runs) {
+        while Instant::now() < deadline && !(0..self.began.len()).all(runs) {
             std::hint::spin_loop();
         }
         Ok(())
