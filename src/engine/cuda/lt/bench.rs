@@ -105,9 +105,9 @@ impl Bench {
         self.lane.kernels().random.launch(stream, shape, &args)
     }
 
-    /// What is queued from now on is timed.
-    pub fn begin(&mut self, stream: &Stream) -> Result<(), EngineError> {
-        if let Some(traffic) = &mut self.traffic {
+    /// What is queued from now on is timed, beside the traffic if there is one and `beside` says so.
+    pub fn begin(&mut self, stream: &Stream, beside: bool) -> Result<(), EngineError> {
+        if let Some(traffic) = self.traffic.as_mut().filter(|_| beside) {
             traffic.begin(&self.weights)?;
         }
         // Keeps the share busy while the runs are queued: draws the first of the rows' numbers once more.

@@ -117,6 +117,25 @@ fn cluster(algorithm: &Algorithm) -> usize {
     }
 }
 
+/// The candidate to take, then those that take little more time, the fastest first. Candidate 0 is the library's first choice;
+/// `clusters`: blocks of a cluster of each, where they were timed beside a busy share.
+fn ranked(times: &[f32], clusters: Option<&[usize]>) -> Vec<usize> {
+    let mut best = 0;
+    for (i, time) in times.iter().enumerate() {
+        if *time < if best == 0 { times[0] * WORTH_IT } else { times[best] } {
+            best = i;
+        }
+    }
+    if let Some(clusters) = clusters {
+        let tied = (0..times.len()).filter(|i| times[*i] <= times[best] * TIE);
+        let better = |a: &usize, b: &usize| clusters[*a].cmp(&clusters[*b]).then(times[*b].total_cmp(&times[*a]));
+        best = tied.max_by(better).unwrap_or(best);
+    }
+    let mut fair: Vec<_> = (0..times.len()).filter(|i| *i != best && times[*i] <= times[best] * FAIR).collect();
+    fair.sort_by(|a, b| times[*a].total_cmp(&times[*b]));
+    std::iter::once(best).chain(fair).collect()
+}
+
 /// How products are measured.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Effort {
@@ -319,13 +338,14 @@ impl Lt {
         bench: &mut Bench,
     ) -> Result<Vec<Algorithm>, EngineError> {
         let mut times = vec![f32::INFINITY; candidates.len()];
-        // The first round may load kernels, and does not count.
+        // The first round may load kernels, for which the driver may wait until what runs has ended: it has no traffic beside it,
+        // and does not count.
         for round in 0..=TIMED_ROUNDS {
             let hopeless = times.iter().copied().fold(f32::INFINITY, f32::min) * HOPELESS;
             for (algorithm, time) in
                 candidates.iter().zip(&mut times).filter(|(_, time)| round < 2 || **time <= hopeless)
             {
-                bench.begin(stream)?;
+                bench.begin(stream, round > 0)?;
                 for _ in 0..TIMED_RUNS {
                     self.queue(stream, plan, algorithm, bench.operands(plan.key))?;
                 }
@@ -335,32 +355,75 @@ impl Lt {
                 }
             }
         }
-        let mut best = 0;
-        for (i, time) in times.iter().enumerate() {
-            if *time < if best == 0 { times[0] * WORTH_IT } else { times[best] } {
-                best = i;
-            }
-        }
-        if bench.busy() {
-            let tied = (0..times.len()).filter(|i| times[*i] <= times[best] * TIE);
-            let size = |i: usize| cluster(&candidates[i]);
-            let larger = |a: &usize, b: &usize| size(*a).cmp(&size(*b)).then(times[*b].total_cmp(&times[*a]));
-            best = tied.max_by(larger).unwrap_or(best);
-        }
+        let clusters: Vec<_> = candidates.iter().map(cluster).collect();
+        let ranked = ranked(&times, bench.busy().then_some(&clusters[..]));
+        let best = ranked[0];
         let per_run = |ms: f32| ms * 1e3 / TIMED_RUNS as f32;
         tracing::debug!(
-            "{:?} on {} SMs{}: {:.1} µs, the first of {} candidates {:.1} µs",
+            "{:?} on {} SMs{}: {:.1} µs in clusters of {}, the first of {} candidates {:.1} µs",
             plan.key,
             self.lane.sms(),
             if bench.busy() { " beside traffic" } else { "" },
             per_run(times[best]),
+            clusters[best],
             candidates.len(),
             per_run(times[0])
         );
         self.lane.device().log_memory("product measured");
-        let mut fair: Vec<_> =
-            (0..candidates.len()).filter(|i| *i != best && times[*i] <= times[best] * FAIR).collect();
-        fair.sort_by(|a, b| times[*a].total_cmp(&times[*b]));
-        Ok(std::iter::once(best).chain(fair).map(|i| candidates[i]).collect())
+        Ok(ranked.into_iter().map(|i| candidates[i]).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn algorithm(number: u64) -> Algorithm {
+        Algorithm { data: [number; 8] }
+    }
+
+    fn key(rows: usize) -> Key {
+        Key { rows, outputs: 2048, k: 16384, epilogue: Epilogue::Parts(2) }
+    }
+
+    fn numbers(found: &[Algorithm]) -> Vec<u64> {
+        found.iter().map(|a| a.data[0]).collect()
+    }
+
+    #[test]
+    fn the_fastest_is_taken_and_the_librarys_first_choice_where_it_is_as_good() {
+        assert_eq!(ranked(&[100.0, 99.5, 130.0], None), [0, 1]);
+        assert_eq!(ranked(&[100.0, 98.0, 97.0, 104.0, 102.0], None), [2, 1, 0, 4]);
+        assert_eq!(ranked(&[50.0], None), [0]);
+    }
+
+    #[test]
+    fn beside_a_busy_share_larger_clusters_break_a_tie_and_nothing_else() {
+        assert_eq!(ranked(&[95.0, 90.0, 91.0], Some(&[16, 4, 8])), [2, 1, 0]);
+        assert_eq!(ranked(&[95.0, 90.0, 92.0], Some(&[16, 4, 8])), [1, 2, 0], "2 % and more is no tie");
+        assert_eq!(ranked(&[90.5, 90.0, 90.2], Some(&[4, 4, 4])), [1, 2, 0], "of equal ones the fastest");
+    }
+
+    #[test]
+    fn what_was_met_on_one_share_is_known_on_others_and_its_bits_come_first() {
+        let found = Algorithms::default();
+        assert!(found.known(key(532), 84, true).is_none());
+        found.put(key(532), 84, algorithm(1), &[1, 2].map(algorithm));
+        found.put(key(530), 100, algorithm(3), &[3, 2, 4, 5].map(algorithm));
+        let known = |sms, any| found.known(key(540), sms, any).map(|a| a.data[0]);
+        assert_eq!((known(84, false), known(100, false), known(66, false)), (Some(1), Some(3), None), "one class");
+        assert_eq!(known(66, true), Some(1));
+        assert_eq!(numbers(&found.alike(key(532))), [1, 2, 3, 4], "each once, a few at most");
+        assert_eq!(found.measured(), 2);
+    }
+
+    #[test]
+    fn only_the_same_product_of_other_rows_is_related() {
+        let found = Algorithms::default();
+        found.put(key(532), 84, algorithm(1), &[algorithm(1)]);
+        let other = Key { outputs: 1152, ..key(532) };
+        found.put(other, 84, algorithm(2), &[algorithm(2)]);
+        assert_eq!(numbers(&found.related(key(600))), [1]);
+        assert!(found.related(Key { epilogue: Epilogue::Store, ..key(600) }).is_empty());
     }
 }
