@@ -61,7 +61,7 @@ __device__ float bilinear(const ImageArgs& a, int x, int y, int channel) {
 }
 
 // One thread per pixel and channel of the square image, one row of blocks per view. The first row also puts in place what else
-// an encode begins with: two copies of their own would take longer than all of it.
+// an encode begins with, which saves two copies in front of it.
 extern "C" __global__ void __launch_bounds__(kThreads, 6) image_patches(const __grid_constant__ ImagesArgs all) {
     const ImageArgs& a = all.views[blockIdx.y];
     const int id = blockIdx.x * kThreads + threadIdx.x;

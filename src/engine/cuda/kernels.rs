@@ -338,7 +338,7 @@ pub(super) struct ImagesArgs {
     pub placed: PlacedArgs,
 }
 
-/// What image.cu puts in place beside the patches: the prompt, by four floats, and the addresses of the cache.
+/// The rest of `ImagesArgs`: the prompt, by four floats, and the addresses of the cache.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct PlacedArgs {
@@ -423,7 +423,7 @@ pub(super) struct DifferArgs {
     pub count: i64,
 }
 
-/// `TrafficArgs` of load.cu.
+/// `TrafficArgs` of traffic.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct TrafficArgs {
@@ -721,7 +721,7 @@ pub(super) struct Kernels {
     pub random: Kernel<RandomArgs>,
     pub differ: Kernel<DifferArgs>,
     pub traffic: Kernel<TrafficArgs>,
-    _modules: [Module; 5],
+    _modules: [Module; 6],
 }
 
 impl Kernels {
@@ -729,13 +729,13 @@ impl Kernels {
     pub fn load() -> Result<Self, EngineError> {
         let (attention, flow, pointwise) =
             (Module::load("attention")?, Module::load("flow")?, Module::load("pointwise")?);
-        let (image, load) = (Module::load("image")?, Module::load("load")?);
+        let (image, load, traffic) = (Module::load("image")?, Module::load("load")?, Module::load("traffic")?);
         let hopper = Hopper::load()?;
         let by_parts = |kind: &str| -> Result<Vec<_>, EngineError> {
             NORM_PARTS.iter().map(|parts| pointwise.kernel(&format!("row_{kind}_{parts}"), 0)).collect()
         };
         Ok(Self {
-            traffic: load.kernel("load_traffic", plan::traffic_shared(hopper.is_some()))?,
+            traffic: traffic.kernel("traffic", plan::traffic_shared(hopper.is_some()))?,
             hopper,
             portable: OnceLock::new(),
             attention: by(HEAD_DIMS, |d| attention.kernel(&format!("attention_{d}"), plan::attention_shared(d)))?,
@@ -750,7 +750,7 @@ impl Kernels {
             product: load.kernel("load_product", 0)?,
             random: load.kernel("load_random", 0)?,
             differ: load.kernel("load_differ", 0)?,
-            _modules: [attention, flow, pointwise, image, load],
+            _modules: [attention, flow, pointwise, image, load, traffic],
         })
     }
 

@@ -144,7 +144,7 @@ pub(super) fn attention_shared(head_dim: usize) -> usize {
     if wide <= PORTABLE_SHARED { wide } else { attend_shared(head_dim, 32) }
 }
 
-/// Shared memory of a block of load.cu's traffic: on Hopper that of the persistent decoder, else as much as every chip has.
+/// Shared memory of a block of traffic.cu: on Hopper that of the persistent decoder, else as much as every chip has.
 pub(super) fn traffic_shared(hopper: bool) -> usize {
     if hopper { PERSISTENT_SHARED } else { PORTABLE_SHARED }
 }

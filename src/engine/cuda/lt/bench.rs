@@ -54,6 +54,8 @@ fn out_bytes(key: &Key) -> usize {
 
 /// What candidates are timed on; it goes before the scratch does.
 pub(super) struct Bench {
+    /// Goes first: it reads the weights.
+    traffic: Option<Traffic>,
     lane: Arc<Lane>,
     weights: Piece,
     /// Bytes of the weights read since they were last begun.
@@ -64,7 +66,6 @@ pub(super) struct Bench {
     /// Whether the last two results differed.
     differ: Pinned<u8>,
     events: [Event; 2],
-    traffic: Option<Traffic>,
 }
 
 impl Bench {
@@ -80,6 +81,7 @@ impl Bench {
         let device = lane.device();
         let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
         let bench = Self {
+            traffic: other.map(Traffic::new).transpose()?,
             lane: Arc::clone(lane),
             weights: Piece::new(device, scratch.weights, cold.max(most(|k| k.outputs * k.k * 2)))?,
             read: 0,
@@ -87,7 +89,6 @@ impl Bench {
             out: Piece::new(device, scratch.out, 2 * most(out_bytes))?,
             differ: Pinned::zeroed(device, size_of::<u32>())?,
             events: [Event::new(lane)?, Event::new(lane)?],
-            traffic: other.map(Traffic::new).transpose()?,
         };
         // Zeros would draw less power than real numbers.
         if let Some(own) = &bench.weights.own {
