@@ -19,6 +19,9 @@ const HELD: usize = 1 << 18;
 
 /// The traffic on the other share ends by itself after this time, in ns.
 const TRAFFIC_NS: i64 = 50_000_000;
+/// Its blocks are waited for this long: where fewer find room than the driver promised, or another process holds SMs, it is timed
+/// beside those that run.
+const TRAFFIC_BEGINS: Duration = Duration::from_millis(5);
 
 /// Memory of the stage on which candidates may be timed, while nothing else uses it.
 pub(in super::super) struct Scratch<'a> {
@@ -196,7 +199,7 @@ impl Traffic {
         Ok(Self { lane: Arc::clone(lane), stream, shape, stop, began })
     }
 
-    /// Returns when every block runs, or soon after.
+    /// Returns when every block runs, or after [`TRAFFIC_BEGINS`].
     fn begin(&mut self, weights: &Piece) -> Result<(), EngineError> {
         let _current = self.lane.enter()?;
         self.stream.fill(&self.stop, 0)?;
@@ -212,7 +215,7 @@ impl Traffic {
             never: self.stop.pointer(),
         };
         self.lane.kernels().traffic.launch(&self.stream, self.shape, &args)?;
-        let deadline = Instant::now() + Duration::from_nanos(TRAFFIC_NS as u64 / 2);
+        let deadline = Instant::now() + TRAFFIC_BEGINS;
         // SAFETY: a live allocation of so many bytes, which the device writes meanwhile.
         let runs = |block| unsafe { began.add(block).read_volatile() } != 0;
         while Instant::now() < deadline && !(0..self.began.len()).all(runs) {
