@@ -14,7 +14,7 @@ struct TrafficArgs {
 
 constexpr int kTrafficLoads = 4;
 
-// Reads memory round and round until `stop` is set, or for `most_ns`. Each block wants so much shared memory that none of another
+// Reads memory round and round until `stop` is set, or for `most_ns`. Each block wants so much shared memory that little of another
 // kernel fits beside it.
 extern "C" __global__ void __launch_bounds__(kThreads) traffic(const __grid_constant__ TrafficArgs a) {
     const auto now = [] {

@@ -13,7 +13,7 @@ use super::device::{Buffer, Device, Pinned, Span};
 use super::images::Images;
 use super::kernels::PlacedArgs;
 use super::lane::Lane;
-use super::lt::{Lt, Scratch};
+use super::lt::{Effort, Lt, Scratch};
 use super::plan::{self, HEAD_DIMS, Path, TOWER_TILE};
 use super::stream::{Event, Graph, Stream};
 use super::weights::{EncoderWeights, MAX_VIEWS};
@@ -479,9 +479,9 @@ impl Encoder for CudaEncoder {
             let Some(mut queue) = e.queue(None) else { return Ok(()) };
             queue.prepare_vision(views, idle)?;
             let (scratch, stream) = (queue.w.scratch(queue.weights), queue.stream);
-            queue.lt.prepare(stream, &queue.trunk_keys(images + tokens), &scratch, idle)?;
+            queue.lt.prepare(stream, &queue.trunk_keys(images + tokens), &scratch, Effort { idle, few: false })?;
             let others: Vec<_> = (images + 1..=images + most).flat_map(|rows| queue.trunk_keys(rows)).collect();
-            queue.lt.prepare_roughly(stream, &others, &scratch, idle)
+            queue.lt.prepare(stream, &others, &scratch, Effort { idle, few: true })
         })
     }
 

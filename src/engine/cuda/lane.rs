@@ -177,9 +177,9 @@ impl Lane {
         self.sms
     }
 
-    /// Whether clusters of blocks use SMs of another share as well while those are idle.
-    pub fn spreads(&self) -> bool {
-        matches!(self.place, Place::Affinity { .. })
+    /// Whether kernels find the same room whatever the other share's SMs do; under MPS they do not (docs/performance.md).
+    pub fn fenced(&self) -> bool {
+        !matches!(self.place, Place::Affinity { .. })
     }
 
     /// A stream whose work stays on this lane. The caller destroys it, before the lane goes.

@@ -6,8 +6,8 @@
 //! leave much of another idle. Measuring takes memory that is there already, where that is enough.
 //!
 //! Where the rest of the GPU belongs to another stage and nothing works yet, that share is kept as busy as the stage will
-//! keep it. What is fastest alone need not be fastest then: under MPS clusters of blocks spread to SMs of the other share
-//! while those are idle.
+//! keep it. What is fastest alone need not be fastest then: under MPS kernels in clusters of blocks are much faster while the
+//! other share's SMs are idle.
 
 mod bench;
 mod choice;
@@ -24,8 +24,7 @@ use super::stream::Stream;
 use crate::engine::EngineError;
 
 pub(super) use bench::{COLD_BYTES, Scratch};
-pub(super) use choice::Algorithms;
-use choice::Effort;
+pub(super) use choice::{Algorithms, Effort};
 
 /// Bytes of scratch memory one stage lends to the library (NVIDIA's advice for Hopper).
 pub(super) const WORKSPACE: usize = 32 << 20;
@@ -236,7 +235,7 @@ impl Lt {
                 None => unmet.push(key),
             }
         }
-        self.find(stream, &unmet, scratch, Effort { idle: false, few: false })
+        self.prepare(stream, &unmet, scratch, Effort { idle: false, few: false })
     }
 
     /// The plan of `key` is that algorithm, or the library's first choice where it cannot run so many rows.

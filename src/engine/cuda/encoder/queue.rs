@@ -5,7 +5,7 @@ use super::super::device::Buffer;
 use super::super::kernels::{
     AttentionArgs, GegluArgs, GegluWideArgs, Hopper, Kernels, NormArgs, RopeArgs, Shape, TowerArgs, TowerBeginArgs,
 };
-use super::super::lt::{Epilogue, Key, Lt, Operands};
+use super::super::lt::{Effort, Epilogue, Key, Lt, Operands};
 use super::super::plan::{self, Path, TOWER_K, TOWER_TILE, TowerKind};
 use super::super::stream::Stream;
 use super::super::weights::{EncoderWeights, Folded, LayerNorm, Tower, TowerLayer, TrunkLayer, TrunkRest, VisionLayer};
@@ -66,7 +66,12 @@ impl Queue<'_> {
         ]
         .map(|(outputs, k, epilogue)| Key { rows, outputs, k, epilogue });
         let own = if self.weights.tower_packed() { 4 } else { 0 };
-        self.lt.prepare(self.stream, &keys[..keys.len() - own], &self.w.scratch(self.weights), idle)
+        self.lt.prepare(
+            self.stream,
+            &keys[..keys.len() - own],
+            &self.w.scratch(self.weights),
+            Effort { idle, few: false },
+        )
     }
 
     /// The products of the trunk that are the library's.

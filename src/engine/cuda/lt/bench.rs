@@ -170,8 +170,8 @@ impl Bench {
     }
 }
 
-/// A kernel that reads memory on another stage's share, in blocks that lie on its SMs as the decoder's do: on Hopper in clusters
-/// as large as they can be, and none of another kernel beside one.
+/// A kernel that reads memory on another stage's share, in blocks that lie on its SMs as the decoder's do: on Hopper in the same
+/// clusters and with as much shared memory.
 struct Traffic {
     lane: Arc<Lane>,
     stream: Stream,

@@ -29,7 +29,7 @@ const TIMED_ROUNDS: usize = 3;
 const KEPT: usize = 4;
 const FAIR: f32 = 1.06;
 /// Of what takes up to so many times as long as the fastest beside a busy share, the one of the largest clusters is taken,
-/// whose blocks share what they read: both stages are faster with it (docs/performance.md).
+/// whose blocks share what they read: the pipeline is faster with it (docs/performance.md).
 const TIE: f32 = 1.02;
 /// A candidate replaces the library's first choice when it takes less than this part of its time.
 const WORTH_IT: f32 = 0.99;
@@ -138,40 +138,19 @@ fn ranked(times: &[f32], clusters: Option<&[usize]>) -> Vec<usize> {
 
 /// How products are measured.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Effort {
-    /// Nothing works on the device.
+pub(in super::super) struct Effort {
+    /// Nothing works on the device: algorithms may be timed beside traffic on the other stage's share.
     pub idle: bool,
-    /// Only a few algorithms are timed, and none where the class was met anywhere.
+    /// For shapes that may be wanted some day: what is fast elsewhere is good enough, and of a class that was met nowhere only a
+    /// few algorithms are timed.
     pub few: bool,
 }
 
 impl Lt {
     /// As [`plan`](Self::plan), with what is fastest on this share. The stream is one of the stage's; nothing else should run
-    /// meanwhile, for algorithms are timed, on `scratch`: beside traffic on the other stage's share if `idle` says that nothing
-    /// does. Those that are known run once, which loads their kernels into this context: not when a frame is waiting.
+    /// meanwhile, for algorithms are timed, on `scratch`. Those that are known run once, which loads their kernels into this
+    /// context: not when a frame is waiting.
     pub fn prepare(
-        &mut self,
-        stream: &Stream,
-        keys: &[Key],
-        scratch: &Scratch<'_>,
-        idle: bool,
-    ) -> Result<(), EngineError> {
-        self.find(stream, keys, scratch, Effort { idle, few: false })
-    }
-
-    /// The same for shapes that may be wanted some day: what is fast elsewhere is good enough, and of a class that was met
-    /// nowhere only a few algorithms are timed.
-    pub fn prepare_roughly(
-        &mut self,
-        stream: &Stream,
-        keys: &[Key],
-        scratch: &Scratch<'_>,
-        idle: bool,
-    ) -> Result<(), EngineError> {
-        self.find(stream, keys, scratch, Effort { idle, few: true })
-    }
-
-    pub(super) fn find(
         &mut self,
         stream: &Stream,
         keys: &[Key],
@@ -223,8 +202,8 @@ impl Lt {
                 [related, self.proposed(&plan, 0, SHARE_CANDIDATES)?, self.proposed_for_share(&plan)?].concat()
             }
             None => [self.proposed(&plan, 0, CANDIDATES)?, self.proposed_for_share(&plan)?].concat(),
-            // Without traffic the share's own proposals would seem faster than they are.
-            Some(_) if self.lane.spreads() && !bench.busy() => met.clone(),
+            // Without traffic the share's own proposals could seem faster than they are.
+            Some(_) if !self.lane.fenced() && !bench.busy() => met.clone(),
             Some(first) => {
                 [&met[..], &self.alike(stream, &plan, first, &self.proposed_for_share(&plan)?, bench)?].concat()
             }
