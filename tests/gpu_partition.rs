@@ -159,6 +159,32 @@ fn chunks_are_equal_whatever_the_share() {
     check("two contexts, no shares".into(), engine.stages_in_own_contexts().unwrap(), frames / 10);
 }
 
+#[test]
+#[ignore = "needs a GPU"]
+fn algorithms_are_timed_beside_a_busy_share_while_nothing_works() {
+    // Two layers: their products are those of all.
+    let engine = kernels::random(&full_width(Family::Pi0, 2), Resampler::OpenPi, 3);
+    let prepared = |backend, encoder, idle| {
+        let grant = decide(&engine, backend, encoder)?.grant;
+        let before = (engine.measured(), engine.measured_beside_traffic());
+        let (mut encoder, _decoder) = engine.stages_on(grant).unwrap();
+        encoder.prepare(VIEWS, TOKENS, TOKENS, idle).unwrap();
+        let found = (engine.measured() - before.0, engine.measured_beside_traffic() - before.1);
+        println!("bits {backend}, idle {idle}: {} classes timed, {} times beside traffic", found.0, found.1);
+        Some(found)
+    };
+    assert!(matches!(prepared(Backend::Green, 63, true), Some((1.., 1..))), "green contexts");
+    // A share that is made while another one works has no traffic beside it.
+    assert!(matches!(prepared(Backend::Green, 50, false), Some((1.., 0))), "green contexts, at work");
+    // Other numbers of SMs: what is known on a share of the same size is not timed again.
+    for percent in [59, 50, 70] {
+        assert!(matches!(prepared(Backend::Mps, percent, true), None | Some((1.., 1..))), "mps {percent}");
+    }
+    assert!(matches!(prepared(Backend::Mps, 30, false), None | Some((_, 0))), "mps, at work");
+    // Nor do stages that share all SMs.
+    assert!(matches!(prepared(Backend::Shared, 50, true), Some((_, 0))), "shared streams");
+}
+
 /// When each chunk came.
 struct Chunks(Sender<Instant>);
 

@@ -1,20 +1,22 @@
 //! What a run came to, from the node's own recordings: every tick with its times, every chunk with the stamps it was
-//! made from.
+//! made from, every joint state with the time of its arrival.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use pi0_mps::bag::message::{ChunkTimes, Tick};
+use pi0_mps::bag::message::{ChunkTimes, JointState, Tick};
 use pi0_mps::bag::{BagReader, Message};
 use pi0_mps::clock::RosTime;
 
 use crate::Outcome;
 
-/// Ticks by their stamps and chunks by their numbers, gathered from recordings that may overlap.
+/// Ticks and joint states by their stamps and chunks by their numbers, gathered from recordings that may overlap.
 #[derive(Default)]
 pub struct Gathered {
     ticks: BTreeMap<RosTime, Tick>,
     chunks: BTreeMap<u64, ChunkTimes>,
+    /// When each arrived.
+    joints: BTreeMap<RosTime, RosTime>,
 }
 
 impl Gathered {
@@ -28,14 +30,22 @@ impl Gathered {
             } else if record.topic.kind == ChunkTimes::TYPE {
                 let chunk: ChunkTimes = record.decode().map_err(|e| e.to_string())?;
                 self.chunks.insert(chunk.sequence, chunk);
+            } else if record.topic.kind == JointState::TYPE {
+                let state: JointState = record.decode().map_err(|e| e.to_string())?;
+                self.joints.insert(state.stamp, record.time);
             }
         }
         Ok(())
     }
 
-    /// Figures of the ticks that were published while the policy was followed.
+    /// Figures of all joint states, and of the ticks that were published while the policy was followed.
     pub fn times(&self) -> Times {
-        let mut times = Times::default();
+        let arrived: Vec<RosTime> = self.joints.values().copied().collect();
+        let mut times = Times {
+            states: arrived.windows(2).map(|w| w[1].ms_since(w[0])).collect(),
+            transport: self.joints.iter().map(|(stamp, arrived)| arrived.ms_since(*stamp)).collect(),
+            ..Times::default()
+        };
         let mut before: Option<(u64, RosTime)> = None;
         for tick in self.ticks.values().filter(|t| t.published && t.chunk > 0 && t.plan_age.is_finite()) {
             times.ticks += 1;
@@ -71,6 +81,10 @@ pub struct Times {
     pub from_state: Vec<f64>,
     /// From the arrival of the newest image to any command made of it published.
     pub any_command: Vec<f64>,
+    /// Between joint states that arrived.
+    pub states: Vec<f64>,
+    /// From the stamp of a joint state to its arrival.
+    pub transport: Vec<f64>,
 }
 
 /// The value that the share `q` (0 to 1) of all does not exceed; NaN of none.

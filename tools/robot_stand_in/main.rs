@@ -321,6 +321,9 @@ fn table(robot: &Robot, run: &Run, armed: Instant) -> (String, Vec<f64>) {
         figures::line("image stamp to first command, ms", &times.from_image),
         figures::line("joint state stamp to first command, ms", &times.from_state),
         figures::line("age of images in any command, ms", &times.any_command),
+        figures::line("between joint states sent, ms", &robot.between_states(armed)),
+        figures::line("between joint states that arrived, ms", &times.states),
+        figures::line("joint state stamp to arrival, ms", &times.transport),
     ];
     (lines.join("\n"), times.adopted)
 }

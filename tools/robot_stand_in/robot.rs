@@ -145,6 +145,8 @@ struct Shared {
     heard: Mutex<Heard>,
     path: Mutex<Path>,
     scene: Mutex<Scene>,
+    /// When each joint state was sent.
+    sent: Mutex<Vec<Instant>>,
     running: AtomicBool,
     joints: Vec<(String, JointLimits)>,
     home: Vec<f64>,
@@ -332,6 +334,7 @@ impl Robot {
             heard: Mutex::default(),
             path: Mutex::new(Path::hold(home)),
             scene: Mutex::new(Scene::Live),
+            sent: Mutex::default(),
             running: AtomicBool::new(true),
             joints: joints.collect::<Outcome<_>>()?,
             home: home.to_vec(),
@@ -409,6 +412,13 @@ impl Robot {
         std::thread::sleep(Duration::from_millis(500));
         *lock(&self.shared.heard) = Heard::default();
         *lock(&self.shared.path) = Path::hold(&self.shared.home);
+    }
+
+    /// Between the joint states sent since then, ms.
+    pub fn between_states(&self, since: Instant) -> Vec<f64> {
+        let sent = lock(&self.shared.sent);
+        let sent = &sent[sent.partition_point(|t| *t <= since)..];
+        sent.windows(2).map(|w| (w[1] - w[0]).as_secs_f64() * 1e3).collect()
     }
 
     /// A look at what was heard.
@@ -505,6 +515,7 @@ impl Shared {
         m.name = self.joints.iter().map(|(name, _)| name.clone()).collect();
         m.header.stamp = stamp(SystemClock.ros());
         publish("joint_states", to, &m);
+        lock(&self.sent).push(Instant::now());
     }
 
     fn publish_images(&self, to: &[Publisher<Image>], turn: u64) {

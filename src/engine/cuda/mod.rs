@@ -319,6 +319,11 @@ impl CudaEngine {
         self.model.algorithms.measured()
     }
 
+    /// Times of algorithms that were taken so far while every block of the traffic on the other stage's share ran.
+    pub fn measured_beside_traffic(&self) -> usize {
+        self.model.algorithms.beside()
+    }
+
     /// The GPU it runs on.
     pub fn gpu(&self) -> &Gpu {
         &self.model.device

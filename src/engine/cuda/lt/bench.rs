@@ -59,6 +59,8 @@ fn out_bytes(key: &Key) -> usize {
 pub(super) struct Bench {
     /// Goes first: it reads the weights.
     traffic: Option<Traffic>,
+    /// Times taken while all of it ran.
+    beside: usize,
     lane: Arc<Lane>,
     weights: Piece,
     /// Bytes of the weights read since they were last begun.
@@ -85,6 +87,7 @@ impl Bench {
         let most = |f: fn(&Key) -> usize| keys.iter().map(f).max().unwrap_or(0);
         let bench = Self {
             traffic: other.map(Traffic::new).transpose()?,
+            beside: 0,
             lane: Arc::clone(lane),
             weights: Piece::new(device, scratch.weights, cold.max(most(|k| k.outputs * k.k * 2)))?,
             read: 0,
@@ -112,7 +115,7 @@ impl Bench {
     /// What is queued from now on is timed, beside the traffic if there is one and `beside` says so.
     pub fn begin(&mut self, stream: &Stream, beside: bool) -> Result<(), EngineError> {
         if let Some(traffic) = self.traffic.as_mut().filter(|_| beside) {
-            traffic.begin(&self.weights)?;
+            self.beside += usize::from(traffic.begin(&self.weights)?);
         }
         // Keeps the share busy while the runs are queued: draws the first of the rows' numbers once more.
         self.draw(stream, self.rows.at, HELD, 1)?;
@@ -147,6 +150,11 @@ impl Bench {
     /// Whether the other stage's share is kept busy.
     pub fn busy(&self) -> bool {
         self.traffic.is_some()
+    }
+
+    /// How many times were taken while every block of the traffic ran.
+    pub fn beside(&self) -> usize {
+        self.beside
     }
 
     /// A bias that no result overwrites.
@@ -199,8 +207,8 @@ impl Traffic {
         Ok(Self { lane: Arc::clone(lane), stream, shape, stop, began })
     }
 
-    /// Returns when every block runs, or after [`TRAFFIC_BEGINS`].
-    fn begin(&mut self, weights: &Piece) -> Result<(), EngineError> {
+    /// Returns when every block runs, or after [`TRAFFIC_BEGINS`]; whether every block runs.
+    fn begin(&mut self, weights: &Piece) -> Result<bool, EngineError> {
         let _current = self.lane.enter()?;
         self.stream.fill(&self.stop, 0)?;
         let began = self.began.as_mut_slice();
@@ -218,10 +226,11 @@ impl Traffic {
         let deadline = Instant::now() + TRAFFIC_BEGINS;
         // SAFETY: a live allocation of so many bytes, which the device writes meanwhile.
         let runs = |block| unsafe { began.add(block).read_volatile() } != 0;
-        while Instant::now() < deadline && !(0..self.began.len()).all(runs) {
+        let all_run = || (0..self.began.len()).all(runs);
+        while !all_run() && Instant::now() < deadline {
             std::hint::spin_loop();
         }
-        Ok(())
+        Ok(all_run())
     }
 
     fn wait(&self) -> Result<(), EngineError> {

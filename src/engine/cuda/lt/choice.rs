@@ -1,6 +1,7 @@
 //! Which of the library's algorithms a product takes.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result, sys};
@@ -47,12 +48,19 @@ pub(in super::super) struct Algorithms {
     alike: Mutex<HashMap<Key, Vec<Algorithm>>>,
     /// The fastest of each number of SMs.
     on_share: Mutex<HashMap<(Key, usize), Algorithm>>,
+    /// Times taken while the other stage's share was busy.
+    beside: AtomicUsize,
 }
 
 impl Algorithms {
     /// How many were measured.
     pub fn measured(&self) -> usize {
         self.on_share.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// How many times were taken while the other stage's share was busy.
+    pub fn beside(&self) -> usize {
+        self.beside.load(Ordering::Relaxed)
     }
 
     fn class(key: Key) -> Key {
@@ -177,6 +185,7 @@ impl Lt {
             }
             // What it lies on may go.
             stream.synchronize()?;
+            algorithms.beside.fetch_add(bench.beside(), Ordering::Relaxed);
         }
         for key in keys {
             if let Some(algorithm) = algorithms.known(*key, sms, true) {
