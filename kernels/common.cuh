@@ -73,6 +73,24 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
 #endif
 }
 
+// As above, for what nobody reads again before much else has passed, such as weights: L2 lets it go first, and keeps caches
+// and activations. `policy` is of `passing`.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     smem_address(shared)),
+                 "l"(global), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+                 : "memory");
+#endif
+}
+__device__ __forceinline__ uint64_t passing() {
+    uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+    return policy;
+}
+
 // Starts moving `bytes` (a multiple of 16) into L2.
 __device__ __forceinline__ void prefetch_l2(const void* global, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

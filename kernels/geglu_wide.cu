@@ -92,6 +92,7 @@ struct Wide {
 
     // One thread keeps the ring filled. Weights do not wait for the kernel before this one.
     __device__ __forceinline__ void produce() const {
+        const uint64_t policy = passing();
         Slot<kStages> slot;
         for (int unit = first; unit < units; unit += step) {
             const int octets = min((is_short(unit) ? kShort : kN) / 8, (a.tokens + 7 - token(unit)) / 8);
@@ -99,7 +100,7 @@ struct Wide {
             const bf16* x = a.x + token(unit) / 8 * 512;
             auto weights = [&](int s) {
                 barrier_expect(&full[s], 2 * kHalf + octets * 1024);
-                copy_bulk(ring + s * kStage, w, 2 * kHalf, &full[s]);
+                copy_bulk(ring + s * kStage, w, 2 * kHalf, &full[s], policy);
                 w += 256 * 64;
             };
             int begun = 0;

@@ -11,12 +11,10 @@ struct Producer {
     const PersistentArgs& a;
     Shared<U>& s;
     int lane;
-    uint64_t policy;
+    uint64_t policy;  // weights pass once a step, keys and values of the prefix ten times: those shall stay in L2
     Ring<U::kStages> ring;
 
-    __device__ __forceinline__ Producer(const PersistentArgs& a, Shared<U>& s) : a(a), s(s), lane(threadIdx.x % 32) {
-        // Weights pass once a step, keys and values of the prefix ten times: those shall stay in L2.
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    __device__ __forceinline__ Producer(const PersistentArgs& a, Shared<U>& s) : a(a), s(s), lane(threadIdx.x % 32), policy(passing()) {
         ring.parity = 1;
     }
     // A product's weights, packed for `count` tiles: of each of this block's units `pieces` pieces of `chunks` chunks, from
@@ -35,10 +33,7 @@ struct Producer {
                 barrier_expect(full, bytes * chunks);
 #pragma unroll 1
                 for (int c = 0; c < chunks; c++, from += apart)
-                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                                     smem_address(s.ring[ring.slot] + c * U::kNarrow * kTile)),
-                                 "l"(from), "r"(bytes), "r"(smem_address(full)), "l"(policy)
-                                 : "memory");
+                    copy_bulk(s.ring[ring.slot] + c * U::kNarrow * kTile, from, bytes, full, policy);
             }
         }
     }

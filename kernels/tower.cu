@@ -110,6 +110,7 @@ struct Tower {
 
     // One thread keeps the ring filled. Weights do not wait for the kernel before this one.
     __device__ __forceinline__ void produce() const {
+        const uint64_t policy = passing();
         Slot<kStages> slot;
         const int stages = a.k_blocks / kDeep;
         for (int unit = blockIdx.x; unit < units(); unit += gridDim.x) {
@@ -119,7 +120,7 @@ struct Tower {
             const bf16* x = a.x + token(unit) / 8 * 512;
             auto weights = [&](int s) {
                 barrier_expect(&full[s], kDeep * (groups * kTile + octets * 1024));
-                for (int g = 0; g < groups; g++) copy_bulk(ring + s * kStage + g * kTile, w + g * each, kDeep * kTile, &full[s]);
+                for (int g = 0; g < groups; g++) copy_bulk(ring + s * kStage + g * kTile, w + g * each, kDeep * kTile, &full[s], policy);
                 w += kDeep * 64 * 64;
             };
             int begun = 0;
