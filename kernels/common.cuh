@@ -73,8 +73,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
 #endif
 }
 
-// As above, for what nobody reads again before much else has passed, such as weights: L2 lets it go first, and keeps caches
-// and activations. `policy` is of `passing`.
+// As above, for what nobody reads again before much else has passed, such as weights: L2 lets it go before anything else. `policy`
+// is that of `passing`.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(

@@ -177,7 +177,8 @@ impl Lane {
         self.sms
     }
 
-    /// Whether kernels find the same room whatever the other share's SMs do; under MPS they do not (docs/performance.md).
+    /// Whether clusters of blocks take as long whether the other share's SMs are held or idle; under MPS one took twice as long
+    /// (docs/performance.md).
     pub fn fenced(&self) -> bool {
         !matches!(self.place, Place::Affinity { .. })
     }

@@ -6,7 +6,7 @@
 //! leave much of another idle. Measuring takes memory that is there already, where that is enough.
 //!
 //! Where the rest of the GPU belongs to another stage and nothing works yet, that share is kept as busy as the stage will
-//! keep it. What is fastest alone need not be fastest then: under MPS kernels in clusters of blocks are much faster while the
+//! keep it. What is fastest alone need not be fastest then: under MPS a kernel in clusters of blocks may be much faster while the
 //! other share's SMs are idle.
 
 mod bench;
