@@ -487,6 +487,43 @@ fn frames_encode_to_the_same_bits_from_page_locked_memory() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn frames_that_come_while_others_are_encoded_keep_their_bits() {
+    const CAMERAS: u64 = 4;
+    let mut dims = full_width(Family::Pi0, 1);
+    dims.trunk.mlp = 1024;
+    let engine = kernels::random(&dims, Resampler::OpenPi, 5);
+    let memory = engine.frame_memory().unwrap();
+    let mut gpu = Gpu::new(&engine, 1, 1);
+    let frame = |camera| random_frame(camera, (1920, 1080), 0, Encoding::Rgb8, "rgb8");
+    let expected: Vec<_> = (0..CAMERAS).map(|c| bits_of(&mut gpu, 1, &[frame(c)], &[1]).0).collect();
+    let (sender, frames) = std::sync::mpsc::sync_channel(1);
+    std::thread::scope(|scope| {
+        // Goes when an assertion fails: the cameras end with it.
+        let frames = frames;
+        for camera in 0..CAMERAS {
+            let (sender, memory, frame) = (sender.clone(), &*memory, frame(camera));
+            scope.spawn(move || {
+                let come = || (camera, frame.clone().kept_in(Some(memory)));
+                for _ in (0..50).take_while(|_| sender.send(come()).is_ok()) {}
+            });
+        }
+        drop(sender);
+        // Each is encoded as soon as it has come, its upload on the way, into memory that another one has just left.
+        let mut seen = 0;
+        for (camera, frame) in &frames {
+            seen += 1;
+            assert!(frame.pixels().held_by::<Vec<u8>>().is_none());
+            let input = EncodeInput { views: &[View::Frame(&frame)], tokens: &[1] };
+            gpu.encoder.encode(&input, &mut gpu.cache).unwrap();
+            drop(frame);
+            assert!(gpu.encoder.patches(1).unwrap().0 == expected[camera as usize], "frame {seen} of {camera}");
+        }
+        assert_eq!(seen, 50 * CAMERAS);
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn more_frame_sizes_than_are_kept_are_still_each_resized_right() {
     const LAYERS: usize = 1;
     let mut dims = full_width(Family::Pi0, LAYERS);
