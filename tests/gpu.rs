@@ -508,7 +508,7 @@ fn frames_that_come_while_others_are_encoded_keep_their_bits() {
             });
         }
         drop(sender);
-        // Each is encoded as soon as it has come, its upload on the way, into memory that another one has just left.
+        // The memory of each, which its encode uploads from, is filled anew as soon as it has gone.
         let mut seen = 0;
         for (camera, frame) in &frames {
             seen += 1;
